@@ -1,0 +1,25 @@
+"""Images on their way to the device: conversion, manifests, traversal order, loading.
+
+`ffcv` and `numba` are needed for writing and loading only, so those names are imported when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "Manifest": "manifest",
+    "ConversionOptions": "writer",
+    "convert": "writer",
+    "TrainLoader": "loader",
+    "EvalLoader": "loader",
+    "SampleError": "loader",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,99 @@
+"""Counter-based random numbers: a random decision is a function, not a state.
+
+Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns (seed, epoch, sample,
+stream, block) into four 32-bit words. The same arithmetic runs on numpy arrays, torch tensors of any device
+and, compiled by numba, on scalars (data/decoders.py); all give the same words. So nothing depends on the number
+of workers or processes, and a run resumes anywhere without replay.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MASK = 0xFFFFFFFF
+
+
+class Stream(IntEnum):
+    """What a draw is for. Values are part of a run's identity: never reuse or renumber one."""
+
+    ORDER = 1
+    CROP = 2
+    FLIP = 3
+    INTERPOLATION = 4
+    SUBSET = 5
+    MIX = 6
+    ERASING = 7
+    COLOR_JITTER = 8
+    NETWORK = 9  # stochastic depth and other draws inside the forward pass
+    INITIALISATION = 10
+
+
+def philox_rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any, constants: Any) -> tuple[Any, Any, Any, Any]:
+    """Ten Philox rounds on 32-bit words held in 64-bit integers.
+
+    c0..c3, k0, k1: numpy uint64 arrays, torch int64 tensors or 64-bit scalars that hold values below 2^32.
+    constants: (multiplier 0, multiplier 1, key step 0, key step 1, 32-bit mask, 32) in a type that mixes with
+    them. A product may wrap around a signed 64-bit integer: its bits are the same, and the mask removes the sign.
+    """
+    m0, m1, w0, w1, mask, shift = constants
+    for _ in range(10):
+        p0 = c0 * m0
+        p1 = c2 * m1
+        c0 = ((p1 >> shift) & mask) ^ c1 ^ k0
+        c2 = ((p0 >> shift) & mask) ^ c3 ^ k1
+        c1 = p1 & mask
+        c3 = p0 & mask
+        k0 = (k0 + w0) & mask
+        k1 = (k1 + w1) & mask
+    return c0, c1, c2, c3
+
+
+PHILOX = (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, MASK, 32)
+
+
+def sample_words(seed: int, epoch: int, samples: Any, stream: int, block: int = 0) -> tuple[Any, Any, Any, Any]:
+    """Four random 32-bit words for each sample.
+
+    samples: numpy uint64 array or torch int64 tensor of sample indices (any shape). Returns four of the same
+    kind and shape. A further `block` gives four more words of the same stream.
+    """
+    zero = samples & 0
+    return philox_rounds(
+        samples & MASK,
+        zero + (epoch & MASK),
+        zero + (stream << 16 | block),
+        (samples >> 32) & MASK,
+        zero + (seed & MASK),
+        zero + (seed >> 32 & MASK),
+        PHILOX,
+    )
+
+
+def uniform(words: Any) -> Any:
+    """32-bit words -> numbers in [0, 1): multiples of 2^-24, exact in float32 as in float64."""
+    return (words >> 8) * 2.0**-24
+
+
+def permutation(num: int, seed: int, epoch: int, stream: int = Stream.ORDER) -> NDArray[np.int64]:
+    """A random order of range(num): the samples sorted by their random 64-bit keys."""
+    w0, w1, _, _ = sample_words(seed, epoch, np.arange(num, dtype=np.uint64), stream)
+    return np.argsort(w0 << np.uint64(32) | w1, kind="stable")
+
+
+def step_uniforms(seed: int, step: int, micro_batch: int, stream: int, num: int) -> NDArray[np.float64]:
+    """`num` numbers in [0, 1) for one micro-batch of an optimiser step; shape (num,), float64."""
+    blocks = np.arange((num + 3) // 4, dtype=np.uint64)
+    counter = np.uint64(step) + (blocks << np.uint64(40))
+    words = sample_words(seed, micro_batch, counter, stream, block=1 << 15)
+    numbers: NDArray[np.float64] = uniform(np.stack(words, axis=-1).reshape(-1)[:num])
+    return numbers
+
+
+def step_seed(seed: int, step: int, micro_batch: int, stream: int) -> int:
+    """A 63-bit seed for a generator that serves one micro-batch of an optimiser step."""
+    w0, w1, _, _ = sample_words(seed, micro_batch, np.array([step], dtype=np.uint64), stream, block=1 << 14)
+    return int(w0[0] & np.uint64(MASK >> 1)) << 32 | int(w1[0])
