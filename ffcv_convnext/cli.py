@@ -6,24 +6,146 @@ line on stderr; anything else keeps its traceback.
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from ffcv_convnext import __version__
+from ffcv_convnext.config import add_flags, config_from_args
 from ffcv_convnext.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, Failure, Interrupted
 
 USAGE_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 PACKAGE = Path(__file__).resolve().parent
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other usage error here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help lists the options")
+
+
 def write(argv: Sequence[str]) -> int:
     """Convert an ImageFolder to .beton files and manifests."""
-    raise ValueError(f"not there yet: {argv}")
+    from ffcv_convnext.config import nearest
+    from ffcv_convnext.data.writer import ConversionOptions, convert, ending_like_ctrl_c
+
+    def number_or_none(text: str) -> int | None:
+        return None if text == "none" else int(text)
+
+    number_or_none.__name__ = "number"  # argparse: "invalid number value: 'x'"
+    script = Path(sys.argv[0]).name
+    parser = _Parser(
+        prog=script if script.startswith("write_") else "ffcv-convnext write",
+        description="Convert an ImageFolder (DATA_PATH/train/<class>/<image>, DATA_PATH/val/...) to train.beton and "
+        "val.beton, which FFCV reads, each with a manifest (.json) and the list of its original files (.files.txt).",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    flag = parser.add_argument
+    flag("--data_path", type=Path, required=True, help="folder that holds train/ and val/")
+    flag("--out_dir", type=Path, required=True, help="folder for the .beton files, made if missing")
+    flag("--split", choices=("train", "val", "all"), help="what to convert; val takes the class list of train (all)")
+    flag(
+        "--max_resolution",
+        type=number_or_none,
+        metavar="PIXELS",
+        help="longest side of a stored image; larger ones are shrunk; none: all keep their size (500)",
+    )
+    flag("--jpeg_quality", type=int, metavar="Q", help="1 to 100 (90)")
+    flag("--num_workers", type=int, metavar="N", help="processes that decode and encode (one a core)")
+    flag("--subset", type=int, metavar="N", help="only N images of each split, drawn at random (all)")
+    flag("--seed", type=int, help="of that draw (0)")
+    flag(
+        "--skip_bad",
+        action="store_true",
+        help="leave out files that cannot be decoded and list them in the manifest, instead of stopping",
+    )
+    flag("--overwrite", action="store_true", help="replace .beton files that exist")
+    known = [name[2:] for action in parser._actions for name in action.option_strings if name.startswith("--")]
+    for word in argv:  # before argparse, which would complain of a missing --data_path where --data_pth was given
+        if word.startswith("--") and (name := word[2:].split("=")[0]) not in known:
+            parser.error(f"nobody declared '{word}'{nearest(name, known)}")
+    values = parser.parse_args(argv)
+    with ending_like_ctrl_c():
+        convert(ConversionOptions(**vars(values)), say=partial(print, flush=True))
+    return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"write": write}
+def train(argv: Sequence[str]) -> int:
+    """Train a network, continue a run, or evaluate a checkpoint."""
+    parser = _parser("train", train)
+    add_flags(parser)
+    config, _ = config_from_args(parser, argv)
+    from ffcv_convnext.training import evaluate_only
+    from ffcv_convnext.training import train as train_run
+
+    if config.run.eval:
+        evaluate_only(config)
+    else:
+        train_run(config)
+    return 0
+
+
+def ladder(argv: Sequence[str]) -> int:
+    """Describe the ladder: each step's change, size and published accuracy."""
+    parser = _parser("ladder", ladder)
+    parser.add_argument("action", choices=["describe"])
+    parser.add_argument("--configs", type=Path, default=Path("rn_configs"), help="folder of steps (default rn_configs)")
+    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    options = parser.parse_args(argv)
+    from ffcv_convnext.ladder import describe, format_table
+
+    rows = describe(options.configs)
+    print(json.dumps(rows, indent=2) if options.json else format_table(rows))
+    return 0
+
+
+def report(argv: Sequence[str]) -> int:
+    """Print a table of run folders."""
+    parser = _parser("report", report)
+    parser.add_argument("folders", type=Path, nargs="+", help="run folders, or folders that hold some")
+    options = parser.parse_args(argv)
+    from ffcv_convnext.report import find_runs, format_table, summarise
+
+    print(format_table([summarise(folder) for folder in find_runs(options.folders)]))
+    return 0
+
+
+def export(argv: Sequence[str]) -> int:
+    """Write a checkpoint's weights under the names that timm or torchvision use."""
+    parser = _parser("export", export)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint of a run folder")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, readable with torch.load")
+    parser.add_argument(
+        "--layout", choices=["timm", "torchvision", "ours"], default="ours", help="names of the weights"
+    )
+    parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the raw ones")
+    options = parser.parse_args(argv)
+    from ffcv_convnext.models import export_weights
+
+    export_weights(options.checkpoint, options.out, options.layout, ema=options.ema)
+    print(f"wrote {options.out}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "write": write,
+    "train": train,
+    "ladder": ladder,
+    "report": report,
+    "export": export,
+}
+
+
+def _parser(name: str, command: Callable[..., int]) -> argparse.ArgumentParser:
+    """A parser that answers to the command's name and tells what its function's docstring tells."""
+    return argparse.ArgumentParser(prog=f"ffcv-convnext {name}", description=command.__doc__, allow_abbrev=False)
 
 
 def run_command(name: str, argv: Sequence[str] | None = None) -> int:

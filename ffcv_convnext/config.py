@@ -272,7 +272,11 @@ class RunConfig:
     output_dir: Path | None = setting(None, "run folder; log, checkpoints and the resolved config go there", free=True)
     seed: int = setting(0, "every random decision is a function of it")
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto: cuda where there is one", free=True)
-    amp: Literal["bf16", "fp16", "off"] = setting("bf16", "mixed precision: autocast's type, or off for float32")
+    amp: Literal["bf16", "fp16", "off"] = setting(
+        "bf16",
+        "mixed precision: autocast's type, or off for float32",
+        aliases={"false": "off"},  # YAML reads off as false
+    )
     channels_last: bool = setting(True, "memory format of images and convolutions", free=True)
     compile: bool = setting(False, "compile the network with torch.compile", free=True)
     model_ema: bool = setting(False, "keep an exponential moving average of the weights")

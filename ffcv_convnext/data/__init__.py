@@ -1,12 +1,15 @@
 """Images on their way to the device: conversion, manifests, traversal order, loading.
 
-`ffcv` and `numba` are needed for writing and loading only, so those names are imported when first used.
+`ffcv` and `numba` are needed for writing and loading only, so those names are imported when first used. Importing
+ffcv sets PyTorch's number of CPU threads to 1; that is undone here.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
+
+import torch
 
 _HOMES = {
     "Manifest": "manifest",
@@ -22,4 +25,8 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    num_threads = torch.get_num_threads()
+    try:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    finally:
+        torch.set_num_threads(num_threads)

@@ -1,1 +1,59 @@
-"""The configurable network."""
+"""Networks: the ladder's one configurable class, timm's by name, their size, their weights."""
+
+from __future__ import annotations
+
+import timm
+from torch import nn
+
+from ffcv_convnext.config import ModelConfig, nearest
+from ffcv_convnext.models.complexity import count_gmacs, count_parameters
+from ffcv_convnext.models.resnet import ResNet
+from ffcv_convnext.models.weights import (
+    Layout,
+    export_weights,
+    from_timm_convnext,
+    from_torchvision_resnet,
+    load_pretrained,
+    to_timm_convnext,
+    to_torchvision_resnet,
+)
+
+__all__ = [
+    "Layout",
+    "ResNet",
+    "build_model",
+    "count_gmacs",
+    "count_parameters",
+    "export_weights",
+    "from_timm_convnext",
+    "from_torchvision_resnet",
+    "load_pretrained",
+    "to_timm_convnext",
+    "to_torchvision_resnet",
+]
+
+
+def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """The network `config.model` names, freshly initialised: images (N, 3, H, W) -> logits (N, num_classes).
+
+    Random numbers come from torch's global generator; under `torch.device("meta")` none are drawn.
+    Raises ValueError for a name that timm does not know, or for a drop_path that this timm model does not have.
+    """
+    if config.model == "resnet":
+        return ResNet(config, num_classes)
+    if not timm.is_model(config.model):
+        raise ValueError(
+            f"model = {config.model}: neither resnet nor a model of timm {timm.__version__}"
+            + nearest(config.model, ["resnet", *timm.list_models()])
+        )
+    rate = {"drop_path_rate": config.drop_path} if config.drop_path > 0 else {}
+    try:
+        model: nn.Module = timm.create_model(config.model, num_classes=num_classes, **rate)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise ValueError(
+            f"drop_path = {config.drop_path} has no meaning with model = {config.model}, which has no stochastic "
+            "depth; use --drop_path 0"
+        ) from None
+    return model

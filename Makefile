@@ -1,0 +1,56 @@
+# `make demo` and `make test` do everything on a fresh machine; `make help` lists the rest.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON_IN_VENV := .venv/bin/python
+UV := $(firstword $(wildcard .venv/bin/uv) uv)
+DIGITS := demo_data/digits/ORIGIN.txt
+BETON := $(addprefix demo_data/beton/,train.beton train.json val.beton val.json)
+PYTEST := $(PYTHON_IN_VENV) -m pytest -m "not gpu and not slurm" --cov=ffcv_convnext
+
+.PHONY: help setup demo test lint format types coverage requirements clean
+
+help:  ## list these commands
+	@sed -nE 's/^([a-z]+):.*  ## (.*)/  make \1\t\2/p' Makefile | expand -t 22
+
+setup:  ## make .venv and install everything (demo, test and the others do it by themselves)
+	@bash scripts/setup.sh
+
+demo: $(BETON) | setup  ## real images through the whole path: convert, train two small networks, print the table
+	$(PYTHON_IN_VENV) train.py --config rn_configs/demo_resnet.yaml --data_path demo_data/beton --output_dir runs/demo_resnet
+	$(PYTHON_IN_VENV) train.py --config rn_configs/demo_convnext.yaml --data_path demo_data/beton --output_dir runs/demo_convnext
+	.venv/bin/ffcv-convnext report runs/demo_resnet runs/demo_convnext
+
+$(DIGITS): scripts/digits_to_folder.py | setup
+	$(PYTHON_IN_VENV) scripts/digits_to_folder.py --out demo_data/digits
+
+$(BETON) &: $(DIGITS) | setup
+	$(PYTHON_IN_VENV) write_ffcv_dataset.py --data_path demo_data/digits --out_dir demo_data/beton --split all --overwrite
+	@touch $(BETON)
+
+test: lint types  ## lint, types, and every test that needs neither a GPU nor Slurm; coverage must reach 90 %
+	$(PYTEST) --cov-report=term --cov-fail-under=90
+
+lint: | setup  ## ruff: rules and formatting
+	$(PYTHON_IN_VENV) -m ruff check .
+	$(PYTHON_IN_VENV) -m ruff format --check .
+
+format: | setup  ## let ruff format and mend what it can
+	$(PYTHON_IN_VENV) -m ruff check --fix .
+	$(PYTHON_IN_VENV) -m ruff format .
+
+types: | setup  ## mypy, strict
+	$(PYTHON_IN_VENV) -m mypy
+
+coverage: | setup  ## the tests again, with the lines they miss as pages in htmlcov/
+	$(PYTEST) --cov-report=html --cov-report=term-missing
+
+requirements: | setup  ## renew the pins in requirements.txt from pyproject.toml
+	bash scripts/pin.sh "$(UV)"
+
+clean:  ## remove caches, demo data and the demo's runs; .venv and other runs stay
+	rm -rf demo_data runs/demo_resnet runs/demo_convnext htmlcov build .pytest_cache .mypy_cache .ruff_cache
+	rm -f .coverage .coverage.*
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,310 @@
+"""Batches for training and evaluation: the one place where an FFCV Loader is built.
+
+FFCV supplies the file format, its reader, and the compilation of a pipeline of operations. What it does while an
+epoch runs is replaced, since its own iterator hangs when an operation raises, hands out views into a ring that it
+overwrites later, leaks a thread when an epoch is left early, and sets PyTorch's thread count. Here a batch is cut
+into small chunks that a thread pool decodes (the compiled code releases the GIL), into memory of the batch's own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import ffcv.loader
+import numba as nb
+import numpy as np
+import torch
+from ffcv.fields.basics import IntDecoder
+from ffcv.memory_managers import MemoryManager
+from ffcv.pipeline import Compiler, PipelineSpec
+from ffcv.pipeline.graph import Graph
+from ffcv.reader import Reader
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ffcv_convnext.config import DataConfig
+from ffcv_convnext.data.decoders import CenterCropDecoder, CropDecoder, RandomCropDecoder, WorkerScratch
+from ffcv_convnext.data.jpeg import OK, REASONS
+from ffcv_convnext.data.manifest import Manifest
+from ffcv_convnext.data.order import Shares, eval_batches
+from ffcv_convnext.errors import Failure
+
+Batch = tuple[Tensor, Tensor]
+_CHUNK = 8  # images a thread decodes before it looks for more work: some 10 ms
+
+
+class SampleError(Failure):
+    """A stored sample that cannot be decoded; the message names its index, its original file and the reason."""
+
+
+class _MappedFile(MemoryManager):  # type: ignore[misc]
+    """The .beton mapped read-only, with the table that tells how long each sample's data is.
+
+    FFCV's own managers build Python dictionaries of every sample's pages (seconds and some 600 MB for ImageNet), and
+    mark numba's uint8 array type read-only for the whole process. This one does neither.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        order = np.argsort(reader.alloc_table["ptr"], kind="stable")
+        self.pointers = np.ascontiguousarray(reader.alloc_table["ptr"][order])
+        self.sizes = np.ascontiguousarray(reader.alloc_table["size"][order])
+        self.bytes = np.asarray(np.memmap(reader.file_name, dtype=np.uint8, mode="r"))
+        for array in (self.pointers, self.sizes):
+            array.setflags(write=False)
+
+    def state(self, seed: int, epoch: int) -> tuple[NDArray[Any], ...]:
+        """What compiled code gets as its storage state: file, addresses, lengths, and (seed, epoch) to draw from."""
+        return self.bytes, self.pointers, self.sizes, np.array([seed, epoch], dtype=np.uint64)
+
+    def schedule_epoch(self, _batches: Any) -> Any:
+        raise AssertionError("FFCV's own iteration is not used")
+
+    @property
+    def state_type(self) -> Any:
+        raise AssertionError("numba infers it")
+
+    def compile_reader(self) -> Any:
+        def read(address, state):  # type: ignore[no-untyped-def]
+            file, pointers, sizes = state[0], state[1], state[2]
+            entry = np.searchsorted(pointers, address)
+            if entry == len(pointers) or pointers[entry] != address or address + sizes[entry] > len(file):
+                return file[:0]
+            return file[address : address + sizes[entry]]
+
+        return nb.njit(nogil=True)(read)
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A batch whose chunks are being decoded."""
+
+    samples: NDArray[np.int64]
+    images: Tensor
+    labels: Tensor
+    status: NDArray[np.int32]
+    chunks: list[Future[None]]
+
+
+class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
+    """FFCV's Loader for an image and a label, iterated by lists of sample indices.
+
+    It is constructed without FFCV's constructor, whose managers and thread settings are not wanted; pipelines,
+    graph and code generation are FFCV's.
+    """
+
+    def __init__(
+        self, beton: Path, decoder: CropDecoder, *, num_workers: int, batches_ahead: int, device: torch.device
+    ) -> None:
+        self.fname = str(beton)
+        self.num_workers = num_workers
+        self.batches_ahead = batches_ahead
+        self.device = device
+        self.wait_s = 0.0  # time the consumer has waited for batches, in total
+        self.reader = Reader(self.fname)
+        if list(self.reader.handlers) != ["image", "label"]:
+            raise ValueError(
+                f"{beton} has the fields {', '.join(self.reader.handlers)}: expected image, label; "
+                "write it anew with write_ffcv_dataset.py"
+            )
+        self.file = _MappedFile(self.reader)
+        specs = {
+            "image": PipelineSpec("image", decoder=decoder),
+            "label": PipelineSpec("label", decoder=IntDecoder()),
+        }
+        self.graph = Graph(
+            specs, self.reader.handlers, {"image": 0, "label": 1}, self.reader.metadata, self.file.compile_reader()
+        )
+        threads = torch.get_num_threads()
+        Compiler.set_num_threads(1)  # each compiled call serves one thread of our pool
+        torch.set_num_threads(threads)  # which FFCV's setting changes too
+        queries, _ = self.graph.collect_requirements()
+        self.image_memory, self.label_memory = queries["operation"].values()
+        self.generate_code()
+        self.pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
+        self.scratch = threading.local()
+        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return len(self.reader.metadata)
+
+    def __iter__(self) -> Iterator[Batch]:
+        raise TypeError("iterate over batches(...) instead, which says which samples")
+
+    def batches(self, samples: Iterable[NDArray[np.int64]], seed: int, epoch: int) -> Iterator[Batch]:
+        """Decode the given lists of sample indices, `batches_ahead` of them in advance, and yield them in order.
+
+        Yields images (n, 3, size, size) uint8 in channels_last memory and labels (n,) int64 on the device, both
+        the caller's own. Leaving the iteration early ends the work. Raises SampleError for a bad sample.
+        """
+        state = self.file.state(seed, epoch)
+        pending: deque[_Pending] = deque()
+        try:
+            for indices in samples:
+                pending.append(self._submit(indices, state))
+                if len(pending) > self.batches_ahead:
+                    yield self._finish(pending.popleft())
+            while pending:
+                yield self._finish(pending.popleft())
+        finally:
+            unfinished = [chunk for batch in pending for chunk in batch.chunks if not chunk.cancel()]
+            wait(unfinished)
+
+    def _submit(self, samples: NDArray[np.int64], state: tuple[NDArray[Any], ...]) -> _Pending:
+        pinned = self.device.type == "cuda"
+        images_query = self.image_memory[0]
+        num = len(samples)
+        images = torch.empty((num, *images_query.shape), dtype=torch.uint8, pin_memory=pinned)
+        labels = torch.empty((num, 1), dtype=torch.int64, pin_memory=pinned)
+        batch = _Pending(samples, images, labels, np.zeros(num, np.int32), [])
+        arrays = images.numpy(), labels.numpy()
+        for start in range(0, num, _CHUNK):
+            batch.chunks.append(
+                self.pool.submit(self._decode, batch, arrays, slice(start, min(start + _CHUNK, num)), state)
+            )
+        return batch
+
+    def _decode(
+        self, batch: _Pending, arrays: tuple[NDArray[Any], NDArray[Any]], part: slice, state: tuple[NDArray[Any], ...]
+    ) -> None:
+        """Run FFCV's compiled stages on a part of a batch, in a thread of the pool."""
+        if not hasattr(self.scratch, "memory"):
+            self.scratch.memory = [
+                np.empty(query.shape, query.dtype) for query in self.image_memory if isinstance(query, WorkerScratch)
+            ]
+        images, labels = arrays
+        stages, _ = self.code
+        image_node, label_node = (node.id for node in self.graph.nodes)
+        arguments: dict[str, Any] = {
+            "batch_indices": batch.samples[part],
+            "metadata": self.reader.metadata,
+            "storage_state": state,
+            f"memory_{image_node}": (images[part], batch.status[part], *self.scratch.memory),
+            f"memory_{label_node}": labels[part],
+            f"shared_memory_{image_node}": None,
+            f"shared_memory_{label_node}": None,
+        }
+        for stage, _ in stages:
+            stage(**arguments)
+
+    def _finish(self, batch: _Pending) -> Batch:
+        started = time.perf_counter()
+        for chunk in batch.chunks:
+            chunk.result()
+        self.wait_s += time.perf_counter() - started
+        for i in np.flatnonzero(batch.status != OK):
+            raise self._sample_error(int(batch.samples[i]), REASONS[int(batch.status[i])])
+        images, labels = batch.images.permute(0, 3, 1, 2), batch.labels[:, 0]
+        if self.copy_stream is None:
+            return images, labels
+        with torch.cuda.stream(self.copy_stream):
+            images = images.to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.copy_stream)
+        for tensor in (images, labels):
+            tensor.record_stream(current)
+        return images, labels
+
+    def _sample_error(self, sample: int, reason: str) -> SampleError:
+        beton = Path(self.fname)
+        original = Manifest.for_beton(beton).original_file(beton, sample)
+        return SampleError(
+            f"{beton}: sample {sample} (made from {original or 'an unknown file'}) cannot be used: {reason}; "
+            "write the file anew with write_ffcv_dataset.py --overwrite"
+        )
+
+    def close(self) -> None:
+        """End the worker threads; iterations still open must not be used any more."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _SplitLoader:
+    """What training and evaluation loaders share: a checked file and its manifest."""
+
+    split: str
+
+    def __init__(self, config: DataConfig, device: torch.device, decoder: CropDecoder) -> None:
+        if config.data_path is None:
+            raise ValueError("data_path is not set; give the folder with train.beton: --data_path BETON_DIR")
+        beton = config.data_path / f"{self.split}.beton"
+        if not beton.is_file():
+            raise FileNotFoundError(
+                f"data_path: {beton} does not exist; create it with: "
+                f"python write_ffcv_dataset.py --data_path IMAGENET --out_dir {config.data_path} --split {self.split}"
+            )
+        self.manifest = Manifest.check(beton)
+        self.loader = SampleLoader(
+            beton, decoder, num_workers=config.num_workers, batches_ahead=config.batches_ahead, device=device
+        )
+        labels = self.loader.reader.metadata["f1"]
+        if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
+            raise ValueError(f"{beton}: labels {labels.min()} to {labels.max()} do not fit {self.num_classes} classes")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.manifest.classes)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.loader)
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds the consumer has waited for batches so far."""
+        return self.loader.wait_s
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+class TrainLoader(_SplitLoader):
+    """Training batches of one rank; which samples come, and their crops, are functions of (seed, epoch)."""
+
+    split = "train"
+
+    def __init__(self, config: DataConfig, device: torch.device, *, seed: int, rank: int = 0, world: int = 1) -> None:
+        super().__init__(config, device, RandomCropDecoder(config))
+        self.shares = Shares(config.batch_size, config.update_freq, world)
+        self.seed = seed
+        self.rank = rank
+        self.steps_per_epoch = self.shares.num_steps(self.num_samples)
+
+    def steps(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[Batch]]:
+        """Yield, for each optimiser step of the epoch from `first_step` on, its micro-batches of this rank.
+
+        Each is images (batch_size, 3, input_size, input_size) uint8 channels_last and labels (batch_size,) int64 on
+        the device. A step's micro-batches must be used up before the next step is asked for.
+        """
+        samples = self.shares.micro_batches(self.num_samples, self.seed, epoch, self.rank, first_step)
+        batches = self.loader.batches(samples, self.seed, epoch)
+        try:
+            for _ in range(first_step, self.steps_per_epoch):
+                yield islice(batches, self.shares.update_freq)
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+
+
+class EvalLoader(_SplitLoader):
+    """Evaluation batches of one rank; over all ranks each image comes exactly once."""
+
+    split = "val"
+
+    def __init__(self, config: DataConfig, device: torch.device, *, rank: int = 0, world: int = 1) -> None:
+        super().__init__(config, device, CenterCropDecoder(config))
+        self.samples = eval_batches(self.num_samples, config.batch_size, rank, world)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield images (n, 3, input_size, input_size) uint8 channels_last and labels (n,) int64 on the device.
+
+        The last batch may be smaller.
+        """
+        return self.loader.batches(self.samples, seed=0, epoch=0)

@@ -1,0 +1,44 @@
+"""How large a network is and how much it computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable and frozen numbers alike; a shared one counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_gmacs(model: nn.Module, input_size: int = 224) -> float:
+    """Multiply-accumulates of convolutions and linear layers for one image, in 10^9 (the paper's "GFLOPs").
+
+    input_size: side of the square image, pixels. Runs on the meta device, in evaluation mode: nothing is computed,
+    and the model, on whatever device, is as before afterwards. Matrix products that are no layer (attention) do not
+    count.
+    """
+    macs = 0
+
+    def count(module: nn.Module, _: Any, output: Tensor) -> None:
+        nonlocal macs
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        macs += output.numel() * module.weight[0].numel()  # each output is a dot product with one filter
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    training = [module for module in model.modules() if module.training]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    try:
+        model.eval()
+        with torch.no_grad(), torch.device("meta"):
+            image = torch.empty(1, 3, input_size, input_size)
+            functional_call(model, {name: tensor.to("meta") for name, tensor in tensors}, (image,))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in training:
+            module.training = True
+    return macs / 1e9

@@ -1,0 +1,267 @@
+"""Builds the parts of a run from its config, then trains or evaluates.
+
+Everything that can be wrong with settings, paths and arithmetic is checked before the network is built.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ffcv_convnext.augment import TrainAugment
+from ffcv_convnext.config import Config, ModelConfig
+from ffcv_convnext.data import EvalLoader, TrainLoader
+from ffcv_convnext.models import build_model, load_pretrained
+from ffcv_convnext.rng import Stream, step_seed
+from ffcv_convnext.training.checkpoint import Checkpoints, read_checkpoint
+from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.engine import Run, State, autocast, fit
+from ffcv_convnext.training.metrics import LossTracker, evaluate
+from ffcv_convnext.training.optim import build_optimizer
+from ffcv_convnext.training.runlog import FolderLock, RunLog, check_same_config, is_done, setup_logging
+from ffcv_convnext.training.schedule import build_schedules
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train as the config says, or continue; returns the final scores.
+
+    With torchrun every process calls this. Raises ValueError or FileNotFoundError before work begins, Failure when
+    it cannot go on, Interrupted when a signal stopped it after saving.
+    """
+    folder = config.run.output_dir
+    if folder is None:
+        raise ValueError("output_dir is not set; say where the run folder shall be: --output_dir runs/NAME")
+    processes = _processes(config)
+    lock = FolderLock(folder) if processes.is_main else None
+    try:
+        setup_logging(folder, processes)
+        check_same_config(folder, config)
+        finished = is_done(folder)
+        if finished is not None and config.run.auto_resume:
+            log.info("%s is finished: %s. Nothing to do; choose another output_dir to train anew", folder, finished)
+            return finished
+        with _joined(processes), _loaders(config, processes) as (train_loader, val_loader):
+            run = build_run(config, processes, train_loader, val_loader)
+            with closing(run.log):
+                _resume(run)
+                scores: dict[str, Any] = {"epochs": config.schedule.epochs, **fit(run)}
+                run.log.done(scores)
+        log.info("finished: %s", ", ".join(f"{key} {value:.4g}" for key, value in scores.items()))
+        return scores
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _processes(config: Config) -> Processes:
+    processes = Processes.from_environment(config.run.device)
+    if config.run.amp == "fp16" and processes.device.type == "cpu":
+        raise ValueError("amp = fp16 needs a CUDA device; use --amp bf16 or --amp off on a CPU")
+    return processes
+
+
+@contextmanager
+def _joined(processes: Processes) -> Iterator[None]:
+    processes.join()
+    try:
+        yield
+    finally:
+        processes.leave()
+
+
+@contextmanager
+def _loaders(config: Config, processes: Processes) -> Iterator[tuple[TrainLoader, EvalLoader]]:
+    train_loader = TrainLoader(
+        config.data, processes.device, seed=config.run.seed, rank=processes.rank, world=processes.world
+    )
+    with closing(train_loader), closing(_val_loader(config, processes)) as val_loader:
+        if val_loader.manifest.classes != train_loader.manifest.classes:
+            raise ValueError(
+                f"data_path = {config.data.data_path}: train.beton and val.beton list different classes; write both "
+                "anew from one folder with write_ffcv_dataset.py --split all --overwrite"
+            )
+        yield train_loader, val_loader
+
+
+def _val_loader(config: Config, processes: Processes) -> EvalLoader:
+    shared = config.run.dist_eval
+    return EvalLoader(
+        config.data,
+        processes.device,
+        rank=processes.rank if shared else 0,
+        world=processes.world if shared else 1,
+    )
+
+
+def _num_classes(config: ModelConfig, in_data: int) -> int:
+    if config.nb_classes is not None and config.nb_classes < in_data:
+        raise ValueError(f"nb_classes = {config.nb_classes}: the data has {in_data} classes; leave it out, or raise it")
+    return config.nb_classes or in_data
+
+
+def build_run(config: Config, processes: Processes, train_loader: TrainLoader, val_loader: EvalLoader) -> Run:
+    """All parts of a run at its beginning: nothing is restored yet."""
+    assert config.run.output_dir is not None
+    device, seed = processes.device, config.run.seed
+    schedules = build_schedules(config, train_loader.steps_per_epoch)
+    num_classes = _num_classes(config.model, train_loader.num_classes)
+    torch.manual_seed(step_seed(seed, 0, 0, Stream.INITIALISATION))
+    network = _network(config, num_classes, device)
+    if config.run.finetune is not None:
+        load_pretrained(network, config.run.finetune)
+    ema = ModelEmaV3(network, decay=config.run.model_ema_decay) if config.run.model_ema else None
+    model: nn.Module = torch.compile(network) if config.run.compile else network  # type: ignore[assignment]
+    if processes.world > 1:
+        model = DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # running statistics are averaged before evaluation and saving instead
+            gradient_as_bucket_view=True,
+        )
+    parameters = sum(p.numel() for p in network.parameters())
+    facts = {
+        "n_parameters": parameters,
+        "num_classes": num_classes,
+        "global_batch": train_loader.shares.global_batch,
+        "steps_per_epoch": train_loader.steps_per_epoch,
+        "data": {"train": train_loader.manifest.sha256, "val": val_loader.manifest.sha256},
+        "images": {"train": train_loader.num_samples, "val": val_loader.num_samples},
+    }
+    run = Run(
+        config=config,
+        processes=processes,
+        network=network,
+        model=model,
+        ema=ema,
+        optimizer=build_optimizer(network, config.optim),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.run.amp == "fp16"),
+        schedules=schedules,
+        augment=TrainAugment(config.augment, num_classes=num_classes, seed=seed, device=device),
+        criterion=SoftTargetCrossEntropy(),
+        train_loader=train_loader,
+        val_loader=val_loader,
+        checkpoints=Checkpoints(config.run.output_dir),
+        log=RunLog(config.run.output_dir, config, processes, facts),
+        tracker=LossTracker(processes),
+        state=State(),
+    )
+    _announce(run, parameters)
+    return run
+
+
+def _network(config: Config, num_classes: int, device: torch.device) -> nn.Module:
+    network = build_model(config.model, num_classes)
+    memory_format = torch.channels_last if config.run.channels_last else torch.contiguous_format
+    return network.to(device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+
+
+def _announce(run: Run, parameters: int) -> None:
+    config, shares, loader = run.config, run.train_loader.shares, run.train_loader
+    log.info(
+        "%s, %.2f M parameters, %d classes; %d training and %d validation images",
+        config.model.model,
+        parameters / 1e6,
+        loader.num_classes,
+        loader.num_samples,
+        run.val_loader.num_samples,
+    )
+    log.info(
+        "global batch %d = batch_size %d x update_freq %d x %d processes on %s; peak lr %g; %d epochs of %d steps",
+        shares.global_batch,
+        shares.batch_size,
+        shares.update_freq,
+        shares.world,
+        run.processes.device,
+        config.schedule.lr,
+        config.schedule.epochs,
+        loader.steps_per_epoch,
+    )
+    recipe = config.schedule.recipe_batch
+    if shares.global_batch != recipe:
+        log.warning(
+            "the global batch is %d, but lr = %g is meant for %d (recipe_batch): set update_freq so that the product "
+            "is %d, or scale lr (linearly: %.3g) and set recipe_batch to %d",
+            shares.global_batch,
+            config.schedule.lr,
+            recipe,
+            recipe,
+            config.schedule.lr * shares.global_batch / recipe,
+            shares.global_batch,
+        )
+
+
+def _resume(run: Run) -> None:
+    """Continue from the newest checkpoint of the run folder, else from --resume, else start at the beginning."""
+    config, device = run.config.run, run.processes.device
+    found = run.checkpoints.newest(map_location=device) if config.auto_resume else None
+    if found is None and config.resume is not None:
+        found = config.resume, read_checkpoint(config.resume, map_location=device)
+        if "optimizer" not in found[1]:
+            raise ValueError(
+                f"resume = {config.resume} holds weights only, not a run's state; start from them with --finetune, "
+                "or evaluate them with --eval true"
+            )
+    if found is not None:
+        path, content = found
+        run.restore(content)
+        log.info("continuing from %s: epoch %d, optimiser step %d", path, run.state.epoch, run.state.step)
+    run.log.resume_at(run.state.step, run.state.epoch)
+
+
+def evaluate_only(config: Config) -> dict[str, float]:
+    """Evaluate a checkpoint's raw and averaged weights, whichever it holds, on the validation set.
+
+    The checkpoint is --resume, or else the newest in output_dir, or else --finetune.
+    """
+    processes = _processes(config)
+    setup_logging(None, processes)
+    path, content = _weights_to_evaluate(config)
+    _check_same_network(path, content, config)
+    with _joined(processes), closing(_val_loader(config, processes)) as val_loader:
+        num_classes = _num_classes(config.model, val_loader.num_classes)
+        network = _network(config, num_classes, processes.device)
+        counted_by = processes if config.run.dist_eval else replace(processes, rank=0, world=1)
+        scores: dict[str, float] = {}
+        for part, ending in (("model", ""), ("ema", "_ema")):
+            if content.get(part) is None:
+                continue
+            network.load_state_dict(content[part])
+            result = evaluate(network, val_loader, counted_by, lambda: autocast(config, processes.device))
+            scores |= {f"test_{key}{ending}": result[key] for key in ("acc1", "acc5", "loss")}
+            scores["images"] = result["images"]
+    log.info("%s: %s", path, ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
+    return scores
+
+
+def _weights_to_evaluate(config: Config) -> tuple[Path, dict[str, Any]]:
+    run = config.run
+    if run.resume is not None:
+        return run.resume, read_checkpoint(run.resume)
+    found = Checkpoints(run.output_dir).newest() if run.output_dir is not None else None
+    if found is not None:
+        return found
+    raise ValueError("eval = true: there is no checkpoint; name one with --resume, or a run folder with --output_dir")
+
+
+def _check_same_network(path: Path, content: dict[str, Any], config: Config) -> None:
+    if "model" not in content and "ema" not in content:
+        raise ValueError(
+            f"{path} is no checkpoint of ours: expected 'model' or 'ema' in it, found {', '.join(content)}"
+        )
+    theirs = Config.from_flat(content["config"]).model
+    if replace(theirs, nb_classes=None, drop_path=0.0) != replace(config.model, nb_classes=None, drop_path=0.0):
+        raise ValueError(
+            f"{path} holds another network than these settings; evaluate it with --config {path.parent / 'config.yaml'}"
+        )

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Renews requirements.txt: exact versions of everything that .venv holds, for every Python from 3.11 on.
+# No address gets into the file: whoever installs takes their own index. Usage: bash scripts/pin.sh [UV]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+uv=${1:-uv}
+pins=$(mktemp)
+trap 'rm -f "$pins"' EXIT
+"$uv" pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.11 \
+    --extra ffcv --extra slurm --extra report --extra demo --extra dev \
+    --no-header --no-annotate --no-emit-index-url --no-emit-find-links --output-file "$pins" >/dev/null
+{
+    echo "# Exact versions of the dependencies and theirs, for Python 3.11 and newer. Renew: make requirements"
+    cat "$pins"
+} >requirements.txt

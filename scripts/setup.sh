@@ -1,0 +1,140 @@
+#!/usr/bin/env bash
+# Makes .venv with the project and everything its commands need; quick when nothing is to be done.
+# `make demo` and `make test` call it. PYTHON=/path/to/python chooses the interpreter of a new .venv.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly VENV=.venv
+readonly STAMP=$VENV/.installed
+readonly EXTRAS=ffcv,slurm,report,demo,dev
+
+say() { printf 'setup: %s\n' "$*"; }
+die() { printf 'setup: %s\n' "$@" >&2; exit 1; }
+
+# What .venv was made from: the pins, and the folder, since an environment does not survive being moved.
+fingerprint() {
+    { cat pyproject.toml requirements.txt scripts/setup.sh; pwd; } | cksum
+}
+
+# Ends well when this interpreter can carry the project; says why not otherwise.
+can_carry() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.14; do
+        if command -v "$candidate" >/dev/null && can_carry "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+        if [[ $candidate == "${PYTHON:-}" ]]; then
+            die "PYTHON = $PYTHON: not a Python 3.11 or newer; give another one, or leave it out"
+        fi
+    done
+    die "no Python 3.11 or newer found (tried python3, python3.11 to python3.14)" \
+        "install one (Debian 12 and newer: apt-get install python3), or name it: make setup PYTHON=/path/to/python"
+}
+
+uv_works() { command -v "$1" >/dev/null && "$1" --version >/dev/null 2>&1; }
+
+# --- System packages: what FFCV's build needs, and what this Python lacks ---------------------------------
+
+missing_packages() {  # the interpreter's path -> Debian's names, one a line
+    local version
+    version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    command -v pkg-config >/dev/null || echo pkg-config
+    command -v g++ >/dev/null || echo g++
+    pkg-config --exists opencv4 2>/dev/null || echo libopencv-dev
+    pkg-config --exists libturbojpeg 2>/dev/null || echo libturbojpeg0-dev
+    "$1" -c 'import os, sys, sysconfig
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || echo "python$version-dev"
+    if ! uv_works uv && ! uv_works $VENV/bin/uv; then
+        "$1" -c 'import ensurepip, venv' 2>/dev/null || echo "python$version-venv"
+    fi
+}
+
+install_packages() {
+    local python=$1 packages=() as_root=()
+    mapfile -t packages < <(missing_packages "$python")
+    (( ${#packages[@]} )) || return 0
+    if ! command -v apt-get >/dev/null; then
+        die "this machine lacks what Debian calls: ${packages[*]}" \
+            "install them with its own package manager, then repeat the command"
+    fi
+    if (( EUID != 0 )); then
+        if ! { command -v sudo >/dev/null && sudo -n true 2>/dev/null; }; then
+            die "these system packages are missing and I may not install them; run this, then repeat the command:" \
+                "    sudo sh -c 'apt-get update && apt-get install -y ${packages[*]}'"
+        fi
+        as_root=(sudo -n)
+    fi
+    say "installing system packages: ${packages[*]}"
+    local log apt=(apt-get -o DPkg::Lock::Timeout=300 -qq)
+    log=$(mktemp)
+    if ! {
+        "${as_root[@]}" "${apt[@]}" update &&
+        "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive "${apt[@]}" install -y --no-install-recommends "${packages[@]}"
+    } >"$log" 2>&1; then
+        tail -n 20 "$log" >&2
+        die "apt-get could not install: ${packages[*]}" "all of its output is in $log"
+    fi
+    rm -f "$log"
+    mapfile -t packages < <(missing_packages "$python")
+    (( ${#packages[@]} == 0 )) || die "apt-get installed its packages, but this is still missing: ${packages[*]}"
+}
+
+# --- The environment --------------------------------------------------------------------------------------
+
+make_venv() {
+    local python=$1
+    if [[ -e $VENV ]] && ! can_carry $VENV/bin/python; then
+        say "$VENV does not work any more; making it anew"
+        rm -rf $VENV
+    fi
+    if [[ ! -e $VENV ]]; then
+        say "making $VENV with $("$python" --version) ($python)"
+        if uv_works uv; then
+            uv venv --quiet --python "$python" $VENV
+        else
+            "$python" -m venv $VENV
+        fi
+    fi
+}
+
+find_uv() {
+    if uv_works $VENV/bin/uv; then
+        UV=$VENV/bin/uv
+    elif uv_works uv; then
+        UV=uv
+    else
+        say "installing uv into $VENV"
+        $VENV/bin/python -m pip --version >/dev/null 2>&1 || $VENV/bin/python -m ensurepip >/dev/null
+        $VENV/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
+        UV=$VENV/bin/uv
+    fi
+}
+
+main() {
+    local python started=$SECONDS
+    if [[ -f $STAMP && $(<$STAMP) == "$(fingerprint)" ]] && can_carry $VENV/bin/python; then
+        return 0
+    fi
+    if [[ -e $VENV ]] && can_carry $VENV/bin/python; then
+        python=$VENV/bin/python
+    else
+        python=$(find_python)
+    fi
+    install_packages "$python"
+    make_venv "$python"
+    find_uv
+    rm -f $STAMP
+    say "installing the project and its pinned dependencies into $VENV (torch is about 3 GB; minutes, the first time)"
+    # The pins hold for the builds of ffcv and of the project as well (setuptools).
+    "$UV" pip install --python $VENV/bin/python --build-constraints requirements.txt \
+        -r requirements.txt --editable ".[$EXTRAS]"
+    fingerprint >$STAMP
+    say "done in $((SECONDS - started)) s"
+}
+
+main

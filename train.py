@@ -1,0 +1,12 @@
+"""Train one step of the ladder, or any network, on .beton files: `python train.py --help` lists the settings.
+
+On one device:   python train.py --config rn_configs/07_kernel7.yaml --data_path BETON_DIR --output_dir runs/07
+On a node:       torchrun --nproc_per_node=8 train.py ... --update_freq 4
+"""
+
+import sys
+
+from ffcv_convnext.cli import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command("train"))

@@ -1,0 +1,14 @@
+#!/usr/bin/env python3
+"""Convert an ImageFolder (data_path/train/<class>/<image>, data_path/val/...) to train.beton and val.beton.
+
+    python write_ffcv_dataset.py --data_path /imagenet --out_dir /beton
+
+`--help` lists the options; the work is done in ffcv_convnext/data/writer.py.
+"""
+
+import sys
+
+from ffcv_convnext.cli import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command("write"))
