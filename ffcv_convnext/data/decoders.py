@@ -7,7 +7,6 @@ storage state beside the mapped file.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,12 +88,67 @@ def read_image(data, mode, height, width, scratch):  # type: ignore[no-untyped-d
     return OK, pixels
 
 
+@njit(nogil=True)
+def stored_bytes(address, state):  # type: ignore[no-untyped-def]
+    """A sample's data in the mapped file; empty when the table does not know it or it lies outside the file."""
+    file, pointers, sizes = state[0], state[1], state[2]
+    entry = np.searchsorted(pointers, address)
+    if entry == len(pointers) or pointers[entry] != address or address + sizes[entry] > len(file):
+        return file[:0]
+    return file[address : address + sizes[entry]]
+
+
+@njit(nogil=True)
+def _decode_random_crops(samples, memory, metadata, state, parameters):  # type: ignore[no-untyped-def]
+    images, status, pixel_scratch, row_scratch = memory
+    scale_low, scale_high, ratio_low, ratio_high, hflip, bicubic_share = parameters
+    size, draws = images.shape[1], state[3]
+    for i in range(len(samples)):
+        field = metadata[samples[i]]
+        height, width = int(field["height"]), int(field["width"])
+        data = stored_bytes(field["data_ptr"], state)
+        status[i], pixels = read_image(data, field["mode"], height, width, pixel_scratch)
+        if status[i] != OK:
+            continue
+        scale, ratio = (scale_low, scale_high), (ratio_low, ratio_high)
+        top, left, crop_height, crop_width = random_crop(draws, samples[i], height, width, scale, ratio)
+        source = pixels[top : top + crop_height, left : left + crop_width]
+        flip = _uniforms(draws, samples[i], _FLIP)[0] < hflip
+        kind = BICUBIC if _uniforms(draws, samples[i], _INTERPOLATION)[0] < bicubic_share else BILINEAR
+        resize_window(source, size, size, 0, 0, kind, flip, row_scratch, images[i])
+
+
+@njit(nogil=True)
+def _decode_center_crops(samples, memory, metadata, state, parameters):  # type: ignore[no-untyped-def]
+    images, status, pixel_scratch, row_scratch = memory
+    size, resize = images.shape[1], parameters[0]
+    for i in range(len(samples)):
+        field = metadata[samples[i]]
+        height, width = int(field["height"]), int(field["width"])
+        data = stored_bytes(field["data_ptr"], state)
+        status[i], pixels = read_image(data, field["mode"], height, width, pixel_scratch)
+        if status[i] != OK:
+            continue
+        if width <= height:
+            out_height, out_width = int(resize * height / width), int(resize)
+        else:
+            out_height, out_width = int(resize), int(resize * width / height)
+        top, left = int(np.rint((out_height - size) / 2)), int(np.rint((out_width - size) / 2))
+        resize_window(pixels, out_height, out_width, top, left, BICUBIC, False, row_scratch, images[i])
+
+
 class CropDecoder(Operation):  # type: ignore[misc]
     """Decode, crop and resize to a square of `size` pixels.
 
     Its result is a pair: images (n, size, size, 3) uint8 and status (n,) int32, a value of data/jpeg.py for each;
     where that is not OK the image is not to be used.
+
+    The work is done by a function of the module, compiled once a process; what differs from run to run is passed to
+    it as numbers, so a further loader costs no further compilation.
     """
+
+    kernel: Any
+    parameters: tuple[float, ...]
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -112,28 +166,12 @@ class CropDecoder(Operation):  # type: ignore[misc]
             WorkerScratch((int(heights.max()) * self.size * 3,), byte),
         )
 
-    @abstractmethod
-    def window(self) -> Any:
-        """A jitted function (draws, sample, height, width) -> crop box, resized size, window corner, filter, flip."""
-
     def generate_code(self) -> Callable[..., Any]:
-        mem_read = self.memory_read
-        window = self.window()
+        kernel, parameters = self.kernel, self.parameters
 
         def decode(batch_indices, memory, metadata, storage_state):  # type: ignore[no-untyped-def]
-            images, status, pixel_scratch, row_scratch = memory
-            for i in range(len(batch_indices)):
-                sample = batch_indices[i]
-                field = metadata[sample]
-                height, width = int(field["height"]), int(field["width"])
-                data = mem_read(field["data_ptr"], storage_state)
-                status[i], pixels = read_image(data, field["mode"], height, width, pixel_scratch)
-                if status[i] != OK:
-                    continue
-                crop, size, corner, kind, flip = window(storage_state[3], sample, height, width)
-                source = pixels[crop[0] : crop[0] + crop[2], crop[1] : crop[1] + crop[3]]
-                resize_window(source, size[0], size[1], corner[0], corner[1], kind, flip, row_scratch, images[i])
-            return images, status
+            kernel(batch_indices, memory, metadata, storage_state, parameters)
+            return memory[0], memory[1]
 
         return decode
 
@@ -141,41 +179,19 @@ class CropDecoder(Operation):  # type: ignore[misc]
 class RandomCropDecoder(CropDecoder):
     """Training: a random resized crop, perhaps mirrored, each a function of (seed, epoch, sample index)."""
 
+    kernel = staticmethod(_decode_random_crops)
+
     def __init__(self, config: DataConfig) -> None:
         super().__init__(config.input_size)
-        self.config = config
-
-    def window(self) -> Any:
-        size, scale, ratio, hflip = self.size, self.config.scale, self.config.ratio, self.config.hflip
-        bicubic_share = {"bicubic": 1.0, "bilinear": 0.0, "random": 0.5}[self.config.train_interpolation]
-
-        @njit(nogil=True)
-        def window(draws, sample, height, width):  # type: ignore[no-untyped-def]
-            crop = random_crop(draws, sample, height, width, scale, ratio)
-            flip = _uniforms(draws, sample, _FLIP)[0] < hflip
-            kind = BICUBIC if _uniforms(draws, sample, _INTERPOLATION)[0] < bicubic_share else BILINEAR
-            return crop, (size, size), (0, 0), kind, flip
-
-        return window
+        bicubic_share = {"bicubic": 1.0, "bilinear": 0.0, "random": 0.5}[config.train_interpolation]
+        self.parameters = (*config.scale, *config.ratio, config.hflip, bicubic_share)
 
 
 class CenterCropDecoder(CropDecoder):
     """Evaluation: short side to eval_resize (bicubic), then the central crop, as torchvision does on PIL images."""
 
+    kernel = staticmethod(_decode_center_crops)
+
     def __init__(self, config: DataConfig) -> None:
         super().__init__(config.input_size)
-        self.resize = config.eval_resize
-
-    def window(self) -> Any:
-        size, resize = self.size, self.resize
-
-        @njit(nogil=True)
-        def window(_draws, _sample, height, width):  # type: ignore[no-untyped-def]
-            if width <= height:
-                out_height, out_width = int(resize * height / width), resize
-            else:
-                out_height, out_width = resize, int(resize * width / height)
-            top, left = int(np.rint((out_height - size) / 2)), int(np.rint((out_width - size) / 2))
-            return (0, 0, height, width), (out_height, out_width), (top, left), BICUBIC, False
-
-        return window
+        self.parameters = (float(config.eval_resize),)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import ffcv.loader
-import numba as nb
 import numpy as np
 import torch
 from ffcv.fields.basics import IntDecoder
@@ -31,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ffcv_convnext.config import DataConfig
-from ffcv_convnext.data.decoders import CenterCropDecoder, CropDecoder, RandomCropDecoder, WorkerScratch
+from ffcv_convnext.data.decoders import CenterCropDecoder, CropDecoder, RandomCropDecoder, WorkerScratch, stored_bytes
 from ffcv_convnext.data.jpeg import OK, REASONS
 from ffcv_convnext.data.manifest import Manifest
 from ffcv_convnext.data.order import Shares, eval_batches
@@ -73,14 +72,7 @@ class _MappedFile(MemoryManager):  # type: ignore[misc]
         raise AssertionError("numba infers it")
 
     def compile_reader(self) -> Any:
-        def read(address, state):  # type: ignore[no-untyped-def]
-            file, pointers, sizes = state[0], state[1], state[2]
-            entry = np.searchsorted(pointers, address)
-            if entry == len(pointers) or pointers[entry] != address or address + sizes[entry] > len(file):
-                return file[:0]
-            return file[address : address + sizes[entry]]
-
-        return nb.njit(nogil=True)(read)
+        return stored_bytes
 
 
 @dataclass(slots=True)

@@ -1,0 +1,68 @@
+"""Parts that several test files share: a small converted dataset, and the settings to train on it quickly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from imagefolder import make_image_folder
+
+from ffcv_convnext.config import Config
+from ffcv_convnext.data import ConversionOptions, convert
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 classes, 20 training and 5 validation pictures each, 40 to 90 pixels a side."""
+    return make_image_folder(tmp_path_factory.mktemp("images"), train_per_class=20, val_per_class=5)
+
+
+@pytest.fixture(scope="session")
+def beton_dir(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`image_folder` converted: 80 training and 20 validation samples. Do not write into it."""
+    out = tmp_path_factory.mktemp("beton")
+    convert(ConversionOptions(data_path=image_folder, out_dir=out, split="all", num_workers=1))
+    return out
+
+
+@pytest.fixture
+def small_settings(beton_dir: Path) -> dict[str, Any]:
+    """Flat settings of a network and a recipe that train in about a second an epoch on a CPU.
+
+    80 images in batches of 8: 10 optimiser steps an epoch. Everything random is on: crops, flips, mixing, erasing,
+    stochastic depth.
+    """
+    return {
+        "data_path": str(beton_dir),
+        "device": "cpu",
+        "amp": "off",
+        "batch_size": 8,
+        "recipe_batch": 8,
+        "input_size": 32,
+        "num_workers": 2,
+        "resnet_layers": "1-1-1-1",
+        "resnet_embed_dim": 8,
+        "resnet_stem": "patch_embed",
+        "drop_path": 0.2,
+        "aa": "none",
+        "epochs": 2,
+        "warmup_epochs": 1,
+        "lr": 2e-3,
+        "model_ema": True,
+        "model_ema_decay": 0.9,
+        "log_every": 4,
+    }
+
+
+def config_from(settings: dict[str, Any], **changes: Any) -> Config:
+    return Config.from_flat({**settings, **changes})
+
+
+@pytest.fixture(autouse=True)
+def _same_number_of_threads() -> Any:
+    """A test that changes PyTorch's thread count must not change another test's arithmetic."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
