@@ -28,7 +28,6 @@ $(DIGITS): scripts/digits_to_folder.py | setup
 
 $(BETON) &: $(DIGITS) | setup
 	$(PYTHON_IN_VENV) write_ffcv_dataset.py --data_path demo_data/digits --out_dir demo_data/beton --split all --overwrite
-	@touch $(BETON)
 
 test: lint types  ## lint, types, and every test that needs neither a GPU nor Slurm; coverage must reach 90 %
 	$(PYTEST) --cov-report=term --cov-fail-under=90

@@ -32,8 +32,8 @@ class _Parser(argparse.ArgumentParser):
 
 def write(argv: Sequence[str]) -> int:
     """Convert an ImageFolder to .beton files and manifests."""
-    from ffcv_convnext.config import nearest
     from ffcv_convnext.data.writer import ConversionOptions, convert, ending_like_ctrl_c
+    from ffcv_convnext.settings import nearest
 
     def number_or_none(text: str) -> int | None:
         return None if text == "none" else int(text)
@@ -144,8 +144,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def _parser(name: str, command: Callable[..., int]) -> argparse.ArgumentParser:
-    """A parser that answers to the command's name and tells what its function's docstring tells."""
-    return argparse.ArgumentParser(prog=f"ffcv-convnext {name}", description=command.__doc__, allow_abbrev=False)
+    """A parser that answers to the name it was called by and tells what its function's docstring tells."""
+    script = Path(sys.argv[0]).name
+    prog = script if script == f"{name}.py" else f"ffcv-convnext {name}"
+    return _Parser(prog=prog, description=command.__doc__, allow_abbrev=False)
 
 
 def run_command(name: str, argv: Sequence[str] | None = None) -> int:

@@ -11,45 +11,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
-import math
-import re
-import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
-
-def setting(default: Any, help: str, *, free: bool = False, aliases: Mapping[str, str] | None = None) -> Any:
-    """A dataclass field with its explanation.
-
-    free: may differ between the parts of one interrupted run, since it does not change what is computed.
-    aliases: other spellings of a word, e.g. {"true": "post"}.
-    """
-    return dataclasses.field(default=default, metadata={"help": help, "free": free, "aliases": aliases or {}})
+from ffcv_convnext.settings import Setting, format_value, nearest, setting, to_plain
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def to_plain(value: Any) -> Any:
-    """A setting's value as YAML and JSON can hold it; `Setting.parse` reads it back."""
-    if isinstance(value, tuple):
-        return ("-" if isinstance(value[0], int) else ",").join(str(x) for x in value)
-    return str(value) if isinstance(value, Path) else value
-
-
-def format_value(value: Any) -> str:
-    """A setting's value as a user writes it."""
-    plain = to_plain(value)
-    if isinstance(plain, bool):
-        return str(plain).lower()
-    return "none" if plain is None else str(plain)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +93,7 @@ class AugmentConfig:
     remode: Literal["pixel", "rand", "const"] = setting(
         "pixel", "erased area: noise per pixel, one random colour, or the mean colour"
     )
-    recount: int = setting(1, "erased boxes in an image")
+    recount: int = setting(1, "erased boxes in an image, at most: 1 to this many")
 
     def __post_init__(self) -> None:
         for name in ("smoothing", "mixup_prob", "mixup_switch_prob", "reprob"):
@@ -259,7 +233,7 @@ class ScheduleConfig:
         _require(self.lr > 0, f"lr = {self.lr}: expected a positive number")
         _require(0 <= self.min_lr <= self.lr, f"min_lr = {self.min_lr}: expected a number from 0 to lr = {self.lr}")
         _require(
-            0 <= self.warmup_epochs <= self.epochs,
+            0 <= self.warmup_epochs <= self.epochs or self.warmup_steps > 0,
             f"warmup_epochs = {self.warmup_epochs}: expected 0 to epochs = {self.epochs}",
         )
         _require(self.recipe_batch >= 1, f"recipe_batch = {self.recipe_batch}: expected at least 1")
@@ -323,6 +297,11 @@ class Config:
             not (self.augment.mixes and mode == "pair") or size % 2 == 0,
             f"batch_size = {size}: mixup_mode pair needs an even number",
         )
+        minmax, side = self.augment.cutmix_minmax, self.data.input_size
+        _require(
+            minmax is None or int(side * minmax[0]) < int(side * minmax[1]),
+            f"cutmix_minmax = {minmax}: expected two different numbers of pixels at input_size = {side}",
+        )
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any], *, source: str = "setting") -> Config:
@@ -360,87 +339,6 @@ GROUPS: dict[str, type] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What is known of one flat name."""
-
-    name: str
-    group: str
-    type: Any
-    default: Any
-    help: str
-    free: bool
-    aliases: Mapping[str, str]
-
-    def parse(self, raw: Any) -> Any:
-        """Turn a command-line string or a YAML value into this setting's type."""
-        if isinstance(raw, bool):
-            word = str(raw).lower()
-        elif isinstance(raw, list | tuple):
-            word = ",".join(str(x) for x in raw)
-        else:
-            word = "none" if raw is None else str(raw).strip()
-        try:
-            return _parse(self.type, self.aliases.get(word.lower(), word))
-        except ValueError as error:
-            raise ValueError(f"{self.name} = {word}: expected {error}") from None
-
-    @property
-    def words(self) -> str:
-        """What may be written, for help texts."""
-        return _describe(self.type)
-
-
-def _parse(kind: Any, word: str) -> Any:
-    """Parse one word; a ValueError says only what was expected."""
-    origin = get_origin(kind)
-    if origin in (Union, types.UnionType):
-        if word.lower() in ("none", "null", ""):
-            return None
-        return _parse(next(k for k in get_args(kind) if k is not type(None)), word)
-    if origin is Literal:
-        for choice in get_args(kind):
-            if word.lower() == str(choice):
-                return choice
-        raise ValueError(_describe(kind))
-    if origin is tuple:
-        kinds = get_args(kind)
-        separator = r"[-,\s]+" if kinds[0] is int else r"[,\s]+"
-        words = [w for w in re.split(separator, word.strip("[]() ")) if w]
-        try:
-            numbers = tuple(_parse(k, w) for k, w in zip(kinds, words, strict=True))
-        except ValueError:
-            raise ValueError(_describe(kind)) from None
-        return numbers
-    if kind is bool:
-        if word.lower() in ("true", "false"):
-            return word.lower() == "true"
-        raise ValueError(_describe(kind))
-    if kind is Path:
-        return Path(word).expanduser()
-    try:
-        value = kind(word)
-    except ValueError:
-        raise ValueError(_describe(kind)) from None
-    if kind is float and not math.isfinite(value):
-        raise ValueError("a finite number")
-    return value
-
-
-def _describe(kind: Any) -> str:
-    origin = get_origin(kind)
-    if origin in (Union, types.UnionType):
-        return " or ".join("none" if k is type(None) else _describe(k) for k in get_args(kind))
-    if origin is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(kind))
-    if origin is tuple:
-        kinds = get_args(kind)
-        return f"{len(kinds)} {'whole ' if kinds[0] is int else ''}numbers, e.g. " + (
-            "3-3-9-3" if kinds[0] is int else "0.9,0.999"
-        )
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a word", Path: "a path"}[kind]
-
-
 def _collect() -> dict[str, Setting]:
     settings: dict[str, Setting] = {}
     for group, cls in GROUPS.items():
@@ -462,10 +360,15 @@ def find_setting(name: str, *, source: str) -> Setting:
     raise ValueError(f"{source}: nobody declared '{name}'{nearest(name, SETTINGS)}")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """'; nearest: a, b' for error messages, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; nearest: {', '.join(close)}" if close else ""
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a name that stands twice in a mapping; YAML would drop the first one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.MarkedYAMLError(problem=f"'{name}' stands there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -484,7 +387,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise ValueError(f"{current}: its base leads back to itself: {' -> '.join(map(str, [*chain, current]))}")
         chain.append(current)
         try:
-            content = yaml.safe_load(current.read_text())
+            content = yaml.load(current.read_text(encoding="utf-8"), _StrictLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{current} is not readable YAML: {' '.join(str(error).split())}") from None
         content = {} if content is None else content
@@ -492,7 +395,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise ValueError(f"{current}: expected lines of the form 'name: value'")
         base = content.pop("base", None)
         for name, raw in content.items():
-            find_setting(str(name), source=str(current)).parse(raw)
+            declared = find_setting(str(name), source=str(current))
+            try:
+                declared.parse(raw)
+            except ValueError as error:
+                raise ValueError(f"{current}: {error}") from None
         layers.append({str(name): raw for name, raw in content.items()})
         current = None if base is None else current.parent / str(base)
     merged: dict[str, Any] = {}
@@ -511,10 +418,12 @@ def load_config(*paths: Path, overrides: Mapping[str, Any] | None = None) -> Con
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Declare `--config` and one flag for every setting, grouped, with default and explanation."""
+    parser.usage = "%(prog)s [--config YAML ...] [--SETTING VALUE ...]"
     parser.add_argument(
         "--config",
         type=Path,
         nargs="+",
+        action="extend",
         default=[],
         metavar="YAML",
         help="settings to start from; a later file wins over an earlier one, a flag over both",
@@ -524,9 +433,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         for declared in (s for s in SETTINGS.values() if s.group == group):
             section.add_argument(
                 f"--{declared.name}",
-                nargs="+",
+                nargs="+" if declared.holds_several else None,
                 default=argparse.SUPPRESS,
-                metavar="X",
+                metavar="VALUE",
                 help=f"{declared.help} ({declared.words}; default {format_value(declared.default)})".replace("%", "%%"),
             )
 
@@ -540,8 +449,7 @@ def config_from_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tu
     overrides = {}
     for name in SETTINGS:
         if hasattr(namespace, name):
-            words = getattr(namespace, name)
-            overrides[name] = words[0] if len(words) == 1 else words
+            overrides[name] = getattr(namespace, name)
     return load_config(*namespace.config, overrides=overrides), namespace
 
 

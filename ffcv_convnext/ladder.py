@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import yaml
 
-from ffcv_convnext.config import Config, format_value, load_config
+from ffcv_convnext.config import Config, load_config
 from ffcv_convnext.models import build_model, count_gmacs, count_parameters
+from ffcv_convnext.settings import format_value
 
 STARTING_POINT = "ResNet-50 with the modern recipe"  # the change of a step that has no base
 PAPER = "paper.json"

@@ -84,15 +84,6 @@ def permutation(num: int, seed: int, epoch: int, stream: int = Stream.ORDER) -> 
     return np.argsort(w0 << np.uint64(32) | w1, kind="stable")
 
 
-def step_uniforms(seed: int, step: int, micro_batch: int, stream: int, num: int) -> NDArray[np.float64]:
-    """`num` numbers in [0, 1) for one micro-batch of an optimiser step; shape (num,), float64."""
-    blocks = np.arange((num + 3) // 4, dtype=np.uint64)
-    counter = np.uint64(step) + (blocks << np.uint64(40))
-    words = sample_words(seed, micro_batch, counter, stream, block=1 << 15)
-    numbers: NDArray[np.float64] = uniform(np.stack(words, axis=-1).reshape(-1)[:num])
-    return numbers
-
-
 def step_seed(seed: int, step: int, micro_batch: int, stream: int) -> int:
     """A 63-bit seed for a generator that serves one micro-batch of an optimiser step."""
     w0, w1, _, _ = sample_words(seed, micro_batch, np.array([step], dtype=np.uint64), stream, block=1 << 14)

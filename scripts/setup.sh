@@ -129,7 +129,7 @@ main() {
     make_venv "$python"
     find_uv
     rm -f $STAMP
-    say "installing the project and its pinned dependencies into $VENV (torch is about 3 GB; minutes, the first time)"
+    say "installing the project and its pinned dependencies into $VENV (3 GB to download the first time)"
     # The pins hold for the builds of ffcv and of the project as well (setuptools).
     "$UV" pip install --python $VENV/bin/python --build-constraints requirements.txt \
         -r requirements.txt --editable ".[$EXTRAS]"

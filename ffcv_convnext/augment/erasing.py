@@ -22,15 +22,18 @@ _NUM_TRIES = 10
 def draw_boxes(
     config: AugmentConfig, num: int, height: int, width: int, generator: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Boxes to erase in `num` images: (boxes, 5) int64 rows of image, top, bottom, left, right."""
-    count = config.recount
+    """Boxes to erase in `num` images: (boxes, 5) int64 rows of image, top, bottom, left, right.
+
+    An erased image gets 1 to `recount` of them, each number as likely, which share the area.
+    """
     erased = np.flatnonzero(generator.random(num) < config.reprob)
-    shape = (len(erased), count, _NUM_TRIES)
-    area = generator.uniform(*AREA, shape) * height * width / count
+    counts = generator.integers(1, config.recount, len(erased), endpoint=True)
+    shape = (len(erased), config.recount, _NUM_TRIES)
+    area = generator.uniform(*AREA, shape) * height * width / counts[:, None, None]
     aspect = np.exp(generator.uniform(*LOG_ASPECT, shape))
     heights = np.rint(np.sqrt(area * aspect)).astype(np.int64)
     widths = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    corner = generator.random((2, len(erased), count))
+    corner = generator.random((2, *shape[:2]))
     fits = (heights < height) & (widths < width)
     first = fits.argmax(axis=-1, keepdims=True)
     box_heights = np.take_along_axis(heights, first, -1)[..., 0]
@@ -39,7 +42,7 @@ def draw_boxes(
     lefts = (corner[1] * (width - box_widths + 1)).astype(np.int64)
     image = np.broadcast_to(erased[:, None], tops.shape)
     rows = np.stack([image, tops, tops + box_heights, lefts, lefts + box_widths], axis=-1)
-    return rows[fits.any(axis=-1)]
+    return rows[fits.any(axis=-1) & (np.arange(config.recount) < counts[:, None])]
 
 
 def erase(images: Tensor, boxes: NDArray[np.int64], config: AugmentConfig, generator: torch.Generator) -> None:

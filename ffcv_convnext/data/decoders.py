@@ -20,7 +20,8 @@ from numba import njit
 
 from ffcv_convnext.config import DataConfig
 from ffcv_convnext.data.jpeg import OK, OUTSIDE_FILE, UNKNOWN_MODE, WRONG_SIZE, decode_jpeg
-from ffcv_convnext.data.resize import BICUBIC, BILINEAR, resize_window
+from ffcv_convnext.data.resize import BICUBIC, BILINEAR, resize_window, scratch_size
+from ffcv_convnext.data.simd import LANES
 from ffcv_convnext.rng import PHILOX, Stream, philox_rounds
 
 _PHILOX = tuple(np.uint64(x) for x in PHILOX)
@@ -72,8 +73,21 @@ def random_crop(draws, sample, height, width, scale, ratio):  # type: ignore[no-
 
 
 @njit(nogil=True)
-def read_image(data, mode, height, width, scratch):  # type: ignore[no-untyped-def]
+def stored_bytes(address, state):  # type: ignore[no-untyped-def]
+    """A sample's data in the mapped file; empty when the table does not know it or it lies outside the file."""
+    file, pointers, sizes = state[0], state[1], state[2]
+    entry = np.searchsorted(pointers, address)
+    if entry == len(pointers) or pointers[entry] != address or address + sizes[entry] > len(file):
+        return file[:0]
+    return file[address : address + sizes[entry]]
+
+
+@njit(nogil=True)
+def read_image(sample, metadata, state, scratch):  # type: ignore[no-untyped-def]
     """Decode a stored image into scratch; returns a status of data/jpeg.py and the (height, width, 3) pixels."""
+    field = metadata[sample]
+    mode, height, width = field["mode"], int(field["height"]), int(field["width"])
+    data = stored_bytes(field["data_ptr"], state)
     num_bytes = height * width * 3
     pixels = scratch[:num_bytes].reshape(height, width, 3)
     if data.size == 0:
@@ -89,27 +103,15 @@ def read_image(data, mode, height, width, scratch):  # type: ignore[no-untyped-d
 
 
 @njit(nogil=True)
-def stored_bytes(address, state):  # type: ignore[no-untyped-def]
-    """A sample's data in the mapped file; empty when the table does not know it or it lies outside the file."""
-    file, pointers, sizes = state[0], state[1], state[2]
-    entry = np.searchsorted(pointers, address)
-    if entry == len(pointers) or pointers[entry] != address or address + sizes[entry] > len(file):
-        return file[:0]
-    return file[address : address + sizes[entry]]
-
-
-@njit(nogil=True)
 def _decode_random_crops(samples, memory, metadata, state, parameters):  # type: ignore[no-untyped-def]
     images, status, pixel_scratch, row_scratch = memory
     scale_low, scale_high, ratio_low, ratio_high, hflip, bicubic_share = parameters
     size, draws = images.shape[1], state[3]
     for i in range(len(samples)):
-        field = metadata[samples[i]]
-        height, width = int(field["height"]), int(field["width"])
-        data = stored_bytes(field["data_ptr"], state)
-        status[i], pixels = read_image(data, field["mode"], height, width, pixel_scratch)
+        status[i], pixels = read_image(samples[i], metadata, state, pixel_scratch)
         if status[i] != OK:
             continue
+        height, width, _ = pixels.shape
         scale, ratio = (scale_low, scale_high), (ratio_low, ratio_high)
         top, left, crop_height, crop_width = random_crop(draws, samples[i], height, width, scale, ratio)
         source = pixels[top : top + crop_height, left : left + crop_width]
@@ -123,12 +125,10 @@ def _decode_center_crops(samples, memory, metadata, state, parameters):  # type:
     images, status, pixel_scratch, row_scratch = memory
     size, resize = images.shape[1], parameters[0]
     for i in range(len(samples)):
-        field = metadata[samples[i]]
-        height, width = int(field["height"]), int(field["width"])
-        data = stored_bytes(field["data_ptr"], state)
-        status[i], pixels = read_image(data, field["mode"], height, width, pixel_scratch)
+        status[i], pixels = read_image(samples[i], metadata, state, pixel_scratch)
         if status[i] != OK:
             continue
+        height, width, _ = pixels.shape
         if width <= height:
             out_height, out_width = int(resize * height / width), int(resize)
         else:
@@ -162,8 +162,8 @@ class CropDecoder(Operation):  # type: ignore[misc]
         return replace(previous_state, jit_mode=True, shape=shape, dtype=byte), (
             AllocationQuery(shape, byte),
             AllocationQuery((), np.dtype("<i4")),
-            WorkerScratch((largest,), byte),
-            WorkerScratch((int(heights.max()) * self.size * 3,), byte),
+            WorkerScratch((largest + LANES,), byte),  # the resize may read 16 bytes behind a picture
+            WorkerScratch((scratch_size(int(heights.max()), int(widths.max()), self.size),), byte),
         )
 
     def generate_code(self) -> Callable[..., Any]:

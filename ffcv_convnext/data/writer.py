@@ -19,7 +19,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from tqdm import tqdm
 
@@ -30,6 +30,9 @@ from ffcv_convnext.data.manifest import Manifest, SkippedFile, Split, encode_fil
 from ffcv_convnext.data.workers import WorkerDied, Workers
 from ffcv_convnext.errors import Failure
 from ffcv_convnext.rng import Stream, permutation
+
+if TYPE_CHECKING:
+    from ffcv_convnext.data.beton import BetonWriter
 
 Say = Callable[[str], None]
 logger = logging.getLogger(__name__)
@@ -242,9 +245,7 @@ def _write_beton(
 
     try:
         with Workers(encoder, tasks, options.num_workers) as answers:
-            from ffcv_convnext.data.beton import BetonWriter  # takes seconds, in which the workers already encode
-
-            writer = BetonWriter(path, options.encoding)
+            writer = _open_writer(path, options.encoding)  # takes seconds, in which the workers already encode
             try:
                 number = writer.write(len(chosen), samples(answers))
             except OSError as error:
@@ -257,6 +258,18 @@ def _write_beton(
     if number == 0:
         raise Failure(f"none of the {len(chosen)} files in {folder.source} could be decoded; {shown_as} is not written")
     return result
+
+
+def _open_writer(path: Path, encoding: Encoding) -> BetonWriter:
+    """Importing ffcv sets PyTorch's number of CPU threads to 1; a caller that goes on to train wants its own."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    try:
+        from ffcv_convnext.data.beton import BetonWriter
+    finally:
+        torch.set_num_threads(num_threads)
+    return BetonWriter(path, encoding)
 
 
 def _refusal(path: Path, image: Rejected) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def read_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> 
         if damaged is not None:
             raise UnreadableCheckpoint(f"{path} is damaged: the checksum of its part {damaged} does not match")
         content = torch.load(path, map_location=map_location, weights_only=True)
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, KeyError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UnreadableCheckpoint(f"{path} is truncated or damaged: {reason}") from None
     if not isinstance(content, dict):

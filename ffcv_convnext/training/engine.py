@@ -89,12 +89,18 @@ class Run:
             "epoch_loss": asdict(self.tracker.epoch),
             "interval_loss": asdict(self.tracker.interval),
             "global_batch": self.train_loader.shares.global_batch,
+            "data": self.train_loader.manifest.sha256,
             "config": self.config.flat(),
         }
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Take over a checkpoint's state. Raises ValueError when its global batch is another one."""
+        """Take over a checkpoint's state. Raises ValueError when its training data or global batch is another one."""
         theirs, shares = content["global_batch"], self.train_loader.shares
+        if content["data"] != self.train_loader.manifest.sha256:
+            raise ValueError(
+                f"the checkpoint was made on other training data than {self.config.data.data_path}/train.beton; "
+                "continue on the same file, or start from the checkpoint's weights with --finetune"
+            )
         if theirs != shares.global_batch:
             raise ValueError(
                 f"the checkpoint was made with a global batch of {theirs}, this run has {shares.global_batch} "
@@ -138,19 +144,17 @@ def fit(run: Run) -> dict[str, float]:
                 train_step(run, micro_batches)
                 state.step += 1
                 run.log.advance()
-                epoch_ends = state.step == (epoch + 1) * num_steps
-                if state.step % config.log_every == 0 or epoch_ends:
+                if state.step % config.log_every == 0 or state.step == (epoch + 1) * num_steps:
                     images = (state.step - logged) * run.train_loader.shares.global_batch
                     logged = state.step
                     log_point(run, epoch, throughput, images)
-                if epoch_ends:
-                    break
                 stopping = run.processes.any(stop.requested)
                 if stopping or (config.save_ckpt_steps and state.step % config.save_ckpt_steps == 0):
                     save(run)
                 if stopping:
                     raise Interrupted(stop.message(state.step))
             train_s = time.perf_counter() - epoch_started
+            check_weights(run)
             state.epoch = epoch + 1
             scores = evaluate_candidates(run)
             run.log.epoch(
@@ -174,7 +178,7 @@ def fit(run: Run) -> dict[str, float]:
                 save(run)
             if stopping and not finished:
                 raise Interrupted(stop.message(state.step))
-    return scores
+    return scores or evaluate_candidates(run)  # none when the run was ended between its last checkpoint and `done`
 
 
 def train_step(run: Run, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -190,7 +194,7 @@ def train_step(run: Run, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None
             with run.autocast():
                 loss = run.criterion(run.model(inputs), targets)
             run.scaler.scale(loss / num).backward()
-        run.tracker.add(loss.detach(), step)
+        run.tracker.add(loss.detach(), step + 1)  # the log's number: the first step is 1
     if run.config.optim.clip_grad is not None:
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.network.parameters(), run.config.optim.clip_grad)
@@ -241,19 +245,24 @@ def evaluate_candidates(run: Run) -> dict[str, float]:
     return scores
 
 
-def save(run: Run) -> None:
-    """Make the present state the newest checkpoint: rank 0 writes, the others wait.
-
-    Raises Failure rather than save weights that are not finite.
-    """
-    flush_losses(run)
-    content = run.content()
+def check_weights(run: Run) -> None:
+    """Raises Failure when a weight is not finite, so that it is neither evaluated nor saved. The host waits here."""
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(run.network.parameters()))])
     if not torch.isfinite(norms).all():
         raise Failure(
             f"the weights are not finite after optimiser step {run.state.step}; {run.checkpoints.folder} keeps its "
             "last good checkpoint. Lower lr or clip the gradient (clip_grad)"
         )
+
+
+def save(run: Run) -> None:
+    """Make the present state the newest checkpoint: rank 0 writes, the others wait.
+
+    Raises Failure rather than save weights that are not finite.
+    """
+    flush_losses(run)
+    check_weights(run)
+    content = run.content()
     if run.processes.is_main:
         run.checkpoints.save(content)
     run.processes.barrier()

@@ -23,7 +23,9 @@ class LossMean:
     num_steps: int = 0
 
     def add(self, losses: list[float]) -> None:
-        self.total += math.fsum(losses)
+        """One after the other, so that the sum does not depend on how often losses are fetched."""
+        for loss in losses:
+            self.total += loss
         self.num_steps += len(losses)
 
     @property

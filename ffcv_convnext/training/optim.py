@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
-from ffcv_convnext.config import OptimConfig, nearest
+from ffcv_convnext.config import OptimConfig
+from ffcv_convnext.settings import nearest
 
 
-def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(network: nn.Module, config: OptimConfig, *, peak_lr: float = 4e-3) -> torch.optim.Optimizer:
     """An optimiser over two groups: parameters of one dimension and biases have no weight decay.
 
-    The learning rate is set before each step. Raises ValueError for a name timm does not know.
+    peak_lr: the schedule's; some of timm's optimisers scale their weight decay by it.
+    Learning rate and weight decay are set before each step. Raises ValueError for a name timm does not know, and
+    for betas that the optimiser does not take.
     """
     if config.opt.lower() not in list_optimizers():
         raise ValueError(f"opt = {config.opt}: timm has no such optimiser{nearest(config.opt, list_optimizers())}")
+    info = get_optimizer_info(config.opt.lower())
+    if config.opt_betas is not None and not (info.has_betas and info.num_betas == 2):
+        raise ValueError(f"opt_betas has no meaning with opt = {config.opt}, which takes no two betas; drop it")
     extra = {} if config.opt_betas is None else {"betas": config.opt_betas}
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         network,
         opt=config.opt,
-        lr=0.0,
-        weight_decay=config.weight_decay,
+        lr=peak_lr,
+        weight_decay=max(config.weight_decay, config.weight_decay_end or 0.0),  # above 0 makes the two groups
         momentum=config.momentum,
         eps=config.opt_eps,
         **extra,

@@ -19,10 +19,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ffcv_convnext.augment import TrainAugment
-from ffcv_convnext.config import Config, ModelConfig
+from ffcv_convnext.config import Config, ModelConfig, differences, format_value
 from ffcv_convnext.data import EvalLoader, TrainLoader
+from ffcv_convnext.files import remove_leftovers
 from ffcv_convnext.models import build_model, load_pretrained
 from ffcv_convnext.rng import Stream, step_seed
+from ffcv_convnext.settings import format_value
 from ffcv_convnext.training.checkpoint import Checkpoints, read_checkpoint
 from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.engine import Run, State, autocast, fit
@@ -46,6 +48,8 @@ def train(config: Config) -> dict[str, Any]:
     processes = _processes(config)
     lock = FolderLock(folder) if processes.is_main else None
     try:
+        if lock is not None:
+            remove_leftovers(folder)
         setup_logging(folder, processes)
         check_same_config(folder, config)
         finished = is_done(folder)
@@ -213,17 +217,38 @@ def _resume(run: Run) -> None:
                 f"resume = {config.resume} holds weights only, not a run's state; start from them with --finetune, "
                 "or evaluate them with --eval true"
             )
+        _check_resumable(*found, run.config)
     if found is not None:
         path, content = found
         run.restore(content)
+        if path.parent.resolve() != run.checkpoints.folder.resolve():
+            run.state.best.clear()  # this folder has no best checkpoint yet
         log.info("continuing from %s: epoch %d, optimiser step %d", path, run.state.epoch, run.state.step)
     run.log.resume_at(run.state.step, run.state.epoch)
+
+
+def _check_resumable(path: Path, content: dict[str, Any], config: Config) -> None:
+    """Raises ValueError when the state of another run cannot be taken over, and warns of what differs otherwise."""
+    _check_same_network(path, content, config)
+    theirs = Config.from_flat(content["config"])
+    for name, ours, other in (
+        ("opt", config.optim.opt, theirs.optim.opt),
+        ("model_ema", config.run.model_ema, theirs.run.model_ema),
+        ("amp", config.run.amp, theirs.run.amp),
+    ):
+        if ours != other:
+            raise ValueError(
+                f"{name} = {format_value(ours)}, but {path} was made with {format_value(other)}: a resumed run must "
+                "keep it; start from the weights alone with --finetune"
+            )
+    if changed := differences(config, theirs):
+        log.warning("%s was made with other settings, these hold from now on: %s", path, "; ".join(changed))
 
 
 def evaluate_only(config: Config) -> dict[str, float]:
     """Evaluate a checkpoint's raw and averaged weights, whichever it holds, on the validation set.
 
-    The checkpoint is --resume, or else the newest in output_dir, or else --finetune.
+    The checkpoint is --resume, or else the newest in output_dir.
     """
     processes = _processes(config)
     setup_logging(None, processes)
@@ -256,12 +281,13 @@ def _weights_to_evaluate(config: Config) -> tuple[Path, dict[str, Any]]:
 
 
 def _check_same_network(path: Path, content: dict[str, Any], config: Config) -> None:
-    if "model" not in content and "ema" not in content:
+    if "config" not in content or ("model" not in content and "ema" not in content):
         raise ValueError(
-            f"{path} is no checkpoint of ours: expected 'model' or 'ema' in it, found {', '.join(content)}"
+            f"{path} is no checkpoint of ours: expected 'config' and 'model' or 'ema' in it, found "
+            f"{', '.join(map(str, content))[:200]}"
         )
     theirs = Config.from_flat(content["config"]).model
     if replace(theirs, nb_classes=None, drop_path=0.0) != replace(config.model, nb_classes=None, drop_path=0.0):
         raise ValueError(
-            f"{path} holds another network than these settings; evaluate it with --config {path.parent / 'config.yaml'}"
+            f"{path} holds another network than these settings; take its own: --config {path.parent / 'config.yaml'}"
         )

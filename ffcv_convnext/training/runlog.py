@@ -51,8 +51,10 @@ class FolderLock:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.file.seek(0)
+            holder = self.file.read().strip()
+            self.file.close()
             raise ValueError(
-                f"output_dir = {folder} is in use by another run ({self.file.read().strip()}); "
+                f"output_dir = {folder} is in use by another run ({holder}); "
                 "wait for it, stop it, or choose another output_dir"
             ) from None
         self.file.truncate(0)
@@ -75,6 +77,7 @@ def setup_logging(folder: Path | None, processes: Processes) -> None:
         handlers.append(_ConsoleHandler())
         handlers[-1].setFormatter(_LevelFormatter())
     if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)  # rank 0 may be later than the others
         handlers.append(logging.FileHandler(folder / f"rank{processes.rank}.log"))
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for handler in handlers:
@@ -155,7 +158,7 @@ def _git_commit() -> str:
 
 
 class RunLog:
-    """Writes a run folder's logs; on processes other than the main one it writes nothing."""
+    """Writes a run folder's logs, from `resume_at` on; on processes other than the main one it writes nothing."""
 
     def __init__(self, folder: Path, config: Config, processes: Processes, facts: dict[str, Any]) -> None:
         self.folder = folder
@@ -167,26 +170,25 @@ class RunLog:
         self.wandb: Any = None
         if not self.active:
             return
-        check_same_config(folder, config)
-        write_atomically(folder / CONFIG, config.to_yaml().encode())
         path = folder / RUN
         self.run = json.loads(path.read_text()) if path.exists() else {"starts": []}
         self.run.update(facts)
         self.run["starts"].append(describe_machine(processes))
-        self._write_run()
 
     def _write_run(self) -> None:
         write_atomically(self.folder / RUN, (json.dumps(self.run, indent=2) + "\n").encode())
 
     def resume_at(self, step: int, epoch: int) -> None:
-        """Drop what was logged after the state the run continues from, and open the trackers."""
+        """Write down settings and facts, drop what was logged after the state the run continues from, open trackers."""
         if not self.active:
             return
+        write_atomically(self.folder / CONFIG, self.config.to_yaml().encode())
+        (self.folder / DONE).unlink(missing_ok=True)  # of a run that is done anew (auto_resume false)
         _keep_lines(self.folder / EPOCHS, lambda entry: entry["epoch"] < epoch)
         _keep_lines(self.folder / STEPS, lambda entry: entry["step"] <= step)
         self.run["starts"][-1]["from_step"] = step
         self._write_run()
-        self.tensorboard = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+        self.tensorboard = SummaryWriter(str(self.folder), purge_step=step + 1)
         if self.config.run.log_wandb:
             self._start_wandb()
 
