@@ -3,6 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
+# Python keeps what it compiles: torch and timm take 10 s to import otherwise, in every process of the tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON_IN_VENV := .venv/bin/python
 UV := $(firstword $(wildcard .venv/bin/uv) uv)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from imagefolder import make_image_folder
+from nursery import Nursery
 
 from ffcv_convnext.config import Config
 from ffcv_convnext.data import ConversionOptions, convert
@@ -27,7 +29,14 @@ def beton_dir(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def nursery(beton_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Starts training processes without their import and compilation time."""
+    with Nursery(beton_dir, tmp_path_factory.mktemp("children")) as it:
+        yield it
+
+
+@pytest.fixture(scope="session")
 def small_settings(beton_dir: Path) -> dict[str, Any]:
     """Flat settings of a network and a recipe that train in about a second an epoch on a CPU.
 

@@ -2,7 +2,7 @@
 
 Crop, flip and interpolation of a training sample are drawn from (seed, epoch, sample index), so they do not depend
 on threads, processes or what came before. `draws`, a (2,) uint64 array with seed and epoch, travels in FFCV's
-storage state beside the mapped file.
+storage state beside the mapped file and the addresses of the C functions.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
-from numba import njit
 
 from ffcv_convnext.config import DataConfig
+from ffcv_convnext.data.compiling import jit
 from ffcv_convnext.data.jpeg import OK, OUTSIDE_FILE, UNKNOWN_MODE, WRONG_SIZE, decode_jpeg
-from ffcv_convnext.data.resize import BICUBIC, BILINEAR, resize_window, scratch_size
+from ffcv_convnext.data.resize import BICUBIC, BILINEAR, resize_window, scratch_size, source_span
+from ffcv_convnext.data.restart import HEIGHT, WIDTH, cut_jpeg, read_layout
 from ffcv_convnext.data.simd import LANES
 from ffcv_convnext.rng import PHILOX, Stream, philox_rounds
 
@@ -30,7 +31,7 @@ _MASK, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 _CROP, _FLIP, _INTERPOLATION = (np.uint64(s << 16) for s in (Stream.CROP, Stream.FLIP, Stream.INTERPOLATION))
 _NUM_TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
 
-_philox = njit(nogil=True)(philox_rounds)
+_philox = jit(philox_rounds)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class WorkerScratch(AllocationQuery):  # type: ignore[misc]
     """Memory that a worker thread needs once, not once for every sample of a batch."""
 
 
-@njit(nogil=True)
+@jit
 def _uniforms(draws, sample, block):  # type: ignore[no-untyped-def]
     """Four numbers in [0, 1); the numba twin of rng.uniform(rng.sample_words(...))."""
     sample, epoch, seed = np.uint64(sample), draws[1], draws[0]
@@ -49,7 +50,7 @@ def _uniforms(draws, sample, block):  # type: ignore[no-untyped-def]
     return (a >> eight) * unit, (b >> eight) * unit, (c >> eight) * unit, (d >> eight) * unit
 
 
-@njit(nogil=True)
+@jit
 def random_crop(draws, sample, height, width, scale, ratio):  # type: ignore[no-untyped-def]
     """A random resized crop's box in an image: torchvision's RandomResizedCrop, drawn from (seed, epoch, sample).
 
@@ -72,7 +73,7 @@ def random_crop(draws, sample, height, width, scale, ratio):  # type: ignore[no-
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@njit(nogil=True)
+@jit
 def stored_bytes(address, state):  # type: ignore[no-untyped-def]
     """A sample's data in the mapped file; empty when the table does not know it or it lies outside the file."""
     file, pointers, sizes = state[0], state[1], state[2]
@@ -82,59 +83,77 @@ def stored_bytes(address, state):  # type: ignore[no-untyped-def]
     return file[address : address + sizes[entry]]
 
 
-@njit(nogil=True)
-def read_image(sample, metadata, state, scratch):  # type: ignore[no-untyped-def]
-    """Decode a stored image into scratch; returns a status of data/jpeg.py and the (height, width, 3) pixels."""
+@jit
+def read_region(sample, box, metadata, state, scratch):  # type: ignore[no-untyped-def]
+    """Decode what holds a box (top, left, height, width) of a stored image.
+
+    A JPEG with restart markers is cut down to the segments that the box touches; any other image is decoded whole.
+    Returns a status of data/jpeg.py, the pixels (h, w, 3) as a view of the scratch, and their top and left.
+    """
     field = metadata[sample]
-    mode, height, width = field["mode"], int(field["height"]), int(field["width"])
+    height, width = int(field["height"]), int(field["width"])
+    pixel_scratch, _, cut_scratch, ends, layout = scratch
+    top, left, status = 0, 0, OK
     data = stored_bytes(field["data_ptr"], state)
-    num_bytes = height * width * 3
-    pixels = scratch[:num_bytes].reshape(height, width, 3)
     if data.size == 0:
-        return OUTSIDE_FILE, pixels
-    if mode == _JPG:
-        return decode_jpeg(data, height, width, scratch), pixels
-    if mode != _RAW:
-        return UNKNOWN_MODE, pixels
-    if data.size != num_bytes:
-        return WRONG_SIZE, pixels
-    scratch[:num_bytes] = data
-    return OK, pixels
+        status = OUTSIDE_FILE
+    elif field["mode"] == _JPG:
+        is_part = box[2] < height or box[3] < width
+        if is_part and read_layout(data, layout) and layout[HEIGHT] == height and layout[WIDTH] == width:
+            size, cut_top, cut_left, cut_height, cut_width = cut_jpeg(
+                data, box[0], box[1], box[2], box[3], layout, ends, cut_scratch, state[4]
+            )
+            if size > 0:
+                data = cut_scratch[:size]
+                top, left, height, width = int(cut_top), int(cut_left), int(cut_height), int(cut_width)
+        status = decode_jpeg(data, height, width, pixel_scratch, state[4])
+    elif field["mode"] != _RAW:
+        status = UNKNOWN_MODE
+    elif data.size != height * width * 3:
+        status = WRONG_SIZE
+    else:
+        pixel_scratch[: data.size] = data
+    return status, pixel_scratch[: height * width * 3].reshape(height, width, 3), top, left
 
 
-@njit(nogil=True)
+@jit
 def _decode_random_crops(samples, memory, metadata, state, parameters):  # type: ignore[no-untyped-def]
-    images, status, pixel_scratch, row_scratch = memory
+    images, status, scratch = memory
     scale_low, scale_high, ratio_low, ratio_high, hflip, bicubic_share = parameters
     size, draws = images.shape[1], state[3]
     for i in range(len(samples)):
-        status[i], pixels = read_image(samples[i], metadata, state, pixel_scratch)
+        sample = samples[i]
+        height, width = int(metadata[sample]["height"]), int(metadata[sample]["width"])
+        scale, ratio = (scale_low, scale_high), (ratio_low, ratio_high)
+        crop = random_crop(draws, sample, height, width, scale, ratio)
+        status[i], pixels, top, left = read_region(sample, crop, metadata, state, scratch)
         if status[i] != OK:
             continue
-        height, width, _ = pixels.shape
-        scale, ratio = (scale_low, scale_high), (ratio_low, ratio_high)
-        top, left, crop_height, crop_width = random_crop(draws, samples[i], height, width, scale, ratio)
-        source = pixels[top : top + crop_height, left : left + crop_width]
-        flip = _uniforms(draws, samples[i], _FLIP)[0] < hflip
-        kind = BICUBIC if _uniforms(draws, samples[i], _INTERPOLATION)[0] < bicubic_share else BILINEAR
-        resize_window(source, size, size, 0, 0, kind, flip, row_scratch, images[i])
+        flip = _uniforms(draws, sample, _FLIP)[0] < hflip
+        kind = BICUBIC if _uniforms(draws, sample, _INTERPOLATION)[0] < bicubic_share else BILINEAR
+        origin = (top - crop[0], left - crop[1])  # the crop is an image of its own: the filter ends at its edges
+        resize_window(pixels, origin, (crop[2], crop[3]), (size, size), (0, 0), kind, flip, scratch[1], images[i])
 
 
-@njit(nogil=True)
+@jit
 def _decode_center_crops(samples, memory, metadata, state, parameters):  # type: ignore[no-untyped-def]
-    images, status, pixel_scratch, row_scratch = memory
+    images, status, scratch = memory
     size, resize = images.shape[1], parameters[0]
     for i in range(len(samples)):
-        status[i], pixels = read_image(samples[i], metadata, state, pixel_scratch)
-        if status[i] != OK:
-            continue
-        height, width, _ = pixels.shape
+        sample = samples[i]
+        height, width = int(metadata[sample]["height"]), int(metadata[sample]["width"])
         if width <= height:
-            out_height, out_width = int(resize * height / width), int(resize)
+            out_size = int(resize * height / width), int(resize)
         else:
-            out_height, out_width = int(resize), int(resize * width / height)
-        top, left = int(np.rint((out_height - size) / 2)), int(np.rint((out_width - size) / 2))
-        resize_window(pixels, out_height, out_width, top, left, BICUBIC, False, row_scratch, images[i])
+            out_size = int(resize), int(resize * width / height)
+        corner = int(np.rint((out_size[0] - size) / 2)), int(np.rint((out_size[1] - size) / 2))
+        first_row, num_rows = source_span(height, out_size[0], corner[0], size, BICUBIC)
+        first_column, num_columns = source_span(width, out_size[1], corner[1], size, BICUBIC)
+        box = (first_row, first_column, num_rows, num_columns)
+        status[i], pixels, top, left = read_region(sample, box, metadata, state, scratch)
+        if status[i] == OK:
+            in_size = (height, width)
+            resize_window(pixels, (top, left), in_size, out_size, corner, BICUBIC, False, scratch[1], images[i])
 
 
 class CropDecoder(Operation):  # type: ignore[misc]
@@ -153,17 +172,21 @@ class CropDecoder(Operation):  # type: ignore[misc]
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
+        self.most_bytes = 0  # of a stored sample; the loader, which sees the whole file, sets it
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, ...]]:
         shape = (self.size, self.size, 3)
         heights, widths = self.metadata["height"].astype(np.int64), self.metadata["width"].astype(np.int64)
-        largest = int((heights * widths).max()) * 3
-        byte = np.dtype("<u1")
+        height, width, largest = int(heights.max()), int(widths.max()), int((heights * widths).max())
+        byte, word = np.dtype("<u1"), np.dtype("<i8")
         return replace(previous_state, jit_mode=True, shape=shape, dtype=byte), (
             AllocationQuery(shape, byte),
             AllocationQuery((), np.dtype("<i4")),
-            WorkerScratch((largest + LANES,), byte),  # the resize may read 16 bytes behind a picture
-            WorkerScratch((scratch_size(int(heights.max()), int(widths.max()), self.size),), byte),
+            WorkerScratch((3 * largest + LANES,), byte),  # pixels; the resize may read 16 bytes behind them
+            WorkerScratch((scratch_size(height, width, self.size),), byte),
+            WorkerScratch((self.most_bytes,), byte),  # a cut JPEG
+            WorkerScratch(((height // 8 + 1) * (width // 8 + 1) + 1,), word),  # its segments
+            WorkerScratch((8,), word),  # its layout
         )
 
     def generate_code(self) -> Callable[..., Any]:

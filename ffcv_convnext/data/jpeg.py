@@ -11,7 +11,9 @@ import ctypes
 
 import ffcv._libffcv
 import numpy as np
-from numba import njit
+from numpy.typing import NDArray
+
+from ffcv_convnext.data.compiling import call, jit
 
 # Status of a decoded sample; REASONS says it in words.
 OK, OUTSIDE_FILE, NO_JPEG, WRONG_SIZE, CORRUPT, UNKNOWN_MODE = range(6)
@@ -27,55 +29,42 @@ _RGB = 0  # TJPF_RGB
 _ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT
 _STOP_ON_WARNING = 8192  # TJFLAG_STOPONWARNING
 
-
-def _function(name: str, result: type | None, *arguments: type) -> ctypes._CFuncPtr:  # type: ignore[name-defined]
-    function = _library[name]
-    function.restype = result
-    function.argtypes = list(arguments)
-    return function
+# Where the C functions are in this process, for `call`: numba's cached code must not hold them.
+_INIT, _DESTROY, _HEADER, _DECOMPRESS, MEMCHR = range(5)
 
 
-_library = ctypes.CDLL(ffcv._libffcv.__file__)
-_pointer, _int, _ulong = ctypes.c_void_p, ctypes.c_int, ctypes.c_ulong
-_init = _function("tjInitDecompress", _pointer)
-_destroy = _function("tjDestroy", _int, _pointer)
-_header = _function("tjDecompressHeader3", _int, _pointer, _pointer, _ulong, _pointer, _pointer, _pointer, _pointer)
-_decompress = _function("tjDecompress2", _int, _pointer, _pointer, _ulong, _pointer, _int, _int, _int, _int, _int)
+def addresses() -> NDArray[np.int64]:
+    """(5,) int64: the functions that compiled code calls, in the order of the constants above."""
+    turbojpeg = ctypes.CDLL(ffcv._libffcv.__file__)
+    functions = [
+        *(turbojpeg[name] for name in ("tjInitDecompress", "tjDestroy", "tjDecompressHeader3", "tjDecompress2")),
+        ctypes.CDLL(None).memchr,
+    ]
+    return np.array([ctypes.cast(function, ctypes.c_void_p).value for function in functions], dtype=np.int64)
 
 
-@njit(nogil=True, error_model="numpy")
-def decode_jpeg(data, height, width, destination):  # type: ignore[no-untyped-def]
+@jit
+def decode_jpeg(data, height, width, destination, functions):  # type: ignore[no-untyped-def]
     """Decode a whole JPEG to RGB.
 
     data: (n,) uint8, contiguous.   height, width: the size it must have.
     destination: (>= height * width * 3,) uint8, receives rows of RGB pixels without padding.
+    functions: from `addresses`.
     Returns OK, NO_JPEG, WRONG_SIZE or CORRUPT; after CORRUPT the destination is partly written.
     """
     if data.size == 0:
         return NO_JPEG
-    handle = _init()
+    zero = np.int64(0)
+    handle = call(functions[_INIT], ())
     found = np.zeros(4, np.int32)  # width, height, chroma subsampling, colour space
-    at = found.ctypes.data
-    if _header(handle, data.ctypes.data, data.size, at, at + 4, at + 8, at + 12) != 0:
+    source, num_bytes, at = np.int64(data.ctypes.data), np.int64(data.size), np.int64(found.ctypes.data)
+    if np.int32(call(functions[_HEADER], (handle, source, num_bytes, at, at + 4, at + 8, at + 12))) != 0:
         status = NO_JPEG
     elif found[0] != width or found[1] != height:
         status = WRONG_SIZE
-    elif (
-        _decompress(
-            handle,
-            data.ctypes.data,
-            data.size,
-            destination.ctypes.data,
-            width,
-            0,
-            height,
-            _RGB,
-            _ACCURATE_DCT | _STOP_ON_WARNING,
-        )
-        != 0
-    ):
-        status = CORRUPT
     else:
-        status = OK
-    _destroy(handle)
+        target, flags = np.int64(destination.ctypes.data), np.int64(_ACCURATE_DCT | _STOP_ON_WARNING)
+        arguments = (handle, source, num_bytes, target, np.int64(width), zero, np.int64(height), np.int64(_RGB), flags)
+        status = OK if np.int32(call(functions[_DECOMPRESS], arguments)) == 0 else CORRUPT
+    call(functions[_DESTROY], (handle,))
     return status

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ffcv_convnext.config import DataConfig
 from ffcv_convnext.data.decoders import CenterCropDecoder, CropDecoder, RandomCropDecoder, WorkerScratch, stored_bytes
-from ffcv_convnext.data.jpeg import OK, REASONS
+from ffcv_convnext.data.jpeg import OK, REASONS, addresses
 from ffcv_convnext.data.manifest import Manifest
 from ffcv_convnext.data.order import Shares, eval_batches
 from ffcv_convnext.errors import Failure
@@ -61,8 +61,8 @@ class _MappedFile(MemoryManager):  # type: ignore[misc]
             array.setflags(write=False)
 
     def state(self, seed: int, epoch: int) -> tuple[NDArray[Any], ...]:
-        """What compiled code gets as its storage state: file, addresses, lengths, and (seed, epoch) to draw from."""
-        return self.bytes, self.pointers, self.sizes, np.array([seed, epoch], dtype=np.uint64)
+        """What compiled code gets: file, samples' addresses and lengths, (seed, epoch) to draw from, C functions."""
+        return self.bytes, self.pointers, self.sizes, np.array([seed, epoch], dtype=np.uint64), addresses()
 
     def schedule_epoch(self, _batches: Any) -> Any:
         raise AssertionError("FFCV's own iteration is not used")
@@ -108,6 +108,7 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
                 "write it anew with write_ffcv_dataset.py"
             )
         self.file = _MappedFile(self.reader)
+        decoder.most_bytes = int(self.file.sizes.max(initial=0))
         specs = {
             "image": PipelineSpec("image", decoder=decoder),
             "label": PipelineSpec("label", decoder=IntDecoder()),
@@ -169,9 +170,9 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
     ) -> None:
         """Run FFCV's compiled stages on a part of a batch, in a thread of the pool."""
         if not hasattr(self.scratch, "memory"):
-            self.scratch.memory = [
+            self.scratch.memory = tuple(
                 np.empty(query.shape, query.dtype) for query in self.image_memory if isinstance(query, WorkerScratch)
-            ]
+            )
         images, labels = arrays
         stages, _ = self.code
         image_node, label_node = (node.id for node in self.graph.nodes)
@@ -179,7 +180,7 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
             "batch_indices": batch.samples[part],
             "metadata": self.reader.metadata,
             "storage_state": state,
-            f"memory_{image_node}": (images[part], batch.status[part], *self.scratch.memory),
+            f"memory_{image_node}": (images[part], batch.status[part], self.scratch.memory),
             f"memory_{label_node}": labels[part],
             f"shared_memory_{image_node}": None,
             f"shared_memory_{label_node}": None,

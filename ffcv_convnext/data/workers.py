@@ -3,21 +3,26 @@
 `multiprocessing.Pool` waits for ever for the task of a worker that was killed. Here each worker has a socket of
 its own: the kernel closes it when the worker dies, which wakes the parent, and when the parent dies, which ends
 the worker. Workers share nothing else, so there is nothing to leak.
+
+They are fresh interpreters: forking a process with threads (OpenBLAS, tqdm, numba) is unsafe, and the other start
+methods of `multiprocessing` import the caller's main script again, which may take seconds in each worker.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
@@ -38,8 +43,7 @@ class WorkerDied(RuntimeError):
 class Workers(Generic[Task, Answer]):
     """Processes that apply `function` to every task. Iterate inside `with`; leaving it ends them.
 
-    function: importable by name; its module is loaded once, by the fork server. That way of starting is chosen
-    since the calling process has threads (OpenBLAS, tqdm, numba), with which a plain fork is unsafe.
+    function: picklable, so importable by name; each worker imports its module.
     A first batch of tasks is under way when `with` is entered. Raises WorkerDied, or RuntimeError with the
     worker's traceback when `function` raised.
     """
@@ -48,28 +52,38 @@ class Workers(Generic[Task, Answer]):
         self.function = function
         self.tasks = tasks
         self.num_workers = min(num_workers, len(tasks))
-        self.processes: dict[Connection, BaseProcess] = {}
+        self.processes: dict[Connection, subprocess.Popen[bytes]] = {}
         self.busy: dict[Connection, int] = {}  # the number of the task in work
         self.idle: list[Connection] = []
         self.next_task = 0
 
     def __enter__(self) -> Workers[Task, Answer]:
-        context = multiprocessing.get_context("forkserver")
-        function = self.function.func if isinstance(self.function, partial) else self.function
-        context.set_forkserver_preload([function.__module__, __name__])
         try:
             for _ in range(self.num_workers):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, self.function), daemon=True)
-                process.start()
-                theirs.close()
-                self.processes[ours] = process
-                self.idle.append(ours)
+                self._start_one()
             self._assign(oldest=0)
         except BaseException:
             self._end()
             raise
         return self
+
+    def _start_one(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            code = (
+                f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; "
+                f"serve({theirs.fileno()}, {os.getpid()})"
+            )
+            process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                process_group=0,  # a terminal's Ctrl-C reaches the parent only, which decides what ends
+            )
+        connection = Connection(ours.detach())
+        self.processes[connection] = process
+        self.idle.append(connection)
+        connection.send(self.function)
 
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         self._end(at_once=kind is not None)
@@ -106,11 +120,9 @@ class Workers(Generic[Task, Answer]):
         finished[self.busy.pop(connection)] = answer
         self.idle.append(connection)
 
-    def _mourn(self, connection: Connection) -> None:
-        process = self.processes[connection]
-        process.join(END_SECONDS)
-        code = process.exitcode
-        how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit status {code}"
+    def _mourn(self, connection: Connection) -> NoReturn:
+        code = self.processes[connection].wait(END_SECONDS)
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         raise WorkerDied(self.tasks[self.busy[connection]], how) from None
 
     def _end(self, *, at_once: bool = True) -> None:
@@ -119,18 +131,21 @@ class Workers(Generic[Task, Answer]):
             connection.close()  # an idle worker leaves by itself
         for process in self.processes.values():
             if not at_once:
-                process.join(END_SECONDS)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(END_SECONDS)
             process.kill()
-            process.join(END_SECONDS)
+        for process in self.processes.values():
+            with suppress(subprocess.TimeoutExpired):  # stuck in the kernel, e.g. on a network disk
+                process.wait(END_SECONDS)
         self.processes.clear()
 
 
-def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
-    """A worker's life: tasks are answered until the parent closes the connection or is gone."""
-    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(stop, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    try:
+def serve(descriptor: int, parent: int) -> None:
+    """A worker's life: a function arrives, then tasks, answered until the parent closes its end or is gone."""
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    connection = Connection(descriptor)
+    with suppress(EOFError, OSError):
+        function = connection.recv()
         while True:
             task = connection.recv()
             answer: tuple[Any, str | None]
@@ -139,13 +154,10 @@ def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
             except Exception:
                 answer = None, traceback.format_exc()
             connection.send(answer)
-    except (EOFError, OSError):
-        return
 
 
-def _leave_with_parent() -> None:
+def _leave_with(parent: int) -> None:
     """For a worker that hangs in a read, of a network disk say, when its parent is killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+    while os.getppid() == parent:
+        time.sleep(0.5)
     os._exit(1)

@@ -53,12 +53,16 @@ def read_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> 
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        if damaged is not None:
-            raise UnreadableCheckpoint(f"{path} is damaged: the checksum of its part {damaged} does not match")
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        content = None if damaged else torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UnreadableCheckpoint(
+            f"{path} is no checkpoint of ours: it holds Python objects beside tensors, numbers and words"
+        ) from None
+    except Exception as error:  # a damaged table of contents shows as almost any kind of error
         reason = " ".join(str(error).split())[:200]
         raise UnreadableCheckpoint(f"{path} is truncated or damaged: {reason}") from None
+    if damaged is not None:
+        raise UnreadableCheckpoint(f"{path} is damaged: the checksum of its part {damaged} does not match")
     if not isinstance(content, dict):
         raise UnreadableCheckpoint(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ffcv_convnext.augment import TrainAugment
-from ffcv_convnext.config import Config, ModelConfig, differences, format_value
+from ffcv_convnext.config import Config, ModelConfig, differences
 from ffcv_convnext.data import EvalLoader, TrainLoader
 from ffcv_convnext.files import remove_leftovers
 from ffcv_convnext.models import build_model, load_pretrained

@@ -1,0 +1,60 @@
+"""How this package's numba functions are compiled, and kept between processes.
+
+numba's cache looks only at the file that a function stands in, so a change in a file it calls into would go unseen.
+Therefore the cache is a folder named after a hash of all the sources and of numba's version: another version of
+anything is another folder. numba writes it with renames, so processes that start together do not disturb each other.
+It cannot keep functions that hold the address of a C function, which differs from process to process; those take
+addresses as an argument, see `call`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import llvmlite
+import numba
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from ffcv_convnext import rng
+
+
+def _cache_folder() -> str:
+    """Where compiled code is kept: below numba's cache folder if one is set, the user's cache folder otherwise."""
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    for source in sorted([*Path(__file__).parent.glob("*.py"), Path(rng.__file__)]):
+        digest.update(source.read_bytes())
+    chosen = numba.config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(chosen) / "ffcv_convnext" / digest.hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    return str(folder if writable else Path(tempfile.gettempdir()) / f"ffcv_convnext-{os.getuid()}" / folder.name)
+
+
+numba.config.CACHE_DIR = _cache_folder()
+
+jit = njit(nogil=True, error_model="numpy", cache=True)
+
+
+@intrinsic
+def call(_context, address, arguments):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    """Call the C function at `address` with a tuple of int64 (numbers and addresses); its result as int64.
+
+    For a function that returns int, only the low 32 bits of the result count.
+    """
+
+    def codegen(_context, builder, signature, values):  # type: ignore[no-untyped-def]
+        word = ir.IntType(64)
+        num = len(signature.args[1])
+        function = ir.FunctionType(word, [word] * num).as_pointer()
+        return builder.call(builder.inttoptr(values[0], function), cgutils.unpack_tuple(builder, values[1], num))
+
+    return types.int64(types.int64, arguments), codegen

@@ -1,0 +1,63 @@
+"""What several tests do with run folders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ffcv_convnext.config import Config
+from ffcv_convnext.training import read_lines, train
+from ffcv_convnext.training.checkpoint import read_checkpoint
+
+TIMINGS = ("images_per_s", "data_wait_s", "train_s", "epoch_s")
+STATE = ("model", "ema", "optimizer", "epoch", "step", "best", "epoch_loss", "interval_loss")
+
+
+def train_here(settings: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """Train in this process, with one thread: as the nursery's children do, and fast beside other processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train(Config.from_flat({**settings, **changes}))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def log_without_timings(folder: Path, name: str = "log.jsonl") -> list[dict[str, Any]]:
+    return [{k: v for k, v in entry.items() if k not in TIMINGS} for entry in read_lines(folder / name)]
+
+
+def assert_equal(ours: Any, theirs: Any, *, where: str = "state", tolerance: float = 0.0) -> None:
+    """Compare nested dicts and lists of tensors and numbers, bit for bit unless a tolerance is given."""
+    if isinstance(theirs, dict):
+        assert list(ours) == list(theirs), where
+        for key in theirs:
+            assert_equal(ours[key], theirs[key], where=f"{where}.{key}", tolerance=tolerance)
+    elif isinstance(theirs, list | tuple):
+        assert len(ours) == len(theirs), where
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_equal(a, b, where=f"{where}[{i}]", tolerance=tolerance)
+    elif isinstance(theirs, torch.Tensor):
+        difference = (ours.double() - theirs.double()).abs().max().item() if theirs.numel() else 0.0
+        assert difference <= tolerance, f"{where} differs by {difference:g}"
+    elif isinstance(theirs, float):
+        assert math.isclose(ours, theirs, rel_tol=tolerance, abs_tol=tolerance), f"{where}: {ours} != {theirs}"
+    else:
+        assert ours == theirs, where
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Both folders hold finished runs with the same state, bit for bit, and the same logs but for timings."""
+    assert (folder / "done").read_text() == (other / "done").read_text()
+    ours, theirs = (read_checkpoint(f / "checkpoint-last.pth") for f in (folder, other))
+    for key in STATE:
+        assert_equal(ours[key], theirs[key], where=key)
+    for name in ("checkpoint-best.pth", "checkpoint-best-ema.pth"):
+        ours, theirs = (read_checkpoint(f / name) for f in (folder, other))
+        assert_equal({**ours, "config": 0}, {**theirs, "config": 0}, where=name)
+    for name in ("log.jsonl", "steps.jsonl"):
+        assert log_without_timings(folder, name) == log_without_timings(other, name)

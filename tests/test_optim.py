@@ -1,0 +1,117 @@
+"""Which parameters decay, and whether the settings reach the optimiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ffcv_convnext.config import ModelConfig, OptimConfig
+from ffcv_convnext.models import build_model
+from ffcv_convnext.training.optim import build_optimizer, set_hyperparameters
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+
+
+def optimiser(network: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return build_optimizer(network, OptimConfig(**settings), peak_lr=1e-3)
+
+
+def decays(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    return {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_parameters_of_one_dimension_and_biases_do_not_decay() -> None:
+    """ConvNeXt-T in small: layer scale, LayerNorm and every bias are of one dimension."""
+    words = {
+        "resnet_layers": (1, 1, 1, 1), "resnet_stem": "patch_embed", "resnet_depthwise": True, "resnet_embed_dim": 8,
+        "resnet_block": "inverted", "resnet_conv_first": True, "resnet_norm_layer": "ln",
+        "resnet_ls_init_values": 1e-6, "resnet_sep_downsample": True,
+    }  # fmt: skip
+    network = build_model(ModelConfig(nb_classes=5, **words), num_classes=5)
+    found = decays(optimiser(network))
+    assert len(found) == len(list(network.parameters()))
+    for name, parameter in network.named_parameters():
+        expected = 0.0 if parameter.ndim <= 1 or name.endswith("bias") else 0.05
+        assert found[id(parameter)] == expected, name
+
+
+def test_adamw_gets_its_epsilon_betas_and_weight_decay(network: nn.Module) -> None:
+    chosen = optimiser(network, opt_eps=1e-6, opt_betas=(0.8, 0.95), weight_decay=0.1)
+    assert type(chosen) is torch.optim.AdamW
+    for group in chosen.param_groups:
+        assert group["eps"] == 1e-6
+        assert group["betas"] == (0.8, 0.95)
+    assert {group["weight_decay"] for group in chosen.param_groups} == {0.0, 0.1}
+    assert optimiser(network).param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_an_adamw_step_is_the_formula_of_its_paper(network: nn.Module) -> None:
+    """First step from zero moments: the gradient's sign, and lr x weight decay of the weight."""
+    chosen = optimiser(network, weight_decay=0.1)
+    set_hyperparameters(chosen, lr=0.01, weight_decay=0.5)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for p in network.parameters():
+        p.grad = torch.where(torch.rand_like(p) < 0.5, -3.0, 3.0)
+    chosen.step()
+    for name, p in network.named_parameters():
+        decay = 0.5 if p.ndim > 1 else 0.0
+        assert p.grad is not None
+        expected = before[name] * (1 - 0.01 * decay) - 0.01 * p.grad.sign()
+        assert torch.allclose(p, expected, atol=1e-6), name
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "lamb", "lion", "rmsprop", "adan", "madgrad", "AdamW"])
+def test_an_optimiser_of_timm_s_takes_a_step(network: nn.Module, name: str) -> None:
+    chosen = optimiser(network, opt=name)
+    assert {group["weight_decay"] for group in chosen.param_groups} == {0.0, 0.05}
+    set_hyperparameters(chosen, lr=1e-3, weight_decay=0.05)
+    before = network[0].weight.detach().clone()  # type: ignore[union-attr, operator]
+    network(torch.randn(2, 3, 4, 4)).sum().backward()
+    chosen.step()
+    assert not torch.equal(before, network[0].weight)  # type: ignore[arg-type]
+
+
+def test_momentum_reaches_sgd(network: nn.Module) -> None:
+    chosen = optimiser(network, opt="sgd", momentum=0.8)
+    assert {group["momentum"] for group in chosen.param_groups} == {0.8}
+
+
+def test_an_unknown_optimiser_is_refused_with_the_nearest_ones(network: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"opt = adamww: timm has no such optimiser; nearest: .*adamw"):
+        optimiser(network, opt="adamww")
+
+
+@pytest.mark.parametrize("name", ["sgd", "adan"])
+def test_betas_for_an_optimiser_that_takes_none_are_refused(network: nn.Module, name: str) -> None:
+    with pytest.raises(ValueError, match=f"opt_betas has no meaning with opt = {name}"):
+        optimiser(network, opt=name, opt_betas=(0.9, 0.95))
+
+
+def test_a_step_s_weight_decay_goes_to_the_decaying_group_only(network: nn.Module) -> None:
+    chosen = optimiser(network)
+    set_hyperparameters(chosen, lr=0.3, weight_decay=0.2)
+    assert {group["lr"] for group in chosen.param_groups} == {0.3}
+    assert sorted(group["weight_decay"] for group in chosen.param_groups) == [0.0, 0.2]
+    set_hyperparameters(chosen, lr=0.3, weight_decay=0.0)
+    set_hyperparameters(chosen, lr=0.3, weight_decay=0.1)  # a schedule that touches 0 comes back
+    assert sorted(group["weight_decay"] for group in chosen.param_groups) == [0.0, 0.1]
+
+
+def test_a_weight_decay_that_starts_at_zero_still_spares_the_biases(network: nn.Module) -> None:
+    chosen = optimiser(network, weight_decay=0.0, weight_decay_end=0.2)
+    set_hyperparameters(chosen, lr=0.1, weight_decay=0.0)
+    set_hyperparameters(chosen, lr=0.1, weight_decay=0.2)
+    found = decays(chosen)
+    assert all(found[id(p)] == (0.2 if p.ndim > 1 else 0.0) for p in network.parameters())
+
+
+def test_no_weight_decay_at_all_is_none_anywhere(network: nn.Module) -> None:
+    chosen = optimiser(network, weight_decay=0.0)
+    set_hyperparameters(chosen, lr=0.1, weight_decay=0.0)
+    assert set(decays(chosen).values()) == {0.0}
