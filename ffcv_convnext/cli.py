@@ -1,4 +1,4 @@
-"""The command line: `ffcv-convnext write|train|ladder|report|export`.
+"""The command line: `ffcv-convnext write|train|ladder|report|export|bench`.
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 75 interrupted and ready to be resumed. What a user can mend is one
 line on stderr; anything else keeps its traceback.
@@ -134,12 +134,40 @@ def export(argv: Sequence[str]) -> int:
     return 0
 
 
+def bench(argv: Sequence[str]) -> int:
+    """Measure the loader beside its peers, interleaved in one run."""
+    parser = _parser("bench", bench)
+    parser.add_argument("what", choices=["loader"])
+    parser.add_argument("--data_path", type=Path, help="an ImageFolder (default: crops of photographs at hand)")
+    parser.add_argument("--num_images", type=int, default=1280, help="images of an epoch, at most (default 1280)")
+    parser.add_argument("--rounds", type=int, default=5, help="epochs of each loader that count (default 5)")
+    parser.add_argument("--cores", type=int, help="processor cores to use (default all)")
+    parser.add_argument("--peers", help="comma-separated names (default: all that are installed)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    options = parser.parse_args(argv)
+    from ffcv_convnext.bench import bench_loader
+
+    comparison = bench_loader(
+        data_path=options.data_path,
+        num_images=options.num_images,
+        rounds=options.rounds,
+        cores=options.cores,
+        peers=options.peers.split(",") if options.peers else None,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    print(comparison.format())
+    if options.json:
+        options.json.write_text(comparison.to_json() + "\n")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "write": write,
     "train": train,
     "ladder": ladder,
     "report": report,
     "export": export,
+    "bench": bench,
 }
 
 

@@ -191,7 +191,7 @@ def test_every_module_imports_with_the_minimal_dependencies() -> None:
             break
         needy |= more
     assert all(name.startswith(("data.", "models.kernels.")) for name in needy), (
-        f"{sorted(needy)}: only files in data/ and models/kernels/ may need FFCV, numba, OpenCV or Triton to be imported"
+        f"{sorted(needy)}: files in data/ and models/kernels/ alone may need FFCV, numba, OpenCV, Triton to load"
     )
     names = [f"{PACKAGE}.{name}".rstrip(".") for name in everything if name not in needy]
     program = (

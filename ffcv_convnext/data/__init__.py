@@ -9,8 +9,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-import torch
-
 _HOMES = {
     "Manifest": "manifest",
     "ConversionOptions": "writer",
@@ -25,6 +23,8 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import torch  # here: the workers of a conversion import this package, and torch would cost each of them seconds
+
     num_threads = torch.get_num_threads()
     try:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

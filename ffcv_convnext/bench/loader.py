@@ -1,0 +1,195 @@
+"""`bench loader`: training batches a second, ours beside the loaders people use.
+
+The same work for all: random resized crop to 224 (bicubic; stock FFCV has INTER_AREA only), horizontal flip, uint8
+batches in memory, the machine's cores, one epoch of the same photographs a round. Nobody augments further.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ffcv_convnext.bench.photographs import write_photo_folder
+from ffcv_convnext.bench.rounds import Comparison, Work, compare
+
+SIZE, BATCH = 224, 128
+Contestant = tuple[Work, Callable[[], Any]]  # a round's work, and the first batch of it
+
+
+def bench_loader(
+    *,
+    data_path: Path | None,
+    num_images: int,
+    rounds: int,
+    cores: int | None,
+    peers: Sequence[str] | None,
+    say: Callable[[str], None],
+) -> Comparison:
+    """Measure on an ImageFolder, or on photographs at hand when data_path is None.
+
+    peers: names out of PEERS; None: all whose packages are installed. Raises ValueError for an unknown one.
+    """
+    chosen = list(PEERS) if peers is None else list(peers)
+    for name in chosen:
+        if name not in PEERS:
+            raise ValueError(f"peers = {name}: expected some of {', '.join(PEERS)}")
+    available = sorted(os.sched_getaffinity(0))
+    if cores is not None:
+        if not 1 <= cores <= len(available):
+            raise ValueError(f"cores = {cores}: this process may use {len(available)}")
+        os.sched_setaffinity(0, available[:cores])
+    num_workers = cores or len(available)
+    with tempfile.TemporaryDirectory(prefix="bench-loader-") as work:
+        folder = data_path or write_photo_folder(Path(work) / "photographs", num_images)
+        say(f"converting {folder}")
+        paths = _convert(folder, Path(work), num_images)
+        contestants = [
+            (name, f"{__name__}:{function}", {"num_workers": num_workers, **{key: str(paths[key]) for key in needs}})
+            for name, (function, needs, package) in PEERS.items()
+            if name in chosen and importlib.util.find_spec(package) is not None
+        ]
+        facts = {
+            "images": num_images,
+            "megabytes": round(paths["ours"].stat().st_size / 1e6),
+            "torch": torch.__version__,
+        }
+        return compare("loader", contestants, reference="stock FFCV", rounds=rounds, facts=facts, say=say)
+
+
+PEERS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "stock FFCV": ("stock_ffcv", ("stock",), "ffcv"),
+    "ours": ("ours", ("ours",), "ffcv"),
+    "ours, bilinear": ("ours_bilinear", ("ours",), "ffcv"),
+    "ours, stock file": ("ours_on_stock", ("stock",), "ffcv"),
+    "torchvision PIL": ("torchvision_pil", ("folder",), "torchvision"),
+    "timm": ("timm_loader", ("folder",), "timm"),
+}
+
+
+def _convert(folder: Path, work: Path, num_images: int) -> dict[str, Path]:
+    """Both files of the same images: ours, and one by FFCV's own writer with the same settings."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+    from torchvision.datasets import ImageFolder
+
+    from ffcv_convnext.data import ConversionOptions, convert
+
+    convert(ConversionOptions(data_path=folder, out_dir=work, split="train", subset=num_images))
+    dataset = ImageFolder(str(folder / "train"))
+    fields = {"image": RGBImageField(write_mode="jpg", max_resolution=500, jpeg_quality=90), "label": IntField()}
+    stock = work / "stock.beton"
+    indices = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).astype(int)
+    DatasetWriter(str(stock), fields, num_workers=len(os.sched_getaffinity(0))).from_indexed_dataset(
+        dataset, indices=indices.tolist()
+    )
+    return {"ours": work / "train.beton", "stock": stock, "folder": folder / "train"}
+
+
+def _ours(beton: str, num_workers: int, interpolation: str) -> Contestant:
+    from ffcv_convnext.config import Config
+    from ffcv_convnext.data.decoders import RandomCropDecoder
+    from ffcv_convnext.data.loader import SampleLoader
+    from ffcv_convnext.data.order import Shares
+
+    config = Config.from_flat({"input_size": SIZE, "train_interpolation": interpolation}).data
+    loader = SampleLoader(
+        Path(beton), RandomCropDecoder(config), num_workers=num_workers, batches_ahead=3, device=torch.device("cpu")
+    )
+    shares = Shares(BATCH, 1, 1)
+    epochs = iter(range(1 << 30))
+
+    def work() -> int:
+        epoch = next(epochs)
+        return sum(
+            len(images) for images, _ in loader.batches(shares.micro_batches(len(loader), 0, epoch, 0), 0, epoch)
+        )
+
+    return work, lambda: next(iter(loader.batches(shares.micro_batches(len(loader), 0, 0, 0), 0, 0)))
+
+
+def ours(ours: str, num_workers: int) -> Contestant:
+    return _ours(ours, num_workers, "bicubic")
+
+
+def ours_bilinear(ours: str, num_workers: int) -> Contestant:
+    return _ours(ours, num_workers, "bilinear")
+
+
+def ours_on_stock(stock: str, num_workers: int) -> Contestant:
+    return _ours(stock, num_workers, "bicubic")
+
+
+def stock_ffcv(stock: str, num_workers: int) -> Contestant:
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
+
+    loader = Loader(
+        stock,
+        batch_size=BATCH,
+        num_workers=num_workers,
+        order=OrderOption.RANDOM,
+        drop_last=True,
+        os_cache=True,
+        seed=0,
+        pipelines={
+            "image": [
+                RandomResizedCropRGBImageDecoder((SIZE, SIZE)),
+                RandomHorizontalFlip(),
+                ToTensor(),
+                ToTorchImage(),
+            ],
+            "label": [IntDecoder(), ToTensor()],
+        },
+    )
+    return lambda: sum(len(images) for images, _ in loader), lambda: sum(len(images) for images, _ in loader)
+
+
+def _all_batches(loader: Any) -> Contestant:
+    return lambda: sum(len(batch[0]) for batch in loader), lambda: next(iter(loader))
+
+
+def torchvision_pil(folder: str, num_workers: int) -> Contestant:
+    from torch.utils.data import DataLoader
+    from torchvision import datasets, transforms
+
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.PILToTensor(),
+        ]
+    )
+    dataset = datasets.ImageFolder(folder, transform)
+    return _all_batches(
+        DataLoader(dataset, BATCH, shuffle=True, num_workers=num_workers, drop_last=True, persistent_workers=True)
+    )
+
+
+def timm_loader(folder: str, num_workers: int) -> Contestant:
+    from timm.data import create_dataset, create_loader
+
+    loader = create_loader(
+        create_dataset("", root=folder),
+        input_size=(3, SIZE, SIZE),
+        batch_size=BATCH,
+        is_training=True,
+        no_aug=False,
+        scale=(0.08, 1.0),
+        hflip=0.5,
+        color_jitter=None,
+        interpolation="bicubic",
+        num_workers=num_workers,
+        use_prefetcher=True,
+        device=torch.device("cpu"),
+        persistent_workers=True,
+    )
+    return _all_batches(loader)

@@ -1,0 +1,227 @@
+"""The run folder: lock, settings, facts and logs."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ffcv_convnext.config import Config
+from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.runlog import (
+    PACKAGES,
+    FolderLock,
+    RunLog,
+    check_same_config,
+    describe_machine,
+    is_done,
+    read_lines,
+    setup_logging,
+)
+
+ALONE = Processes(0, 1, 0, torch.device("cpu"))
+
+
+def config(**settings: Any) -> Config:
+    return Config.from_flat({"epochs": 2, "warmup_epochs": 0, **settings})
+
+
+def step_entry(step: int, *, images_per_s: float | None = None) -> dict[str, Any]:
+    rates = {"lr": 0.1, "weight_decay": 0.05, "images_per_s": images_per_s}
+    return {"step": step, "epoch": (step - 1) // 10, "loss": 1 / step, **rates}
+
+
+def epoch_entry(epoch: int, **scores: float) -> dict[str, Any]:
+    return {
+        "epoch": epoch,
+        "step": 10 * (epoch + 1),
+        "train_loss": 1.5,
+        "test_acc1": 50.0,
+        "images_per_s": None,
+        **scores,
+    }
+
+
+@pytest.fixture
+def open_log(tmp_path: Path) -> Callable[..., RunLog]:
+    def opened(*, step: int = 0, epoch: int = 0, processes: Processes = ALONE, **settings: Any) -> RunLog:
+        log = RunLog(tmp_path, config(**settings), processes, {"global_batch": 8})
+        log.resume_at(step, epoch)
+        return log
+
+    return opened
+
+
+def test_a_folder_is_locked_until_released(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path / "new" / "run")
+    with pytest.raises(ValueError, match=rf"in use by another run \(process \d+ on {socket.gethostname()}\); wait"):
+        FolderLock(tmp_path / "new" / "run")
+    lock.release()
+    FolderLock(tmp_path / "new" / "run").release()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PermissionError, match=r"output_dir = .*file/run cannot be written: Not a directory; choose"):
+        FolderLock(tmp_path / "file" / "run")
+
+
+def test_only_settings_that_change_the_result_must_stay(tmp_path: Path) -> None:
+    check_same_config(tmp_path, config())  # an empty folder takes any
+    (tmp_path / "config.yaml").write_text(config().to_yaml())
+    check_same_config(tmp_path, config(num_workers=3, output_dir="elsewhere", log_every=7, update_freq=2))
+    with pytest.raises(
+        ValueError, match=r"other settings \(batch_size: 64 != 128; lr: 0\.1 != 0\.004\); choose another"
+    ):
+        check_same_config(tmp_path, config(lr=0.1, batch_size=64))
+
+
+def test_the_machine_is_described_so_that_figures_lead_back_to_it() -> None:
+    facts = describe_machine(ALONE)
+    assert set(facts["versions"]) == {"python", *PACKAGES}
+    assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert facts["device"].endswith("CPU")
+    assert len(facts["git"].split("+")[0]) == 40 or facts["git"].startswith("unknown")
+    assert facts["host"] == socket.gethostname()
+    assert facts["processes"] == 1
+    json.dumps(facts)
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    assert read_lines(path) == []
+    path.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
+    assert read_lines(path) == [{"epoch": 0}, {"epoch": 1}]
+
+
+def test_resuming_drops_what_was_logged_after_the_checkpoint(open_log: Callable[..., RunLog], tmp_path: Path) -> None:
+    log = open_log()
+    for step in range(1, 16):
+        log.train(step_entry(step), 10)
+    log.epoch(epoch_entry(0))
+    log.close()
+    with open(tmp_path / "steps.jsonl", "a") as file:
+        file.write('{"step": 16, "los')  # killed here
+
+    log = open_log(step=12, epoch=1)
+    log.train(step_entry(13), 10)
+    log.epoch(epoch_entry(1, test_acc1_ema=51.0))
+    log.close()
+    assert [entry["step"] for entry in read_lines(tmp_path / "steps.jsonl")] == list(range(1, 14))
+    assert [entry["epoch"] for entry in read_lines(tmp_path / "log.jsonl")] == [0, 1]
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert [start["from_step"] for start in run["starts"]] == [0, 12]
+    assert run["global_batch"] == 8
+
+
+@pytest.mark.parametrize("resumed_at", [0, 3])
+def test_tensorboard_shows_each_step_once_after_a_resume(
+    resumed_at: int, open_log: Callable[..., RunLog], tmp_path: Path
+) -> None:
+    for start, end in ((0, 6), (resumed_at, 8)):
+        log = open_log(step=start)
+        for step in range(start + 1, end):
+            log.train(step_entry(step), 10)
+        log.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    losses = events.Scalars("train/loss")
+    assert [loss.step for loss in losses] == list(range(1, 8))
+    assert [loss.value for loss in losses] == pytest.approx([1 / step for step in range(1, 8)])
+    assert "train/images_per_s" not in events.Tags()["scalars"], "None is no number"
+
+
+def test_done_tells_the_scores(open_log: Callable[..., RunLog], tmp_path: Path) -> None:
+    log = open_log()
+    assert is_done(tmp_path) is None
+    log.done({"test_acc1": 50.0})
+    log.close()
+    assert is_done(tmp_path) == {"test_acc1": 50.0}
+    open_log().close()
+    assert is_done(tmp_path) is None, "a run done anew is not finished"
+
+
+def test_other_processes_write_their_own_file_only(open_log: Callable[..., RunLog], tmp_path: Path) -> None:
+    second = Processes(1, 2, 1, torch.device("cpu"))
+    setup_logging(tmp_path / "not yet made by the first", second)
+    log = open_log(processes=second)
+    log.train(step_entry(1), 10)
+    log.epoch(epoch_entry(0))
+    log.done({})
+    log.close()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["rank1.log"]
+
+
+def test_plain_lines_go_to_a_file_and_a_bar_to_a_terminal(
+    open_log: Callable[..., RunLog], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = {}
+    for terminal in (False, True):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr(sys, "stderr", stream)
+        setup_logging(tmp_path, ALONE)
+        log = open_log()
+        log.start_epoch(0, 0, 10)
+        log.advance()
+        log.train(step_entry(1, images_per_s=123.4), 10)
+        log.epoch(epoch_entry(0, test_acc1_ema=55.0))
+        log.close()
+        written[terminal] = stream.getvalue()
+    assert "epoch 1/2 step 1/10: loss 1.0000, lr 1.00e-01, 123 images/s\n" in written[False]
+    assert "\r" not in written[False]
+    assert "loss 1.000, 123 images/s" in written[True]
+    assert "epoch 1/2:  10%" in written[True]
+    for text in written.values():
+        assert "epoch 1/2: train loss 1.5000, val top-1 50.00 %, averaged weights 55.00 %, ? images/s" in text
+
+
+class FakeWandb(SimpleNamespace):
+    """Records what the real module would be told."""
+
+    def __init__(self) -> None:
+        super().__init__(starts=[], logged=[], finished=0)
+
+    def init(self, **settings: Any) -> SimpleNamespace:
+        self.starts.append(settings)
+        return SimpleNamespace(id=settings["id"] or "run7", log=self.log, finish=self.finish)
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        self.logged.append((step, numbers))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_wandb_continues_the_same_run_after_a_resume(
+    open_log: Callable[..., RunLog], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for start in (0, 2):
+        log = open_log(step=start, log_wandb=True, project="mine")
+        log.train(step_entry(start + 1), 10)
+        log.epoch(epoch_entry(0))
+        log.close()
+    assert [start["id"] for start in wandb.starts] == [None, "run7"]
+    assert {start["resume"] for start in wandb.starts} == {"allow"}
+    assert {start["project"] for start in wandb.starts} == {"mine"}
+    assert wandb.starts[0]["name"] == tmp_path.name
+    assert wandb.starts[0]["config"]["epochs"] == 2
+    assert [step for step, _ in wandb.logged] == [1, 10, 3, 10]
+    assert wandb.logged[0][1] == {"train/loss": 1.0, "train/lr": 0.1, "train/weight_decay": 0.05}
+    assert wandb.finished == 2
+
+
+def test_wandb_that_is_not_installed_is_said(open_log: Callable[..., RunLog], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="log_wandb = true: wandb is not installed; pip install wandb"):
+        open_log(log_wandb=True)
