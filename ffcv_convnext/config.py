@@ -72,11 +72,18 @@ class DataConfig:
         return int(self.input_size / crop_pct)
 
 
+_POLICIES = ("rand", "v0", "v0r", "original", "originalr", "3a", "augmix")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
     """What happens to a batch on the device, and to its targets (paper, Table 5)."""
 
-    aa: str = setting("rand-m9-mstd0.5-inc1", "AutoAugment policy in timm's spelling, or none")
+    aa: str = setting(
+        "rand-m9-mstd0.5-inc1",
+        "AutoAugment policy in timm's spelling, or none",
+        aliases={"false": "none", "off": "none"},
+    )
     color_jitter: float | None = setting(
         0.4, "strength of brightness, contrast and saturation jitter; as in timm, it applies only when aa is none"
     )
@@ -96,6 +103,11 @@ class AugmentConfig:
     recount: int = setting(1, "erased boxes in an image, at most: 1 to this many")
 
     def __post_init__(self) -> None:
+        _require(
+            self.aa == "none" or self.aa.split("-")[0] in _POLICIES,
+            f"aa = {self.aa}: expected none or a policy of timm's that starts with one of {', '.join(_POLICIES)}, "
+            "e.g. rand-m9-mstd0.5-inc1",
+        )
         for name in ("smoothing", "mixup_prob", "mixup_switch_prob", "reprob"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"{name} = {value}: expected a number in [0, 1]")

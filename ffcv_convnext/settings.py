@@ -87,8 +87,8 @@ def _parse(kind: Any, word: str) -> Any:
         raise ValueError(_describe(kind))
     if origin is tuple:
         kinds = get_args(kind)
-        separator = r"[-,\s]+" if kinds[0] is int else r"[,\s]+"
-        words = [w for w in re.split(separator, word.strip("[]() ")) if w]
+        separator = r"\s*[-,]\s*|\s+" if kinds[0] is int else r"\s*,\s*|\s+"
+        words = re.split(separator, word.strip("[]() "))
         try:
             numbers = tuple(_parse(k, w) for k, w in zip(kinds, words, strict=True))
         except ValueError:

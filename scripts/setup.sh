@@ -29,7 +29,7 @@ find_python() {
             return
         fi
         if [[ $candidate == "${PYTHON:-}" ]]; then
-            die "PYTHON = $PYTHON: not a Python 3.11 or newer; give another one, or leave it out"
+            die "PYTHON = $PYTHON: no Python 3.11 or newer that runs; give another one, or leave it out"
         fi
     done
     die "no Python 3.11 or newer found (tried python3, python3.11 to python3.14)" \

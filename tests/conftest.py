@@ -75,3 +75,9 @@ def _same_number_of_threads() -> Any:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(_same_number_of_threads: None) -> None:
+    """PyTorch computes with one thread: fast where other processes want the cores too."""
+    torch.set_num_threads(1)

@@ -103,7 +103,8 @@ def test_two_processes_train_a_batchnorm_network_like_one_that_accumulates(
 ) -> None:
     settings = {**settings, "resnet_norm_layer": "bn", "epochs": 2}
     train_here(settings, update_freq=2, output_dir=tmp_path / "one")
-    for status, output in nursery.run_ranks({**settings, "output_dir": tmp_path / "two"}, strikes={}):
+    two = {**settings, "output_dir": tmp_path / "two", "dist_eval": False}
+    for status, output in nursery.run_ranks(two, strikes={}):
         assert status == 0, output
     # Running statistics see one update a micro-batch, in a row or averaged: they differ, the weights do not.
     assert_same_training(tmp_path / "two", tmp_path / "one", buffers=False)
@@ -151,9 +152,8 @@ def test_evaluation_takes_each_sample_once(num_samples: int, world: int) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dist_eval", [True, False])
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_count_an_uneven_set_exactly(
-    dist_eval: bool,
     settings: dict[str, Any],
     one_process: Path,
     image_folder: Path,
@@ -162,7 +162,7 @@ def test_two_processes_count_an_uneven_set_exactly(
 ) -> None:
     convert(ConversionOptions(data_path=image_folder, out_dir=tmp_path, split="val", subset=7, num_workers=1))
     changes = {"data_path": tmp_path, "eval": "true", "resume": one_process / LAST, "batch_size": 3}
-    settings = {**settings, **changes, "dist_eval": dist_eval}
+    settings = {**settings, **changes}
     alone = evaluate_only(Config.from_flat(settings))
     assert alone["images"] == 7
     expected = ", ".join(f"{key} {value:.4f}" for key, value in alone.items())

@@ -16,6 +16,7 @@ import pytest
 import torch
 from nursery import Nursery
 from runs import assert_equal, assert_same_run, log_without_timings, train_here
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from ffcv_convnext.cli import run_command
@@ -195,6 +196,8 @@ def test_sigkill_at_any_moment_changes_nothing(
     status, output = nursery.run({**settings, **changes})
     assert status == 0, output
     assert_same_run(tmp_path, undisturbed)
+    losses = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+    assert [loss.step for loss in losses] == [entry["step"] for entry in read_lines(tmp_path / "steps.jsonl")]
     assert not list(tmp_path.glob(".*.tmp")), "what killed writers left behind is removed"
 
 
@@ -279,6 +282,7 @@ class NotANumberAt(nn.Module):
         return loss * float("nan") if self.calls_left == 0 else loss
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("step", "last_good"), [(14, 10), (15, 10), (16, 15)])
 def test_a_nan_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
     step: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,12 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def learned(small_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A run that learns its classes: no mixing, a higher learning rate, 6 epochs of 10 steps."""
+    """A run that learns its classes: no mixing, 6 epochs of 10 steps."""
     folder = tmp_path_factory.mktemp("runs") / "learned"
     settings = {
         **small_settings,
         **{"mixup": 0, "cutmix": 0, "reprob": 0, "drop_path": 0, "color_jitter": 0, "scale": "0.5,1.0"},
-        **{"resnet_norm_layer": "ln", "lr": 1e-2, "epochs": 6, "recipe_batch": 4096, "output_dir": folder},
+        **{"smoothing": 0, "lr": 4e-3, "epochs": 6, "recipe_batch": 4096, "output_dir": folder},
     }
     status, output = command(words(settings))
     assert status == 0, output
@@ -71,8 +71,8 @@ def test_a_run_learns(learned: Finished) -> None:
     epochs = read_lines(learned.folder / "log.jsonl")
     assert epochs[-1]["train_loss"] < 0.8 * epochs[0]["train_loss"]
     assert epochs[-1]["test_loss"] < epochs[0]["test_loss"]
-    assert epochs[-1]["test_acc1"] >= 75
-    assert epochs[-1]["test_acc1_ema"] >= 75
+    assert epochs[-1]["test_acc1"] >= 80
+    assert epochs[-1]["test_acc1_ema"] >= 80
 
 
 def test_the_log_has_an_object_for_each_epoch_with_all_keys(learned: Finished) -> None:
@@ -117,9 +117,9 @@ def test_the_folder_keeps_the_resolved_settings(learned: Finished) -> None:
 
 
 def test_the_global_batch_is_printed_and_an_unusual_one_warned_about(learned: Finished) -> None:
-    assert "global batch 8 = batch_size 8 x update_freq 1 x 1 processes on cpu; peak lr 0.01" in learned.output
-    assert "warning: the global batch is 8, but lr = 0.01 is meant for 4096 (recipe_batch)" in learned.output
-    assert "scale lr (linearly: 1.95e-05) and set recipe_batch to 8" in learned.output
+    assert "global batch 8 = batch_size 8 x update_freq 1 x 1 processes on cpu; peak lr 0.004" in learned.output
+    assert "warning: the global batch is 8, but lr = 0.004 is meant for 4096 (recipe_batch)" in learned.output
+    assert "scale lr (linearly: 7.81e-06) and set recipe_batch to 8" in learned.output
 
 
 def test_tensorboard_reads_the_events(learned: Finished) -> None:
@@ -158,7 +158,7 @@ def test_other_settings_on_the_same_folder_are_refused(learned: Finished) -> Non
     before = (learned.folder / "config.yaml").read_text()
     status, output = command(words({**learned.settings, "lr": 0.5, "mixup": 0.1}))
     assert status == 2
-    assert "holds a run with other settings (mixup: 0.1 != 0.0; lr: 0.5 != 0.01); choose another" in output
+    assert "holds a run with other settings (mixup: 0.1 != 0.0; lr: 0.5 != 0.004); choose another" in output
     assert (learned.folder / "config.yaml").read_text() == before
 
 
@@ -171,6 +171,7 @@ def test_the_folders_config_repeats_the_run(learned: Finished, tmp_path: Path) -
     assert log_without_timings(tmp_path) == log_without_timings(learned.folder)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_eval_gives_the_scores_of_the_log(learned: Finished, tmp_path: Path) -> None:
     config = Config.from_flat({**learned.settings, "eval": True})
     last = read_lines(learned.folder / "log.jsonl")[-1]
@@ -214,8 +215,9 @@ def test_finetuning_starts_from_the_given_weights(learned: Finished, tmp_path: P
     changes = {"epochs": 1, "lr": 1e-12, "min_lr": 0.0, "warmup_epochs": 0, "output_dir": tmp_path}
     scores = train_here({**learned.settings, **changes}, finetune=learned.folder / BEST)
     start, end = read_checkpoint(learned.folder / BEST), read_checkpoint(tmp_path / LAST)
-    assert_equal(end["model"], start["model"], tolerance=1e-6)
-    assert scores["test_acc1"] == start["test_acc1"]
+    weights = [name for name in start["model"] if not re.search("running|num_batches", name)]
+    assert_equal(*({name: part["model"][name] for name in weights} for part in (end, start)), tolerance=1e-6)
+    assert abs(scores["test_acc1"] - start["test_acc1"]) <= 15, "only the running statistics moved"
     assert end["step"] == 10, "the run itself starts at its beginning"
 
 
@@ -405,6 +407,15 @@ def test_biases_and_norms_have_no_weight_decay() -> None:
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw", "lamb", "lion", "rmsproptf"])
 def test_any_of_timms_optimisers_can_be_named(opt: str) -> None:
-    build: Callable[..., torch.optim.Optimizer] = build_optimizer
-    optimizer = build(nn.Linear(2, 2), OptimConfig(opt=opt, opt_betas=None))
-    assert len(optimizer.param_groups) == 2
+    assert len(build_optimizer(nn.Linear(2, 2), OptimConfig(opt=opt)).param_groups) == 2
+
+
+def test_betas_for_an_optimiser_without_them_are_refused() -> None:
+    with pytest.raises(ValueError, match="opt_betas has no meaning with opt = sgd"):
+        build_optimizer(nn.Linear(2, 2), OptimConfig(opt="sgd", opt_betas=(0.9, 0.99)))
+
+
+def test_weight_decay_may_rise_from_zero() -> None:
+    optimizer = build_optimizer(nn.Linear(2, 2), OptimConfig(weight_decay=0.0, weight_decay_end=0.3))
+    set_hyperparameters(optimizer, lr=0.1, weight_decay=0.15)
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.15]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from imagefolder import class_name, draw_every_mode, make_image_folder, picture, tell
@@ -149,7 +150,7 @@ def test_val_has_the_labels_of_train_where_it_lacks_a_class(stock) -> None:
     ]
 
 
-def test_jpegs_are_byte_for_byte_those_of_ffcvs_own_field() -> None:
+def test_jpegs_have_the_pixels_of_ffcvs_own_field_and_restart_markers_that_never_straddle_rows() -> None:
     from ffcv.fields.rgb_image import encode_jpeg, resizer
 
     for size in ((300, 200), (199, 301), (100, 100)):
@@ -157,7 +158,10 @@ def test_jpegs_are_byte_for_byte_those_of_ffcvs_own_field() -> None:
         ours = encode(pixels, Encoding(max_resolution=150, jpeg_quality=85, max_bytes=8 << 20))
         small = resizer(pixels, 150)
         assert (ours.height, ours.width) == small.shape[:2]
-        assert ours.jpeg == encode_jpeg(small, 85).tobytes()
+        theirs = cv2.imdecode(encode_jpeg(small, 85), cv2.IMREAD_COLOR)
+        assert np.array_equal(cv2.imdecode(np.frombuffer(ours.jpeg, np.uint8), cv2.IMREAD_COLOR), theirs)
+        at = ours.jpeg.index(b"\xff\xdd\x00\x04") + 4
+        assert -(-ours.width // 16) % int.from_bytes(ours.jpeg[at : at + 2], "big") == 0
 
 
 def test_classes_files_and_labels_are_torchvisions(own_folder: Path) -> None:

@@ -128,7 +128,7 @@ class _Contestant:
         self.error: str | None = None
         self.first_batch_s = self.peak_mb = 0.0
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__, function, json.dumps(arguments), str(time.time())],
+            [sys.executable, "-c", _SERVE, function, json.dumps(arguments), str(time.time())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -165,6 +165,8 @@ class _Contestant:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
     def row(self, base: Sequence[float]) -> Row:
         if self.error or not self.rates:
@@ -198,8 +200,11 @@ def _peak_mb() -> float:
     return total / 1024
 
 
-def _serve(function: str, arguments: dict[str, Any], started_at: float) -> None:
-    """The contestant's side: build, warm up, then one round for each line read."""
+_SERVE = f"import sys; from {__name__} import serve; serve(*sys.argv[1:])"
+
+
+def serve(function: str, arguments: str, started_at: str) -> None:
+    """The contestant's side: build, warm up, then one round for each line read. Arguments as the parent writes them."""
 
     def answer(**content: Any) -> None:
         sys.stdout.write(json.dumps(content) + "\n")
@@ -207,9 +212,9 @@ def _serve(function: str, arguments: dict[str, Any], started_at: float) -> None:
 
     try:
         module, _, name = function.partition(":")
-        work, first = getattr(importlib.import_module(module), name)(**arguments)
+        work, first = getattr(importlib.import_module(module), name)(**json.loads(arguments))
         first()
-        first_batch_s = time.time() - started_at
+        first_batch_s = time.time() - float(started_at)
         work()
         answer(first_batch_s=first_batch_s)
         for _ in sys.stdin:
@@ -218,7 +223,3 @@ def _serve(function: str, arguments: dict[str, Any], started_at: float) -> None:
             answer(images=images, seconds=time.perf_counter() - started, peak_mb=_peak_mb())
     except Exception as error:  # the parent reports it as this contestant's row
         answer(error=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-
-
-if __name__ == "__main__":
-    _serve(sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3]))

@@ -9,8 +9,10 @@ addresses as an argument, see `call`.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -25,7 +27,10 @@ from ffcv_convnext import rng
 
 
 def _cache_folder() -> str:
-    """Where compiled code is kept: below numba's cache folder if one is set, the user's cache folder otherwise."""
+    """Where compiled code is kept: below numba's cache folder if one is set, the user's cache folder otherwise.
+
+    Where neither can be written, a folder of this process, which ends with it.
+    """
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for source in sorted([*Path(__file__).parent.glob("*.py"), Path(rng.__file__)]):
         digest.update(source.read_bytes())
@@ -36,7 +41,11 @@ def _cache_folder() -> str:
         writable = os.access(folder, os.W_OK)
     except OSError:
         writable = False
-    return str(folder if writable else Path(tempfile.gettempdir()) / f"ffcv_convnext-{os.getuid()}" / folder.name)
+    if writable:
+        return str(folder)
+    private = tempfile.mkdtemp(prefix="ffcv_convnext-")  # nobody else's: the cache holds pickles
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    return private
 
 
 numba.config.CACHE_DIR = _cache_folder()

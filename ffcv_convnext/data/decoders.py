@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from ffcv.fields.basics import IntDecoder
 from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.operation import Operation
@@ -162,8 +163,8 @@ class CropDecoder(Operation):  # type: ignore[misc]
     Its result is a pair: images (n, size, size, 3) uint8 and status (n,) int32, a value of data/jpeg.py for each;
     where that is not OK the image is not to be used.
 
-    The work is done by a function of the module, compiled once a process; what differs from run to run is passed to
-    it as numbers, so a further loader costs no further compilation.
+    The work is done by a function of the module, whose compiled code is kept; what differs from run to run is passed
+    to it as numbers. So a further loader, or process, costs no further compilation.
     """
 
     kernel: Any
@@ -192,8 +193,8 @@ class CropDecoder(Operation):  # type: ignore[misc]
     def generate_code(self) -> Callable[..., Any]:
         kernel, parameters = self.kernel, self.parameters
 
-        def decode(batch_indices, memory, metadata, storage_state):  # type: ignore[no-untyped-def]
-            kernel(batch_indices, memory, metadata, storage_state, parameters)
+        def decode(samples: Any, memory: Any, metadata: Any, state: Any) -> Any:
+            kernel(samples, memory, metadata, state, parameters)
             return memory[0], memory[1]
 
         return decode
@@ -218,3 +219,14 @@ class CenterCropDecoder(CropDecoder):
     def __init__(self, config: DataConfig) -> None:
         super().__init__(config.input_size)
         self.parameters = (float(config.eval_resize),)
+
+
+class LabelDecoder(IntDecoder):  # type: ignore[misc]
+    """A batch's labels, (n, 1) int64."""
+
+    def generate_code(self) -> Callable[..., Any]:
+        def decode(samples: Any, labels: Any, metadata: Any, _state: Any) -> Any:
+            labels[:, 0] = metadata[samples]
+            return labels
+
+        return decode

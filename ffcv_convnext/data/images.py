@@ -114,9 +114,16 @@ def shrink(pixels: NDArray[np.uint8], max_resolution: int | None) -> NDArray[np.
     return np.asarray(small, dtype=np.uint8)
 
 
-def encode(pixels: NDArray[np.uint8], encoding: Encoding) -> EncodedImage:
-    """RGB pixels -> JPEG, byte for byte what FFCV's `RGBImageField(write_mode="jpg")` stores.
+def restart_interval(width: int) -> int:
+    """MCUs (16 x 16 pixels in 4:2:0) between restart markers: few, and such that none straddles two rows."""
+    mcus_a_row = -(-width // 16)
+    return next((interval for interval in (2, 3, 4) if mcus_a_row % interval == 0), 1)
 
+
+def encode(pixels: NDArray[np.uint8], encoding: Encoding) -> EncodedImage:
+    """RGB pixels -> JPEG with restart markers; its pixels are those of what FFCV's own RGBImageField stores.
+
+    The markers let a reader decode a crop alone (restart.py); any other reader takes no notice of them.
     Raises ImageError for a picture that does not fit the format.
     """
     pixels = shrink(pixels, encoding.max_resolution)
@@ -124,7 +131,15 @@ def encode(pixels: NDArray[np.uint8], encoding: Encoding) -> EncodedImage:
     if max(width, height) > MAX_JPEG_SIDE:
         raise ImageError(f"{width} x {height} pixels: a JPEG's side ends at {MAX_JPEG_SIDE}; set --max_resolution")
     bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    success, jpeg = cv2.imencode(".jpg", bgr, [int(cv2.IMWRITE_JPEG_QUALITY), encoding.jpeg_quality])
+    success, jpeg = cv2.imencode(
+        ".jpg",
+        bgr,
+        [
+            *(cv2.IMWRITE_JPEG_QUALITY, encoding.jpeg_quality),
+            *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420),
+            *(cv2.IMWRITE_JPEG_RST_INTERVAL, restart_interval(width)),
+        ],
+    )
     if not success:
         raise ImageError(f"{width} x {height} pixels: OpenCV could not encode them")
     if jpeg.size > encoding.max_bytes:

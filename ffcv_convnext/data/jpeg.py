@@ -30,15 +30,15 @@ _ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT
 _STOP_ON_WARNING = 8192  # TJFLAG_STOPONWARNING
 
 # Where the C functions are in this process, for `call`: numba's cached code must not hold them.
-_INIT, _DESTROY, _HEADER, _DECOMPRESS, MEMCHR = range(5)
+_INIT, _DESTROY, _HEADER, _DECOMPRESS, MEMCHR, MEMCPY = range(6)
 
 
 def addresses() -> NDArray[np.int64]:
-    """(5,) int64: the functions that compiled code calls, in the order of the constants above."""
+    """(6,) int64: the functions that compiled code calls, in the order of the constants above."""
     turbojpeg = ctypes.CDLL(ffcv._libffcv.__file__)
     functions = [
         *(turbojpeg[name] for name in ("tjInitDecompress", "tjDestroy", "tjDecompressHeader3", "tjDecompress2")),
-        ctypes.CDLL(None).memchr,
+        *(ctypes.CDLL(None)[name] for name in ("memchr", "memcpy")),
     ]
     return np.array([ctypes.cast(function, ctypes.c_void_p).value for function in functions], dtype=np.int64)
 

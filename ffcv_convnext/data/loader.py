@@ -21,7 +21,6 @@ from typing import Any
 import ffcv.loader
 import numpy as np
 import torch
-from ffcv.fields.basics import IntDecoder
 from ffcv.memory_managers import MemoryManager
 from ffcv.pipeline import Compiler, PipelineSpec
 from ffcv.pipeline.graph import Graph
@@ -30,7 +29,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ffcv_convnext.config import DataConfig
-from ffcv_convnext.data.decoders import CenterCropDecoder, CropDecoder, RandomCropDecoder, WorkerScratch, stored_bytes
+from ffcv_convnext.data.decoders import (
+    CenterCropDecoder,
+    CropDecoder,
+    LabelDecoder,
+    RandomCropDecoder,
+    WorkerScratch,
+    stored_bytes,
+)
 from ffcv_convnext.data.jpeg import OK, REASONS, addresses
 from ffcv_convnext.data.manifest import Manifest
 from ffcv_convnext.data.order import Shares, eval_batches
@@ -111,17 +117,18 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         decoder.most_bytes = int(self.file.sizes.max(initial=0))
         specs = {
             "image": PipelineSpec("image", decoder=decoder),
-            "label": PipelineSpec("label", decoder=IntDecoder()),
+            "label": PipelineSpec("label", decoder=LabelDecoder()),
         }
         self.graph = Graph(
             specs, self.reader.handlers, {"image": 0, "label": 1}, self.reader.metadata, self.file.compile_reader()
         )
-        threads = torch.get_num_threads()
-        Compiler.set_num_threads(1)  # each compiled call serves one thread of our pool
-        torch.set_num_threads(threads)  # which FFCV's setting changes too
         queries, _ = self.graph.collect_requirements()
         self.image_memory, self.label_memory = queries["operation"].values()
-        self.generate_code()
+        Compiler.set_enabled(False)  # our operations are compiled already, and kept between processes
+        try:
+            self.generate_code()
+        finally:
+            Compiler.set_enabled(True)
         self.pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
         self.scratch = threading.local()
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from ffcv_convnext.data.compiling import call, jit
-from ffcv_convnext.data.jpeg import MEMCHR
+from ffcv_convnext.data.jpeg import MEMCHR, MEMCPY
 
 # What `read_layout` finds; indices into its result.
 SIZE_AT, HEIGHT, WIDTH, MCU_HEIGHT, MCU_WIDTH, INTERVAL, SCAN_AT, NUM_COMPONENTS = range(8)
@@ -140,14 +140,15 @@ def cut_jpeg(data, top, left, height, width, layout, ends, out, functions):  # t
         return none
     if not _find_segments(data, scan_at, end_row * a_row, ends, functions):
         return none
-    out[:scan_at] = data[:scan_at]
+    source, target = np.int64(data.ctypes.data), np.int64(out.ctypes.data)
+    call(functions[MEMCPY], (target, source, scan_at))
     size, number = scan_at, 0
     for row in range(first_row, end_row):
         for column in range(first_column, end_column):
             start, end = ends[row * a_row + column], ends[row * a_row + column + 1]
             if size + end - start > out.size:
                 return none
-            out[size : size + end - start] = data[start:end]
+            call(functions[MEMCPY], (target + size, source + start, end - start))
             size += end - start
             out[size - 1] = _RST0 + (number & 7)
             number += 1

@@ -264,6 +264,7 @@ def save(run: Run) -> None:
     check_weights(run)
     content = run.content()
     if run.processes.is_main:
+        run.log.flush()  # so that the trackers hold all that comes before the checkpoint
         run.checkpoints.save(content)
     run.processes.barrier()
 

@@ -149,7 +149,7 @@ def build_run(config: Config, processes: Processes, train_loader: TrainLoader, v
         network=network,
         model=model,
         ema=ema,
-        optimizer=build_optimizer(network, config.optim),
+        optimizer=build_optimizer(network, config.optim, peak_lr=config.schedule.lr),
         scaler=torch.amp.GradScaler(device.type, enabled=config.run.amp == "fp16"),
         schedules=schedules,
         augment=TrainAugment(config.augment, num_classes=num_classes, seed=seed, device=device),

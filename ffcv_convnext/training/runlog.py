@@ -224,7 +224,7 @@ class RunLog:
             return
         self._append(STEPS, entry)
         self._track(entry, "train", entry["step"])
-        rate = f"{entry['images_per_s']:.0f} images/s" if entry["images_per_s"] else "warming up"
+        rate = f"{entry['images_per_s']:.0f} images/s" if entry["images_per_s"] else "first interval, not timed"
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {entry['loss']:.3f}, {rate}")
         else:
@@ -248,18 +248,23 @@ class RunLog:
         self._track(entry, "epoch", entry["step"])
         averaged = f", averaged weights {entry['test_acc1_ema']:.2f} %" if "test_acc1_ema" in entry else ""
         log.info(
-            "epoch %d/%d: train loss %.4f, val top-1 %.2f %%%s, %s images/s",
+            "epoch %d/%d: train loss %.4f, val top-1 %.2f %%%s%s",
             entry["epoch"] + 1,
             self.config.schedule.epochs,
             entry["train_loss"],
             entry["test_acc1"],
             averaged,
-            f"{entry['images_per_s']:.0f}" if entry["images_per_s"] else "?",
+            f", {entry['images_per_s']:.0f} images/s" if entry["images_per_s"] else "",
         )
 
     def done(self, scores: dict[str, Any]) -> None:
         if self.active:
             write_atomically(self.folder / DONE, (json.dumps(scores) + "\n").encode())
+
+    def flush(self) -> None:
+        """Hand buffered events over to the system, which keeps them if this process is killed."""
+        if self.tensorboard is not None:
+            self.tensorboard.flush()
 
     def end_bar(self) -> None:
         if self.bar is not None:
