@@ -7,6 +7,7 @@ line on stderr; anything else keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 import traceback
@@ -20,6 +21,7 @@ from ffcv_convnext.config import add_flags, config_from_args
 from ffcv_convnext.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, Failure, Interrupted
 
 USAGE_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -190,6 +192,10 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
         if not _raised_by_us(error):
             raise
         return _say(f"error: {error}", EXIT_USAGE)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        return _say(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}; make room", EXIT_FAILURE)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
 

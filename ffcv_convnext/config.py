@@ -272,7 +272,9 @@ class RunConfig:
         True, "share the evaluation among the processes; false: each evaluates everything", free=True
     )
     eval: bool = setting(False, "only evaluate (with --resume CHECKPOINT or the newest one in output_dir)", free=True)
-    resume: Path | None = setting(None, "continue from this checkpoint, whatever output_dir holds", free=True)
+    resume: Path | None = setting(
+        None, "continue from this checkpoint where output_dir has none of its own yet", free=True
+    )
     auto_resume: bool = setting(True, "continue from the newest complete checkpoint in output_dir", free=True)
     finetune: Path | None = setting(None, "start from the weights in this checkpoint; a head of other size is left out")
     save_ckpt_freq: int = setting(1, "epochs between checkpoints", free=True)

@@ -34,7 +34,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
-            raise FileNotFoundError(f"run folder {path} does not exist")
+            raise FileNotFoundError(f"{path} is no folder; expected a run folder, or one that holds some")
         inside = [path] if _is_run(path) else sorted(p for p in path.iterdir() if p.is_dir() and _is_run(p))
         if not inside:
             raise ValueError(f"{path} is no run folder and holds none: expected config.yaml and run.json in it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import re
 from pathlib import Path
 from typing import Any
@@ -537,6 +538,17 @@ def test_an_error_of_ours_becomes_its_exit_status(
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert str(error) in line
+
+
+def test_a_full_disk_is_one_line_and_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(_argv: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/log.jsonl")
+
+    monkeypatch.setitem(cli.COMMANDS, "fill", command)
+    assert cli.run_command("fill", []) == 1
+    assert capsys.readouterr().err == "error: runs/x/log.jsonl cannot be written: No space left on device; make room\n"
 
 
 def test_an_error_that_is_not_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
