@@ -1,4 +1,4 @@
-"""The command line: `ffcv-convnext write|train|ladder|report|export|bench`.
+"""The command line: `ffcv-convnext write|train|ladder|report|export|bench|verify|data`.
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 75 interrupted and ready to be resumed. What a user can mend is one
 line on stderr; anything else keeps its traceback.
@@ -19,6 +19,7 @@ from typing import NoReturn
 from ffcv_convnext import __version__
 from ffcv_convnext.config import add_flags, config_from_args
 from ffcv_convnext.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, Failure, Interrupted
+from ffcv_convnext.files import write_atomically
 
 USAGE_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -34,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
 
 def write(argv: Sequence[str]) -> int:
     """Convert an ImageFolder to .beton files and manifests."""
-    from ffcv_convnext.data.writer import ConversionOptions, convert, ending_like_ctrl_c
+    from ffcv_convnext.data import ConversionOptions, convert, ending_like_ctrl_c
     from ffcv_convnext.settings import nearest
 
     def number_or_none(text: str) -> int | None:
@@ -163,6 +164,41 @@ def bench(argv: Sequence[str]) -> int:
     return 0
 
 
+def verify(argv: Sequence[str]) -> int:
+    """Check .beton files: manifest, tables, and every image decoded in full."""
+    parser = _parser("verify", verify)
+    parser.add_argument("data", type=Path, help="folder with train.beton and val.beton (or one of them), or a .beton")
+    parser.add_argument("--num_workers", type=int, metavar="N", help="threads that decode (default one a core)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found there, as an object")
+    parser.epilog = "Exit status: 0 all is good, 1 something is bad, 2 wrong usage."
+    options = parser.parse_args(argv)
+    if options.json and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
+        raise ValueError(f"--json {options.json}: expected a file in a folder that exists")
+    from ffcv_convnext.data import verify_data
+
+    verification = verify_data(options.data, options.num_workers)
+    print(verification.format())
+    if options.json:
+        write_atomically(options.json, (verification.to_json() + "\n").encode())
+    return 0 if verification.good else EXIT_FAILURE
+
+
+def data(argv: Sequence[str]) -> int:
+    """Look into .beton files: what they hold (data info)."""
+    parser = _parser("data", data)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    describing = "classes, sizes, encoding and origin of the images, without decoding them"
+    info = actions.add_parser("info", help=describing, description=f"Print {describing}.", allow_abbrev=False)
+    info.add_argument("data", type=Path, help="folder with train.beton and val.beton (or one of them), or a .beton")
+    info.add_argument("--json", action="store_true", help="print an object instead of a page")
+    options = parser.parse_args(argv)
+    from ffcv_convnext.data import describe_data
+
+    described = describe_data(options.data)
+    print(described.to_json() if options.json else described.format())
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "write": write,
     "train": train,
@@ -170,6 +206,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": report,
     "export": export,
     "bench": bench,
+    "verify": verify,
+    "data": data,
 }
 
 

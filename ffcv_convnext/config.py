@@ -49,6 +49,10 @@ class DataConfig:
     scale: tuple[float, float] = setting((0.08, 1.0), "area of a random resized crop, as a share of the image")
     ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "aspect ratio of a random resized crop, width / height")
     hflip: float = setting(0.5, "probability of a horizontal flip in training")
+    bad_samples: Literal["error", "skip"] = setting(
+        "error",
+        "a training sample that cannot be decoded stops the run, or the next good one of its batch takes its place",
+    )
     num_workers: int = setting(10, "threads that decode images, per process", free=True)
     batches_ahead: int = setting(3, "micro-batches decoded in advance", free=True)
 

@@ -538,6 +538,28 @@ def test_a_damaged_sample_is_an_error_that_names_it_and_its_file(own_dir: Path, 
     assert [tell(image.permute(1, 2, 0).numpy())[0] for image in images] == labels.tolist()
 
 
+def test_a_bad_training_sample_gives_way_to_the_next_good_one_when_asked(
+    own_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(own_dir / "train.beton", {5: zero_everything, 6: flip_first_byte, 9: zero_everything})
+    config = settings(own_dir, bad_samples="skip")
+    loader = TrainLoader(config, CPU, seed=0)
+    with caplog.at_level("WARNING"):
+        ((images, labels),) = loader.loader.batches([np.array([4, 5, 6, 27, 8, 9])], 0, 0)
+    assert torch.equal(images[1], images[3]), "the next good one stands in, here for two"
+    assert torch.equal(images[2], images[3])
+    assert torch.equal(images[5], images[0]), "from the end on, the first"
+    assert labels.tolist() == [0, 1, 1, 1, 0, 0]
+    assert loader.num_replaced == 3
+    assert "sample 9 (made from " in caplog.text
+    assert "sample 4 takes its place" in caplog.text
+    with pytest.raises(SampleError):
+        list(loader.loader.batches([np.array([5, 6])], 0, 0))  # nothing good to take
+    damage(own_dir / "val.beton", {3: zero_everything})
+    with pytest.raises(SampleError, match="sample 3 "):
+        list(EvalLoader(config, CPU))  # an evaluation that left images out would not be exact
+
+
 def test_a_crop_that_does_not_touch_the_damage_comes_out_right(photo_dir: Path, tmp_path: Path) -> None:
     """Of a JPEG with restart markers only the part that holds the crop is decoded."""
     own = Path(shutil.copytree(photo_dir, tmp_path / "beton"))

@@ -75,28 +75,22 @@ PEERS: dict[str, tuple[str, tuple[str, ...], str]] = {
 
 def _convert(folder: Path, work: Path, num_images: int) -> dict[str, Path]:
     """Both files of the same images: ours, and one by FFCV's own writer with the same settings."""
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
     from torchvision.datasets import ImageFolder
 
-    from ffcv_convnext.data import ConversionOptions, convert
+    from ffcv_convnext.data import ConversionOptions, convert, write_stock_beton
 
     convert(ConversionOptions(data_path=folder, out_dir=work, split="train", subset=num_images))
     dataset = ImageFolder(str(folder / "train"))
-    fields = {"image": RGBImageField(write_mode="jpg", max_resolution=500, jpeg_quality=90), "label": IntField()}
     stock = work / "stock.beton"
-    indices = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).astype(int)
-    DatasetWriter(str(stock), fields, num_workers=len(os.sched_getaffinity(0))).from_indexed_dataset(
-        dataset, indices=indices.tolist()
-    )
+    indices = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).astype(int).tolist()
+    num_workers = len(os.sched_getaffinity(0))
+    write_stock_beton(stock, dataset, indices, max_resolution=500, jpeg_quality=90, num_workers=num_workers)
     return {"ours": work / "train.beton", "stock": stock, "folder": folder / "train"}
 
 
 def _ours(beton: str, num_workers: int, interpolation: str) -> Contestant:
     from ffcv_convnext.config import Config
-    from ffcv_convnext.data.decoders import RandomCropDecoder
-    from ffcv_convnext.data.loader import SampleLoader
-    from ffcv_convnext.data.order import Shares
+    from ffcv_convnext.data import RandomCropDecoder, SampleLoader, Shares
 
     config = Config.from_flat({"input_size": SIZE, "train_interpolation": interpolation}).data
     loader = SampleLoader(
@@ -127,29 +121,9 @@ def ours_on_stock(stock: str, num_workers: int) -> Contestant:
 
 
 def stock_ffcv(stock: str, num_workers: int) -> Contestant:
-    from ffcv.fields.basics import IntDecoder
-    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
+    from ffcv_convnext.data import stock_train_loader
 
-    loader = Loader(
-        stock,
-        batch_size=BATCH,
-        num_workers=num_workers,
-        order=OrderOption.RANDOM,
-        drop_last=True,
-        os_cache=True,
-        seed=0,
-        pipelines={
-            "image": [
-                RandomResizedCropRGBImageDecoder((SIZE, SIZE)),
-                RandomHorizontalFlip(),
-                ToTensor(),
-                ToTorchImage(),
-            ],
-            "label": [IntDecoder(), ToTensor()],
-        },
-    )
+    loader = stock_train_loader(Path(stock), size=SIZE, batch_size=BATCH, num_workers=num_workers)
     return lambda: sum(len(images) for images, _ in loader), lambda: sum(len(images) for images, _ in loader)
 
 

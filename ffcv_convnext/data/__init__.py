@@ -7,23 +7,38 @@ ffcv sets PyTorch's number of CPU threads to 1; that is undone here.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ffcv_convnext.data.loader import EvalLoader as EvalLoader
+    from ffcv_convnext.data.loader import TrainLoader as TrainLoader
 
 _HOMES = {
     "Manifest": "manifest",
     "ConversionOptions": "writer",
     "convert": "writer",
+    "ending_like_ctrl_c": "writer",
+    "Shares": "order",
     "TrainLoader": "loader",
     "EvalLoader": "loader",
     "SampleError": "loader",
+    "SampleLoader": "loader",
+    "RandomCropDecoder": "decoders",
+    "stock_train_loader": "stock",
+    "write_stock_beton": "stock",
+    "verify_data": "verify",
+    "describe_data": "info",
 }
+_LIGHT = {"manifest", "writer", "order"}  # import neither ffcv nor torch, which take seconds
 __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import torch  # here: the workers of a conversion import this package, and torch would cost each of them seconds
+    if _HOMES[name] in _LIGHT:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    import torch
 
     num_threads = torch.get_num_threads()
     try:

@@ -8,6 +8,7 @@ into small chunks that a thread pool decodes (the compiled code releases the GIL
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -41,6 +42,8 @@ from ffcv_convnext.data.jpeg import OK, REASONS, addresses
 from ffcv_convnext.data.manifest import Manifest
 from ffcv_convnext.data.order import Shares, eval_batches
 from ffcv_convnext.errors import Failure
+
+log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 _CHUNK = 8  # images a thread decodes before it looks for more work: some 10 ms
@@ -100,12 +103,21 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
     """
 
     def __init__(
-        self, beton: Path, decoder: CropDecoder, *, num_workers: int, batches_ahead: int, device: torch.device
+        self,
+        beton: Path,
+        decoder: CropDecoder,
+        *,
+        num_workers: int,
+        batches_ahead: int,
+        device: torch.device,
+        replace_bad: bool = False,
     ) -> None:
         self.fname = str(beton)
         self.num_workers = num_workers
         self.batches_ahead = batches_ahead
         self.device = device
+        self.replace_bad = replace_bad
+        self.num_replaced = 0  # bad samples so far that another one stood in for
         self.wait_s = 0.0  # time the consumer has waited for batches, in total
         self.reader = Reader(self.fname)
         if list(self.reader.handlers) != ["image", "label"]:
@@ -143,7 +155,9 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         """Decode the given lists of sample indices, `batches_ahead` of them in advance, and yield them in order.
 
         Yields images (n, 3, size, size) uint8 in channels_last memory and labels (n,) int64 on the device, both
-        the caller's own. Leaving the iteration early ends the work. Raises SampleError for a bad sample.
+        the caller's own. Leaving the iteration early ends the work.
+        A sample that cannot be decoded raises SampleError, or, with replace_bad, gives way to the next good one of
+        its list (from the end on, the first): image and label of that one come twice. A warning names it.
         """
         state = self.file.state(seed, epoch)
         pending: deque[_Pending] = deque()
@@ -200,8 +214,7 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         for chunk in batch.chunks:
             chunk.result()
         self.wait_s += time.perf_counter() - started
-        for i in np.flatnonzero(batch.status != OK):
-            raise self._sample_error(int(batch.samples[i]), REASONS[int(batch.status[i])])
+        self._treat_bad(batch)
         images, labels = batch.images.permute(0, 3, 1, 2), batch.labels[:, 0]
         if self.copy_stream is None:
             return images, labels
@@ -214,13 +227,24 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
             tensor.record_stream(current)
         return images, labels
 
-    def _sample_error(self, sample: int, reason: str) -> SampleError:
+    def _treat_bad(self, batch: _Pending) -> None:
+        """Raise for a batch's bad samples, or put good ones in their places."""
+        good = np.flatnonzero(batch.status == OK)
+        for i in np.flatnonzero(batch.status != OK):
+            trouble = self._describe_bad(int(batch.samples[i]), REASONS[int(batch.status[i])])
+            if not self.replace_bad or not len(good):
+                raise SampleError(f"{trouble}; write the file anew with write_ffcv_dataset.py --overwrite")
+            stand_in = int(good[np.searchsorted(good, i) % len(good)])
+            batch.images[i], batch.labels[i] = batch.images[stand_in], batch.labels[stand_in]
+            self.num_replaced += 1
+            log.warning("%s; sample %d takes its place", trouble, batch.samples[stand_in])
+
+    def _describe_bad(self, sample: int, reason: str) -> str:
         beton = Path(self.fname)
-        original = Manifest.for_beton(beton).original_file(beton, sample)
-        return SampleError(
-            f"{beton}: sample {sample} (made from {original or 'an unknown file'}) cannot be used: {reason}; "
-            "write the file anew with write_ffcv_dataset.py --overwrite"
-        )
+        original = None
+        if Manifest.path_for(beton).exists():
+            original = Manifest.for_beton(beton).original_file(beton, sample)
+        return f"{beton}: sample {sample} (made from {original or 'an unknown file'}) cannot be used: {reason}"
 
     def close(self) -> None:
         """End the worker threads; iterations still open must not be used any more."""
@@ -243,7 +267,12 @@ class _SplitLoader:
             )
         self.manifest = Manifest.check(beton)
         self.loader = SampleLoader(
-            beton, decoder, num_workers=config.num_workers, batches_ahead=config.batches_ahead, device=device
+            beton,
+            decoder,
+            num_workers=config.num_workers,
+            batches_ahead=config.batches_ahead,
+            device=device,
+            replace_bad=self.split == "train" and config.bad_samples == "skip",
         )
         labels = self.loader.reader.metadata["f1"]
         if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
@@ -256,6 +285,11 @@ class _SplitLoader:
     @property
     def num_samples(self) -> int:
         return len(self.loader)
+
+    @property
+    def num_replaced(self) -> int:
+        """Bad samples so far that another one stood in for (bad_samples skip)."""
+        return self.loader.num_replaced
 
     @property
     def wait_s(self) -> float:

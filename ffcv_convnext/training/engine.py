@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ffcv_convnext.augment import TrainAugment
 from ffcv_convnext.config import Config
-from ffcv_convnext.data import EvalLoader, TrainLoader
 from ffcv_convnext.errors import Failure, Interrupted
 from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.training.checkpoint import BEST, BEST_EMA, Checkpoints
@@ -26,6 +25,9 @@ from ffcv_convnext.training.metrics import LossMean, LossTracker, Throughput, ev
 from ffcv_convnext.training.optim import set_hyperparameters
 from ffcv_convnext.training.runlog import RunLog
 from ffcv_convnext.training.schedule import Schedules
+
+if TYPE_CHECKING:  # at run time it needs ffcv, which the tests of this file do without
+    from ffcv_convnext.data import EvalLoader, TrainLoader
 
 
 @dataclass(slots=True)
@@ -139,6 +141,7 @@ def fit(run: Run) -> dict[str, float]:
             run.model.train()
             run.log.start_epoch(epoch, first_step, num_steps)
             epoch_started, waited, logged = time.perf_counter(), run.train_loader.wait_s, state.step
+            replaced = run.train_loader.num_replaced
             throughput.start()
             for micro_batches in run.train_loader.steps(epoch, first_step):
                 train_step(run, micro_batches)
@@ -167,6 +170,7 @@ def fit(run: Run) -> dict[str, float]:
                     "data_wait_s": run.train_loader.wait_s - waited,
                     "train_s": train_s,
                     "epoch_s": time.perf_counter() - epoch_started,
+                    "bad_samples": int(run.processes.sum(torch.tensor(run.train_loader.num_replaced - replaced))),
                     "lr": run.schedules.lr(state.step - 1),
                     "n_parameters": sum(p.numel() for p in run.network.parameters()),
                 }

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.loss import SoftTargetCrossEntropy
@@ -18,9 +18,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ffcv_convnext import data
 from ffcv_convnext.augment import TrainAugment
 from ffcv_convnext.config import Config, ModelConfig, differences
-from ffcv_convnext.data import EvalLoader, TrainLoader
 from ffcv_convnext.files import remove_leftovers
 from ffcv_convnext.models import build_model, load_pretrained
 from ffcv_convnext.rng import Stream, step_seed
@@ -32,6 +32,9 @@ from ffcv_convnext.training.metrics import LossTracker, evaluate
 from ffcv_convnext.training.optim import build_optimizer
 from ffcv_convnext.training.runlog import FolderLock, RunLog, check_same_config, is_done, setup_logging
 from ffcv_convnext.training.schedule import build_schedules
+
+if TYPE_CHECKING:  # at run time `data` imports it, and ffcv with it, when a run is built
+    from ffcv_convnext.data import EvalLoader, TrainLoader
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +90,7 @@ def _joined(processes: Processes) -> Iterator[None]:
 
 @contextmanager
 def _loaders(config: Config, processes: Processes) -> Iterator[tuple[TrainLoader, EvalLoader]]:
-    train_loader = TrainLoader(
+    train_loader = data.TrainLoader(
         config.data, processes.device, seed=config.run.seed, rank=processes.rank, world=processes.world
     )
     with closing(train_loader), closing(_val_loader(config, processes)) as val_loader:
@@ -101,7 +104,7 @@ def _loaders(config: Config, processes: Processes) -> Iterator[tuple[TrainLoader
 
 def _val_loader(config: Config, processes: Processes) -> EvalLoader:
     shared = config.run.dist_eval
-    return EvalLoader(
+    return data.EvalLoader(
         config.data,
         processes.device,
         rank=processes.rank if shared else 0,
