@@ -20,6 +20,7 @@ from ffcv_convnext import __version__
 from ffcv_convnext.config import add_flags, config_from_args
 from ffcv_convnext.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, Failure, Interrupted
 from ffcv_convnext.files import write_atomically
+from ffcv_convnext.signals import stopping_at_once
 
 USAGE_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -85,13 +86,14 @@ def train(argv: Sequence[str]) -> int:
     parser = _parser("train", train)
     add_flags(parser)
     config, _ = config_from_args(parser, argv)
-    from ffcv_convnext.training import evaluate_only
-    from ffcv_convnext.training import train as train_run
+    with stopping_at_once():  # the imports take seconds
+        from ffcv_convnext.training import evaluate_only
+        from ffcv_convnext.training import train as train_run
 
-    if config.run.eval:
-        evaluate_only(config)
-    else:
-        train_run(config)
+        if config.run.eval:
+            evaluate_only(config)
+        else:
+            train_run(config)
     return 0
 
 

@@ -210,11 +210,11 @@ class OptimConfig:
     """The optimiser, by timm's names."""
 
     opt: str = setting("adamw", "optimiser, any name of timm.optim")
-    opt_eps: float = setting(1e-8, "optimiser's epsilon")
+    opt_eps: float | None = setting(None, "optimiser's epsilon; none: its own default (AdamW: 1e-8)")
     opt_betas: tuple[float, float] | None = setting(
         None, "optimiser's betas; none: its own default (AdamW: 0.9, 0.999)"
     )
-    momentum: float = setting(0.9, "momentum, for optimisers that have one")
+    momentum: float | None = setting(None, "momentum, for optimisers that have one; none: 0.9")
     weight_decay: float = setting(0.05, "weight decay; not on biases, norms and other parameters of one dimension")
     weight_decay_end: float | None = setting(None, "weight decay of the last step (cosine between); none: constant")
     clip_grad: float | None = setting(None, "largest norm of the gradient; none: no clipping")
@@ -223,7 +223,7 @@ class OptimConfig:
         for name in ("weight_decay", "weight_decay_end", "momentum"):
             value = getattr(self, name)
             _require(value is None or value >= 0, f"{name} = {value}: expected 0 or more")
-        _require(self.opt_eps > 0, f"opt_eps = {self.opt_eps}: expected a positive number")
+        _require(self.opt_eps is None or self.opt_eps > 0, f"opt_eps = {self.opt_eps}: expected a positive number")
         _require(
             self.clip_grad is None or self.clip_grad > 0, f"clip_grad = {self.clip_grad}: expected a positive number"
         )
@@ -264,11 +264,11 @@ class RunConfig:
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto: cuda where there is one", free=True)
     amp: Literal["bf16", "fp16", "off"] = setting(
         "bf16",
-        "mixed precision: autocast's type, or off for float32",
+        "mixed precision: autocast's type (fp16 waits for the device at every step), or off for float32",
         aliases={"false": "off"},  # YAML reads off as false
     )
     channels_last: bool = setting(True, "memory format of images and convolutions", free=True)
-    compile: bool = setting(False, "compile the network with torch.compile", free=True)
+    compile: bool = setting(False, "compile the network with torch.compile; evaluation stays eager", free=True)
     model_ema: bool = setting(False, "keep an exponential moving average of the weights")
     model_ema_decay: float = setting(0.9999, "its decay, per optimiser step")
     model_ema_eval: bool = setting(True, "evaluate the averaged weights too, beside the raw ones")

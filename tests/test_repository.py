@@ -23,7 +23,7 @@ PACKAGE = "ffcv_convnext"
 # A module imports from floors below its own, or from its own folder.
 FLOORS = [
     {"", "errors", "files", "rng", "settings"},  # "" is the package itself: its version
-    {"config"},
+    {"config", "signals"},
     {"data", "augment", "models"},
     {"training", "bench"},
     {"cluster", "ladder", "report"},

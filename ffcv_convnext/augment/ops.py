@@ -30,7 +30,7 @@ def color_jitter(images: Tensor, strength: float, generator: np.random.Generator
     num = len(images)
     factors = generator.uniform(max(0.0, 1 - strength), 1 + strength, (num, 3)).astype(np.float32)
     orders = generator.permuted(np.tile(np.arange(3), (num, 1)), axis=1)
-    luma = torch.tensor(_LUMA, device=images.device)[:, None, None]
+    luma = to_device(np.array(_LUMA, np.float32), images.device)[:, None, None]
     result = images.float()
     for which in orders.T:
         factor = to_device(np.take_along_axis(factors, which[:, None], 1), images.device)[:, :, None, None]

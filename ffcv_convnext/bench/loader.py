@@ -20,6 +20,7 @@ from ffcv_convnext.bench.photographs import write_photo_folder
 from ffcv_convnext.bench.rounds import Comparison, Work, compare
 
 SIZE, BATCH = 224, 128
+REFERENCE = "stock FFCV"
 Contestant = tuple[Work, Callable[[], Any]]  # a round's work, and the first batch of it
 
 
@@ -34,9 +35,10 @@ def bench_loader(
 ) -> Comparison:
     """Measure on an ImageFolder, or on photographs at hand when data_path is None.
 
-    peers: names out of PEERS; None: all whose packages are installed. Raises ValueError for an unknown one.
+    peers: names out of PEERS, beside stock FFCV; None: all whose packages are installed. Raises ValueError for an
+    unknown one.
     """
-    chosen = list(PEERS) if peers is None else list(peers)
+    chosen = list(PEERS) if peers is None else [REFERENCE, *peers]
     for name in chosen:
         if name not in PEERS:
             raise ValueError(f"peers = {name}: expected some of {', '.join(PEERS)}")
@@ -47,9 +49,12 @@ def bench_loader(
         os.sched_setaffinity(0, available[:cores])
     num_workers = cores or len(available)
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as work:
-        folder = data_path or write_photo_folder(Path(work) / "photographs", num_images)
+        if data_path is None:
+            folder = write_photo_folder(Path(work) / "photographs", num_images)
+        else:
+            folder = _link_some(data_path, Path(work) / "subset", num_images)
         say(f"converting {folder}")
-        paths = _convert(folder, Path(work), num_images)
+        paths = _convert(folder, Path(work))
         contestants = [
             (name, f"{__name__}:{function}", {"num_workers": num_workers, **{key: str(paths[key]) for key in needs}})
             for name, (function, needs, package) in PEERS.items()
@@ -60,7 +65,7 @@ def bench_loader(
             "megabytes": round(paths["ours"].stat().st_size / 1e6),
             "torch": torch.__version__,
         }
-        return compare("loader", contestants, reference="stock FFCV", rounds=rounds, facts=facts, say=say)
+        return compare("loader", contestants, reference=REFERENCE, rounds=rounds, facts=facts, say=say)
 
 
 PEERS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -73,16 +78,30 @@ PEERS: dict[str, tuple[str, tuple[str, ...], str]] = {
 }
 
 
-def _convert(folder: Path, work: Path, num_images: int) -> dict[str, Path]:
+def _link_some(data_path: Path, out: Path, num_images: int) -> Path:
+    """A folder of links to `num_images` training images, evenly spread, so that everyone reads the same ones."""
+    from torchvision.datasets import ImageFolder
+
+    if not (data_path / "train").is_dir():
+        raise FileNotFoundError(f"data_path: {data_path / 'train'} does not exist; give an ImageFolder with train/")
+    files = [Path(file) for file, _ in ImageFolder(str(data_path / "train")).samples]
+    for index in np.unique(np.linspace(0, len(files) - 1, min(num_images, len(files))).astype(int)):
+        link = out / files[index].resolve().relative_to(data_path.resolve())
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(files[index].resolve())
+    return out
+
+
+def _convert(folder: Path, work: Path) -> dict[str, Path]:
     """Both files of the same images: ours, and one by FFCV's own writer with the same settings."""
     from torchvision.datasets import ImageFolder
 
     from ffcv_convnext.data import ConversionOptions, convert, write_stock_beton
 
-    convert(ConversionOptions(data_path=folder, out_dir=work, split="train", subset=num_images))
+    convert(ConversionOptions(data_path=folder, out_dir=work, split="train"))
     dataset = ImageFolder(str(folder / "train"))
     stock = work / "stock.beton"
-    indices = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).astype(int).tolist()
+    indices = list(range(len(dataset)))
     num_workers = len(os.sched_getaffinity(0))
     write_stock_beton(stock, dataset, indices, max_resolution=500, jpeg_quality=90, num_workers=num_workers)
     return {"ours": work / "train.beton", "stock": stock, "folder": folder / "train"}

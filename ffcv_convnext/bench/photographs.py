@@ -31,7 +31,7 @@ def find_photographs(folder: Path | None = None) -> list[Image.Image]:
     found = [image for image in found if min(image.size) >= 200]
     if not found:
         raise ValueError(
-            "no photographs found; install scikit-image or scikit-learn, or name a folder: --photographs DIR"
+            "no photographs found; install scikit-image or scikit-learn, or give an ImageFolder: --data_path DIR"
         )
     return found
 

@@ -1,6 +1,6 @@
-"""Images on their way to the device: conversion, manifests, traversal order, loading.
+"""Images on their way to the device: conversion, manifests, checks, traversal order, loading.
 
-`ffcv` and `numba` are needed for writing and loading only, so those names are imported when first used. Importing
+`ffcv` and `numba` are needed for writing and reading only, so those names are imported when first used. Importing
 ffcv sets PyTorch's number of CPU threads to 1; that is undone here.
 """
 

@@ -211,8 +211,12 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
 
     def _finish(self, batch: _Pending) -> Batch:
         started = time.perf_counter()
-        for chunk in batch.chunks:
-            chunk.result()
+        for number, chunk in enumerate(batch.chunks):
+            try:
+                chunk.result()
+            except Exception as error:  # whatever it is, say where
+                part = batch.samples[number * _CHUNK : (number + 1) * _CHUNK].tolist()
+                raise SampleError(f"{self.fname}: decoding samples {part} failed: {error!r}") from error
         self.wait_s += time.perf_counter() - started
         self._treat_bad(batch)
         images, labels = batch.images.permute(0, 3, 1, 2), batch.labels[:, 0]

@@ -17,6 +17,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ffcv_convnext.files import write_atomically
+
 Split = Literal["train", "val"]
 FORMAT = 1
 AGAIN = "convert it again with write_ffcv_dataset.py --overwrite"
@@ -147,19 +149,6 @@ class Manifest:
 def encode_file_list(files: Sequence[str]) -> bytes:
     """The content of a .files.txt. Names that are not UTF-8 keep their bytes."""
     return b"".join(os.fsencode(file) + b"\n" for file in files)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a temporary file beside `path`, sync it to the disk, rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def tables_digest(beton: Path) -> str:

@@ -3,8 +3,8 @@
 The recipe's pixels come from `PIL.Image.resize`; accuracy drops are reported wherever another filter takes its
 place. So this is Pillow's algorithm (libImaging/Resample.c): separable, the filter stretched by the scale so that
 it antialiases, 22-bit fixed-point weights, rounding to uint8 between the two passes. Each pass equals Pillow's bit
-for bit, and both together equal Pillow up to version 12. From version 13 on Pillow takes the vertical pass first
-where the height shrinks much more than the width (python-pillow#9549), which moves some values by a level.
+for bit, and both together equal Pillow up to version 12. From version 13 on Pillow takes the vertical pass first where
+that is less work (python-pillow#9549), which moves some values.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ class Tables:
     path: Path
     num_bytes: int
     fields: tuple[str, ...]
+    page_size: int  # bytes; FFCV writes no image that is larger than a page
     pages_start: int  # where the sample table ends; pages begin here or behind it
     pages_end: int  # where the allocation table begins
     num_allocations: int  # whole entries of that table
@@ -52,8 +53,8 @@ class Tables:
     def in_pages(self) -> NDArray[np.bool_]:
         """(n,) whether a sample's data is known to lie where the pages are."""
         inside = (self.addresses >= self.pages_start) & (self.addresses <= self.pages_end)
-        result: NDArray[np.bool_] = inside & (self.lengths > 0) & (self.lengths <= self.pages_end - self.addresses)
-        return result
+        inside &= (self.lengths > 0) & (self.lengths <= self.pages_end - self.addresses)
+        return inside & (self.lengths <= self.page_size)
 
 
 def read_tables(beton: Path) -> Tables:
@@ -101,6 +102,7 @@ def read_tables(beton: Path) -> Tables:
         path=beton,
         num_bytes=num_bytes,
         fields=names,
+        page_size=int(header["page_size"]),
         pages_start=pages_start,
         pages_end=min(pages_end, num_bytes),
         num_allocations=len(table),

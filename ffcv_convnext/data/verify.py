@@ -244,7 +244,12 @@ def _check_rows(tables: Tables, manifest: Manifest | None, reasons: Reasons) -> 
         )
     known = tables.lengths >= 0
     bad(~known, lambda _: "the allocation table does not know its address")
-    bad(known & ~tables.in_pages, lambda _: REASONS[OUTSIDE_FILE])
+    bad(
+        known & ~tables.in_pages,
+        lambda i: (
+            f"its data ({tables.lengths[i]} bytes from {tables.addresses[i]} on) does not lie in a page of the file"
+        ),
+    )
     bad(
         known & (tables.owners != np.arange(len(tables))),
         lambda i: f"the allocation table gives its data to sample {tables.owners[i]}",

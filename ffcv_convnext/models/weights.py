@@ -188,7 +188,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _state_in(content: Mapping[str, Any], path: Path) -> State:
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict", "ema"):
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,17 @@ def read_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> 
     return content
 
 
+def _another_name(path: Path) -> Path:
+    """The same file under a temporary name: a hard link, or a copy where the file system has none."""
+    link = path.with_name(f".{path.name}.link.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:
+        shutil.copyfile(path, link)
+    return link
+
+
 class Checkpoints:
     """The checkpoints of one run folder."""
 
@@ -80,9 +92,14 @@ class Checkpoints:
         coming = self.folder / ".checkpoint-next.pth"
         write_checkpoint(coming, content)
         if last.exists():
-            os.replace(last, previous)
+            os.replace(_another_name(last), previous)  # there is a complete `last` at every moment
         os.replace(coming, last)
         return last
+
+    def clear(self) -> None:
+        """Remove the folder's checkpoints."""
+        for name in (LAST, PREVIOUS, BEST, BEST_EMA):
+            (self.folder / name).unlink(missing_ok=True)
 
     def save_best(self, name: str, content: dict[str, Any]) -> Path:
         write_checkpoint(self.folder / name, content)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +17,7 @@ from ffcv_convnext.augment import TrainAugment
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import Failure, Interrupted
 from ffcv_convnext.rng import Stream, step_seed
+from ffcv_convnext.signals import stop_signals
 from ffcv_convnext.training.checkpoint import BEST, BEST_EMA, Checkpoints
 from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.metrics import LossMean, LossTracker, Throughput, evaluate
@@ -28,6 +27,9 @@ from ffcv_convnext.training.schedule import Schedules
 
 if TYPE_CHECKING:  # at run time it needs ffcv, which the tests of this file do without
     from ffcv_convnext.data import EvalLoader, TrainLoader
+
+
+HYPERPARAMETERS = {"betas", "eps", "momentum", "weight_decay", "decays"}  # of the settings, not of a checkpoint
 
 
 @dataclass(slots=True)
@@ -62,6 +64,10 @@ class Run:
 
     def autocast(self) -> torch.autocast:
         return autocast(self.config, self.processes.device)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return memory_format(self.config)
 
     def sync_gradients(self, *, last: bool) -> AbstractContextManager[Any]:
         """DDP reduces gradients on a step's last micro-batch only."""
@@ -112,11 +118,21 @@ class Run:
         self.network.load_state_dict(content["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(content["ema"])
+        asked_for = [
+            {key: group[key] for key in HYPERPARAMETERS & group.keys()} for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(content["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, asked_for, strict=True):
+            group.update(own)
         self.scaler.load_state_dict(content["scaler"])
         self.tracker.epoch = LossMean(**content["epoch_loss"])
         self.tracker.interval = LossMean(**content["interval_loss"])
         self.state = State(content["epoch"], content["step"], dict(content["best"]))
+
+
+def memory_format(config: Config) -> torch.memory_format:
+    """Of weights and images; images come out of the loader in channels_last."""
+    return torch.channels_last if config.run.channels_last else torch.contiguous_format
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
@@ -196,7 +212,7 @@ def train_step(run: Run, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None
         torch.manual_seed(step_seed(run.config.run.seed, step, micro_batch, Stream.NETWORK))
         with run.sync_gradients(last=i == num - 1):
             with run.autocast():
-                loss = run.criterion(run.model(inputs), targets)
+                loss = run.criterion(run.model(inputs.contiguous(memory_format=run.memory_format)), targets)
             run.scaler.scale(loss / num).backward()
         run.tracker.add(loss.detach(), step + 1)  # the log's number: the first step is 1
     if run.config.optim.clip_grad is not None:
@@ -244,7 +260,7 @@ def evaluate_candidates(run: Run) -> dict[str, float]:
     scores: dict[str, float] = {}
     for ending, network in run.candidates():
         run.processes.average_buffers(network)
-        result = evaluate(network, run.val_loader, processes, run.autocast)
+        result = evaluate(network, run.val_loader, processes, run.autocast, run.memory_format)
         scores |= {f"test_{key}{ending}": result[key] for key in ("acc1", "acc5", "loss")}
     return scores
 
@@ -284,36 +300,3 @@ def save_best(run: Run, scores: dict[str, float]) -> None:
             if run.processes.is_main:
                 content = {part: network.state_dict(), "epoch": run.state.epoch, "step": run.state.step, **scores}
                 run.checkpoints.save_best(name, {**content, "config": run.config.flat()})
-
-
-class StopRequest:
-    """Set by SIGTERM, SIGUSR2 or Ctrl-C; the loop looks at it after each optimiser step."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-
-    @property
-    def requested(self) -> bool:
-        return self.name is not None
-
-    def handle(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.name == "SIGINT":
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
-        self.name = signal.Signals(number).name
-
-    def message(self, step: int) -> str:
-        reason = self.name or "a signal to another process"
-        return f"stopped by {reason} after optimiser step {step}, state saved; the same command continues"
-
-
-@contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """Turn the signals into a request while the block runs."""
-    request = StopRequest()
-    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-    before = {number: signal.signal(number, request.handle) for number in numbers}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -102,6 +102,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     processes: Processes,
     autocast: Callable[[], torch.autocast],
+    memory_format: torch.memory_format = torch.channels_last,
 ) -> dict[str, float]:
     """Exact top-1 and top-5 accuracy (percent) and mean cross-entropy over all processes' batches.
 
@@ -113,7 +114,7 @@ def evaluate(
     with torch.inference_mode():
         for images, labels in batches:
             with autocast():
-                logits = network(normalise(images))
+                logits = network(normalise(images).contiguous(memory_format=memory_format))
             logits = logits.float()
             best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")

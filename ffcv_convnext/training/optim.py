@@ -22,14 +22,19 @@ def build_optimizer(network: nn.Module, config: OptimConfig, *, peak_lr: float =
     info = get_optimizer_info(config.opt.lower())
     if config.opt_betas is not None and not (info.has_betas and info.num_betas == 2):
         raise ValueError(f"opt_betas has no meaning with opt = {config.opt}, which takes no two betas; drop it")
-    extra = {} if config.opt_betas is None else {"betas": config.opt_betas}
+    for name, value, taken in (
+        ("opt_eps", config.opt_eps, info.has_eps),
+        ("momentum", config.momentum, info.has_momentum),
+    ):
+        if value is not None and not taken:
+            raise ValueError(f"{name} has no meaning with opt = {config.opt}, which takes none; drop it")
+    options = {"betas": config.opt_betas, "eps": config.opt_eps, "momentum": config.momentum}
+    extra = {name: value for name, value in options.items() if value is not None}
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         network,
         opt=config.opt,
         lr=peak_lr,
         weight_decay=max(config.weight_decay, config.weight_decay_end or 0.0),  # above 0 makes the two groups
-        momentum=config.momentum,
-        eps=config.opt_eps,
         **extra,
     )
     for group in optimizer.param_groups:

@@ -1,6 +1,6 @@
 """Builds the parts of a run from its config, then trains or evaluates.
 
-Everything that can be wrong with settings, paths and arithmetic is checked before the network is built.
+Paths, data, batch arithmetic and combinations of settings are checked before the network is built.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.settings import format_value
 from ffcv_convnext.training.checkpoint import Checkpoints, read_checkpoint
 from ffcv_convnext.training.distributed import Processes
-from ffcv_convnext.training.engine import Run, State, autocast, fit
+from ffcv_convnext.training.engine import Run, State, autocast, fit, memory_format
 from ffcv_convnext.training.metrics import LossTracker, evaluate
 from ffcv_convnext.training.optim import build_optimizer
 from ffcv_convnext.training.runlog import FolderLock, RunLog, check_same_config, is_done, setup_logging
@@ -126,8 +126,6 @@ def build_run(config: Config, processes: Processes, train_loader: TrainLoader, v
     num_classes = _num_classes(config.model, train_loader.num_classes)
     torch.manual_seed(step_seed(seed, 0, 0, Stream.INITIALISATION))
     network = _network(config, num_classes, device)
-    if config.run.finetune is not None:
-        load_pretrained(network, config.run.finetune)
     ema = ModelEmaV3(network, decay=config.run.model_ema_decay) if config.run.model_ema else None
     model: nn.Module = torch.compile(network) if config.run.compile else network  # type: ignore[assignment]
     if processes.world > 1:
@@ -170,8 +168,13 @@ def build_run(config: Config, processes: Processes, train_loader: TrainLoader, v
 
 def _network(config: Config, num_classes: int, device: torch.device) -> nn.Module:
     network = build_model(config.model, num_classes)
-    memory_format = torch.channels_last if config.run.channels_last else torch.contiguous_format
-    return network.to(device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+    fixed = getattr(network, "pretrained_cfg", {}) or {}
+    if fixed.get("fixed_input_size") and fixed["input_size"][-1] != config.data.input_size:
+        raise ValueError(
+            f"model = {config.model.model} takes images of {fixed['input_size'][-1]} pixels only; "
+            f"use --input_size {fixed['input_size'][-1]}"
+        )
+    return network.to(device, memory_format=memory_format(config))  # type: ignore[call-overload, no-any-return]
 
 
 def _announce(run: Run, parameters: int) -> None:
@@ -227,6 +230,12 @@ def _resume(run: Run) -> None:
         if path.parent.resolve() != run.checkpoints.folder.resolve():
             run.state.best.clear()  # this folder has no best checkpoint yet
         log.info("continuing from %s: epoch %d, optimiser step %d", path, run.state.epoch, run.state.step)
+    elif config.finetune is not None:
+        load_pretrained(run.network, config.finetune)
+        if run.ema is not None:
+            run.ema.module.load_state_dict(run.network.state_dict())
+    if not config.auto_resume and run.processes.is_main:
+        run.checkpoints.clear()  # a kill before the first save must not bring the old run back
     run.log.resume_at(run.state.step, run.state.epoch)
 
 
@@ -251,36 +260,51 @@ def _check_resumable(path: Path, content: dict[str, Any], config: Config) -> Non
 def evaluate_only(config: Config) -> dict[str, float]:
     """Evaluate a checkpoint's raw and averaged weights, whichever it holds, on the validation set.
 
-    The checkpoint is --resume, or else the newest in output_dir.
+    The checkpoint is --resume, or else the newest in output_dir. Weights from elsewhere (timm's, torchvision's, a
+    published state dict) are evaluated with --finetune.
     """
     processes = _processes(config)
     setup_logging(None, processes)
     path, content = _weights_to_evaluate(config)
-    _check_same_network(path, content, config)
     with _joined(processes), closing(_val_loader(config, processes)) as val_loader:
-        num_classes = _num_classes(config.model, val_loader.num_classes)
-        network = _network(config, num_classes, processes.device)
+        network = _network(config, _num_classes(config.model, val_loader.num_classes), processes.device)
         counted_by = processes if config.run.dist_eval else replace(processes, rank=0, world=1)
         scores: dict[str, float] = {}
         for part, ending in (("model", ""), ("ema", "_ema")):
-            if content.get(part) is None:
+            if content is None and part == "model":
+                load_pretrained(network, path)
+            elif content is not None and content.get(part) is not None:
+                network.load_state_dict(content[part])
+            else:
                 continue
-            network.load_state_dict(content[part])
-            result = evaluate(network, val_loader, counted_by, lambda: autocast(config, processes.device))
+            result = evaluate(
+                network, val_loader, counted_by, lambda: autocast(config, processes.device), memory_format(config)
+            )
             scores |= {f"test_{key}{ending}": result[key] for key in ("acc1", "acc5", "loss")}
             scores["images"] = result["images"]
     log.info("%s: %s", path, ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
     return scores
 
 
-def _weights_to_evaluate(config: Config) -> tuple[Path, dict[str, Any]]:
+def _weights_to_evaluate(config: Config) -> tuple[Path, dict[str, Any] | None]:
+    """A file and, unless it is --finetune's, which is read later, what it holds."""
     run = config.run
+    if run.finetune is not None:
+        if run.resume is not None:
+            raise ValueError("eval = true: --resume and --finetune both name weights; give one of them")
+        return run.finetune, None
+    found = None
     if run.resume is not None:
-        return run.resume, read_checkpoint(run.resume)
-    found = Checkpoints(run.output_dir).newest() if run.output_dir is not None else None
-    if found is not None:
-        return found
-    raise ValueError("eval = true: there is no checkpoint; name one with --resume, or a run folder with --output_dir")
+        found = run.resume, read_checkpoint(run.resume)
+    elif run.output_dir is not None:
+        found = Checkpoints(run.output_dir).newest()
+    if found is None:
+        raise ValueError(
+            "eval = true: there is no checkpoint; name one with --resume, a run folder with --output_dir, or weights "
+            "from elsewhere with --finetune"
+        )
+    _check_same_network(*found, config)
+    return found
 
 
 def _check_same_network(path: Path, content: dict[str, Any], config: Config) -> None:

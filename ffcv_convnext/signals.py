@@ -1,0 +1,67 @@
+"""Signals that stop a run: at once while it is being built, after the optimiser step at hand while it trains."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from ffcv_convnext.errors import Interrupted
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGUSR2 or Ctrl-C; the training loop looks at it after each optimiser step."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.name is not None
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.name == "SIGINT":
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        self.name = signal.Signals(number).name
+
+    def message(self, step: int) -> str:
+        reason = self.name or "a signal to another process"
+        return f"stopped by {reason} after optimiser step {step}, state saved; the same command continues"
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], Any], *numbers: int) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may install handlers
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """Turn the signals into a request while the block runs."""
+    request = StopRequest()
+    with _handling(request.handle, signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        yield request
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """SIGTERM and SIGUSR2 raise Interrupted while the block runs: before the first step there is nothing to save."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        raise Interrupted(
+            f"stopped by {name} outside the training steps, nothing new to save; the same command continues"
+        )
+
+    with _handling(stop, signal.SIGTERM, signal.SIGUSR2):
+        yield
