@@ -28,6 +28,7 @@ OTHER_WORDS: dict[str, str] = {
     "scale": "0.35,1",
     "ratio": "0.5,2",
     "hflip": "0",
+    "bad_samples": "skip",
     "num_workers": "3",
     "batches_ahead": "1",
     "aa": "none",
