@@ -86,7 +86,9 @@ def test_every_legal_combination_of_switches_runs(seed: int) -> None:
         try:
             model = build_model(config, 5)
             size = draw.choice([32, 33, 47])
-            check_forward_and_backward(model, torch.randn(3, 3, size, size), 5)
+            # oneDNN (torch 2.15, AVX-512) writes past its buffers in the backward of some convolutions of odd widths
+            with torch.backends.mkldnn.flags(enabled=False):
+                check_forward_and_backward(model, torch.randn(3, 3, size, size), 5)
         except Exception as error:
             raise AssertionError(f"{config} fails") from error
 
