@@ -77,6 +77,7 @@ def random_switches(draw: random.Random) -> ModelConfig:
             continue
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # said when oneDNN is switched off
 @pytest.mark.parametrize("seed", range(4))
 def test_every_legal_combination_of_switches_runs(seed: int) -> None:
     draw = random.Random(seed)
