@@ -594,7 +594,7 @@ def test_an_error_inside_a_worker_surfaces(train: TrainLoader, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(train.loader, "_decode", fail_at_the_third)
-        with pytest.raises(MemoryError, match="no memory"):
+        with pytest.raises(SampleError, match=r"decoding samples \[\d+, .*\] failed: MemoryError\('no memory'\)"):
             within(60, lambda: epoch(train))
     assert same(epoch(train), expected)
 

@@ -331,3 +331,10 @@ def test_readme_names_only_commands_scripts_and_configs_that_exist() -> None:
         assert all((ROOT / config).is_file() for config in configs), line
         checked.add(line)
     assert len(checked) >= 3
+
+
+def test_no_page_holds_a_placeholder() -> None:
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    assert len(pages) > 5
+    for page in pages:
+        assert not re.search(r"@[A-Z]+@|TODO|TBD", page.read_text()), page
