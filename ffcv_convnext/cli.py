@@ -36,13 +36,9 @@ class _Parser(argparse.ArgumentParser):
 
 def write(argv: Sequence[str]) -> int:
     """Convert an ImageFolder to .beton files and manifests."""
-    from ffcv_convnext.data import ConversionOptions, convert, ending_like_ctrl_c
+    from ffcv_convnext.data import ConversionOptions, convert, ending_like_ctrl_c, join_parts
     from ffcv_convnext.settings import nearest
 
-    def number_or_none(text: str) -> int | None:
-        return None if text == "none" else int(text)
-
-    number_or_none.__name__ = "number"  # argparse: "invalid number value: 'x'"
     script = Path(sys.argv[0]).name
     parser = _Parser(
         prog=script if script.startswith("write_") else "ffcv-convnext write",
@@ -52,33 +48,87 @@ def write(argv: Sequence[str]) -> int:
         argument_default=argparse.SUPPRESS,
     )
     flag = parser.add_argument
-    flag("--data_path", type=Path, required=True, help="folder that holds train/ and val/")
+    flag("--data_path", type=Path, help="folder that holds train/ and val/")
     flag("--out_dir", type=Path, required=True, help="folder for the .beton files, made if missing")
     flag("--split", choices=("train", "val", "all"), help="what to convert; val takes the class list of train (all)")
     flag(
         "--max_resolution",
-        type=number_or_none,
+        type=_number_or("none", None),
         metavar="PIXELS",
         help="longest side of a stored image; larger ones are shrunk; none: all keep their size (500)",
     )
-    flag("--jpeg_quality", type=int, metavar="Q", help="1 to 100 (90)")
+    flag(
+        "--jpeg_quality",
+        type=_number_or("original", "original"),
+        metavar="Q",
+        help="1 to 100; original: JPEGs that are not shrunk keep their coefficients, others get 95 (90)",
+    )
+    flag("--subsampling", choices=("420", "422", "444"), help="of chroma, in what is encoded (420)")
+    flag(
+        "--compress_probability",
+        type=float,
+        metavar="P",
+        help="share of images stored as JPEG, drawn with the seed; the others are stored as raw pixels (1)",
+    )
+    flag(
+        "--shuffle_indices",
+        type=_true_or_false,
+        metavar="BOOL",
+        help="store train in a random order, which --order quasi_random needs; val keeps the folder's (true)",
+    )
     flag("--num_workers", type=int, metavar="N", help="processes that decode and encode (one a core)")
     flag("--subset", type=int, metavar="N", help="only N images of each split, drawn at random (all)")
-    flag("--seed", type=int, help="of that draw (0)")
+    flag("--seed", type=int, help="of subset, compress_probability and shuffle_indices (0)")
     flag(
         "--skip_bad",
         action="store_true",
         help="leave out files that cannot be decoded and list them in the manifest, instead of stopping",
     )
     flag("--overwrite", action="store_true", help="replace .beton files that exist")
+    flag("--resume", action="store_true", help="go on where the same command was interrupted")
+    flag("--shard", type=_shard, metavar="I/N", help="convert only the I-th of N parts, I from 0 (see --join)")
+    flag(
+        "--join", action="store_true", help="put the N parts in OUT_DIR together; takes --out_dir, --split, --overwrite"
+    )
     known = [name[2:] for action in parser._actions for name in action.option_strings if name.startswith("--")]
-    for word in argv:  # before argparse, which would complain of a missing --data_path where --data_pth was given
+    for word in argv:  # before argparse, which would complain of a missing --out_dir where --out_dri was given
         if word.startswith("--") and (name := word[2:].split("=")[0]) not in known:
             parser.error(f"nobody declared '{word}'{nearest(name, known)}")
-    values = parser.parse_args(argv)
+    values = vars(parser.parse_args(argv))
+    say = partial(print, flush=True)
     with ending_like_ctrl_c():
-        convert(ConversionOptions(**vars(values)), say=partial(print, flush=True))
+        if not values.pop("join", False):
+            if "data_path" not in values:
+                parser.error("the following arguments are required: --data_path")
+            convert(ConversionOptions(**values), say=say)
+            return 0
+        if useless := sorted(values.keys() - {"out_dir", "split", "overwrite"}):
+            parser.error(f"--join takes --out_dir, --split and --overwrite only, not --{useless[0]}")
+        for split in ("train", "val") if values.get("split", "all") == "all" else (values["split"],):
+            join_parts(values["out_dir"], split, overwrite=values.get("overwrite", False), say=say)
     return 0
+
+
+def _number_or(word: str, meaning: str | None) -> Callable[[str], int | str | None]:
+    def number(text: str) -> int | str | None:  # argparse says: invalid number value
+        return meaning if text == word else int(text)
+
+    return number
+
+
+def _true_or_false(text: str) -> bool:
+    try:
+        return {"true": True, "false": False}[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"'{text}': expected true or false") from None
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        index, number = map(int, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}': expected I/N, such as 0/8") from None
+    return index, number
 
 
 def train(argv: Sequence[str]) -> int:

@@ -40,3 +40,14 @@ def remove_leftovers(folder: Path) -> None:
 def write_atomically(path: Path, content: bytes) -> None:
     with replacing(path) as file:
         file.write(content)
+
+
+def in_bytes(number: float) -> str:
+    """'412 B', '48.1 kB', '65.2 GB'."""
+    if number < 1000:
+        return f"{number:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        number /= 1000
+        if number < 999.95:
+            return f"{number:.1f} {unit}"
+    return f"{number / 1000:.2f} TB"

@@ -30,6 +30,8 @@ class Stream(IntEnum):
     COLOR_JITTER = 8
     NETWORK = 9  # stochastic depth and other draws inside the forward pass
     INITIALISATION = 10
+    STORED_ORDER = 11  # of a .beton's samples
+    COMPRESSION = 12  # which of them are stored as JPEG
 
 
 def philox_rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any, constants: Any) -> tuple[Any, Any, Any, Any]:

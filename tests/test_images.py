@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -10,9 +12,19 @@ import cv2
 import numpy as np
 import pytest
 from imagefolder import draw_every_mode, picture
+from numpy.typing import NDArray
 from PIL import Image
 
-from ffcv_convnext.data.images import Encoding, ImageError, Rejected, encode, encode_files, load_rgb, shrink, to_rgb
+from ffcv_convnext.data.images import (
+    Encoding,
+    ImageError,
+    Rejected,
+    encode_content,
+    encode_files,
+    load_rgb,
+    shrink,
+    to_rgb,
+)
 
 ENCODING = Encoding(max_resolution=500, jpeg_quality=90, max_bytes=8 << 20)
 LOSSY = (".jpg", ".JPEG")
@@ -78,7 +90,7 @@ def test_a_file_without_a_picture_tells_why_and_spares_its_neighbours(tmp_path: 
     Image.fromarray(picture(0, 0, (64, 48))).save(tmp_path / "good.jpg")
     with pytest.raises(ImageError, match=reason):
         load_rgb(tmp_path / "bad.jpg")
-    bad, good = encode_files([str(tmp_path / "bad.jpg"), str(tmp_path / "good.jpg")], ENCODING)
+    bad, good = encode_files([(str(tmp_path / "bad.jpg"), True), (str(tmp_path / "good.jpg"), True)], ENCODING)
     assert isinstance(bad, Rejected)
     assert bad.skippable
     assert good[:2] == (64, 48)
@@ -86,22 +98,29 @@ def test_a_file_without_a_picture_tells_why_and_spares_its_neighbours(tmp_path: 
 
 def test_a_file_that_cannot_be_read_is_no_bad_picture(tmp_path: Path) -> None:
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    assert encode_files([str(tmp_path / "gone.jpg")], ENCODING) == [
+    assert encode_files([(str(tmp_path / "gone.jpg"), True)], ENCODING) == [
         Rejected("cannot be read: No such file or directory", skippable=False)
     ]
 
 
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format="PNG")
+    return content.getvalue()
+
+
 def test_a_side_beyond_jpegs_limit_needs_max_resolution() -> None:
-    wide = np.zeros((2, 65501, 3), dtype=np.uint8)
+    wide = png(np.zeros((2, 65501, 3), dtype=np.uint8))
     with pytest.raises(ImageError, match=r"65501 x 2 pixels.*max_resolution"):
-        encode(wide, Encoding(max_resolution=None, jpeg_quality=90, max_bytes=8 << 20))
-    assert encode(wide, ENCODING)[:2] == (500, 1)  # FFCV's own resize fails here: the short side would be 0
+        encode_content(wide, dataclasses.replace(ENCODING, max_resolution=None))
+    assert encode_content(wide, ENCODING)[:2] == (500, 1)  # FFCV's own resize fails here: the short side would be 0
 
 
-def test_a_picture_larger_than_a_page_names_both_sizes() -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8)
-    with pytest.raises(ImageError, match=r"takes 0\.0 MiB.*max_resolution or --jpeg_quality"):
-        encode(noise, Encoding(max_resolution=None, jpeg_quality=100, max_bytes=1000))
+@pytest.mark.parametrize(("compress", "kind"), [(True, "JPEG takes 0.0 MiB"), (False, "raw pixels take 0.0 MiB")])
+def test_a_picture_larger_than_a_page_names_both_sizes(compress: bool, kind: str) -> None:
+    noise = png(np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8))
+    with pytest.raises(ImageError, match=rf"{kind}.*max_resolution or --jpeg_quality"):
+        encode_content(noise, dataclasses.replace(ENCODING, max_bytes=1000), compress=compress)
 
 
 def test_small_pictures_are_not_enlarged() -> None:

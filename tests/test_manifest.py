@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from imagefolder import class_name, make_image_folder
 
-from ffcv_convnext.data.manifest import Manifest, tables_digest
+from ffcv_convnext.data.manifest import FORMAT, Manifest, tables_digest
 from ffcv_convnext.data.writer import ConversionOptions, convert
 
 
@@ -49,7 +49,9 @@ def test_writing_and_reading_keep_every_field(beton: Path, tmp_path: Path) -> No
 
 def test_the_original_of_a_sample_is_found(beton: Path) -> None:
     manifest = Manifest.for_beton(beton)
-    assert manifest.original_file(beton, 4) == Path(manifest.source) / class_name(1) / "001.JPEG"
+    originals = [manifest.original_file(beton, sample) for sample in range(6)]
+    names = sorted(f"{original.parent.name}/{original.name}" for original in originals if original)
+    assert names == [f"{class_name(label)}/{i:03d}.{'png' if i == 2 else 'JPEG'}" for label in (0, 1) for i in range(3)]
     assert manifest.original_file(beton, 6) is None
     beton.with_suffix(".files.txt").write_text("of\nanother\nconversion\n")
     assert manifest.original_file(beton, 1) is None
@@ -114,7 +116,7 @@ def test_an_empty_file_has_no_digest(tmp_path: Path) -> None:
     [
         (lambda _: "{", "Expecting property name"),
         (lambda _: [1], "is not usable"),
-        (lambda _: {"format": 1}, "class_to_idx"),
+        (lambda _: {"format": FORMAT}, "class_to_idx"),
         (lambda content: content | {"format": 99}, "another version"),
         (lambda content: content | {"surprise": 1}, "surprise"),
         (lambda content: content | {"split": "test"}, "split is 'test'"),

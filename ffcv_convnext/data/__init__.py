@@ -18,6 +18,7 @@ _HOMES = {
     "ConversionOptions": "writer",
     "convert": "writer",
     "ending_like_ctrl_c": "writer",
+    "join_parts": "joining",
     "Shares": "order",
     "TrainLoader": "loader",
     "EvalLoader": "loader",
@@ -29,7 +30,7 @@ _HOMES = {
     "verify_data": "verify",
     "describe_data": "info",
 }
-_LIGHT = {"manifest", "writer", "order"}  # import neither ffcv nor torch, which take seconds
+_LIGHT = {"manifest", "writer", "joining", "order"}  # import neither ffcv nor torch, which take seconds
 __all__ = sorted(_HOMES)
 
 

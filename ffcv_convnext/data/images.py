@@ -1,23 +1,31 @@
-"""Image files of any kind -> 8-bit RGB -> the JPEG that goes into a .beton. Imports neither ffcv nor torch.
+"""Image files of any kind -> the JPEG, or the raw pixels, that go into a .beton. Imports neither ffcv nor torch.
+
+A JPEG of the usual kind is encoded anew from its planes (planes.py), or keeps its coefficients (transcode.py); any
+other file becomes 8-bit RGB first.
 
 The worker processes of a conversion run `encode_files`, so what this file imports is what each of them loads.
 """
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from ffcv_convnext.data.planes import reencode, restart_interval, shrunk_size
+from ffcv_convnext.data.turbojpeg import Subsampling, factors, read_header
+
 MAX_JPEG_SIDE = 65500  # libjpeg's limit, just below the 65535 that FFCV's sample table can hold
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+QUALITY_BESIDE_ORIGINALS = 95  # jpeg_quality original: of pictures that have to be encoded nevertheless
 OPAQUE = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 
@@ -31,8 +39,14 @@ class Encoding:
     """How pictures are stored."""
 
     max_resolution: int | None  # longest side, pixels; larger pictures are shrunk, none: all keep their size
-    jpeg_quality: int  # 1 ... 100, libjpeg's scale
+    jpeg_quality: int | Literal["original"]  # 1 ... 100, libjpeg's scale; original: coefficients are kept
     max_bytes: int  # a picture lies in one page of the .beton, so it cannot be larger than a page
+    subsampling: Subsampling = "420"
+
+    @property
+    def quality(self) -> int:
+        """Of what is encoded anew."""
+        return QUALITY_BESIDE_ORIGINALS if self.jpeg_quality == "original" else self.jpeg_quality
 
 
 class EncodedImage(NamedTuple):
@@ -40,7 +54,9 @@ class EncodedImage(NamedTuple):
 
     width: int
     height: int
-    jpeg: bytes
+    data: bytes  # a JPEG with restart markers, or RGB pixels row by row
+    mode: Literal["jpg", "raw"]
+    is_original: bool = False  # a JPEG with the coefficients of its file
 
 
 class Rejected(NamedTuple):
@@ -82,14 +98,14 @@ def _grey16_to_8(image: Image.Image) -> NDArray[np.uint8]:
     return scaled
 
 
-def load_rgb(path: str | Path) -> NDArray[np.uint8]:
-    """The file's (first) picture, shape (height, width, 3), uint8; the kind is told by content, not by name.
+def load_rgb(source: str | Path | BinaryIO) -> NDArray[np.uint8]:
+    """A file's (first) picture, shape (height, width, 3), uint8; the kind is told by content, not by name.
 
     Raises ImageError when the content is no complete picture or too large to be one (Pillow's limit against
     decompression bombs, 179 million pixels), OSError with its errno when the file cannot be read at all.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             return np.asarray(to_rgb(image))
     except (ImageError, MemoryError):
         raise
@@ -102,22 +118,15 @@ def load_rgb(path: str | Path) -> NDArray[np.uint8]:
 
 
 def shrink(pixels: NDArray[np.uint8], max_resolution: int | None) -> NDArray[np.uint8]:
-    """FFCV's resize on writing: longest side to max_resolution by area averaging, never enlarging.
+    """Longest side to max_resolution with Pillow's antialiased bicubic filter, never enlarging.
 
-    The same pixels as `ffcv.fields.rgb_image.resizer`, except that a side never gets shorter than one pixel.
+    The size is that of FFCV's writer, except that a side never gets shorter than one pixel.
     """
-    size = np.array([pixels.shape[1], pixels.shape[0]])
-    if max_resolution is None or size.max() <= max_resolution:
+    height, width, _ = pixels.shape
+    size = shrunk_size(width, height, max_resolution)
+    if size == (width, height):
         return pixels
-    width, height = np.maximum((max_resolution / size.max() * size).astype(int), 1)
-    small: Any = cv2.resize(pixels, (int(width), int(height)), interpolation=cv2.INTER_AREA)
-    return np.asarray(small, dtype=np.uint8)
-
-
-def restart_interval(width: int) -> int:
-    """MCUs (16 x 16 pixels in 4:2:0) between restart markers: few, and such that none straddles two rows."""
-    mcus_a_row = -(-width // 16)
-    return next((interval for interval in (2, 3, 4) if mcus_a_row % interval == 0), 1)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
 def encode(pixels: NDArray[np.uint8], encoding: Encoding) -> EncodedImage:
@@ -126,41 +135,77 @@ def encode(pixels: NDArray[np.uint8], encoding: Encoding) -> EncodedImage:
     The markers let a reader decode a crop alone (restart.py); any other reader takes no notice of them.
     Raises ImageError for a picture that does not fit the format.
     """
-    pixels = shrink(pixels, encoding.max_resolution)
     height, width, _ = pixels.shape
-    if max(width, height) > MAX_JPEG_SIDE:
-        raise ImageError(f"{width} x {height} pixels: a JPEG's side ends at {MAX_JPEG_SIDE}; set --max_resolution")
-    bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    _check_side(width, height)
     success, jpeg = cv2.imencode(
         ".jpg",
-        bgr,
+        cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR),
         [
-            *(cv2.IMWRITE_JPEG_QUALITY, encoding.jpeg_quality),
-            *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420),
-            *(cv2.IMWRITE_JPEG_RST_INTERVAL, restart_interval(width)),
+            *(cv2.IMWRITE_JPEG_QUALITY, encoding.quality),
+            *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{encoding.subsampling}")),
+            *(cv2.IMWRITE_JPEG_RST_INTERVAL, restart_interval(width, 8 * factors(encoding.subsampling)[0])),
         ],
     )
     if not success:
         raise ImageError(f"{width} x {height} pixels: OpenCV could not encode them")
-    if jpeg.size > encoding.max_bytes:
+    return EncodedImage(width, height, jpeg.tobytes(), "jpg")
+
+
+def encode_content(content: bytes, encoding: Encoding, *, compress: bool = True) -> EncodedImage:
+    """A file's content as it is to be stored: a JPEG, or raw pixels where compress is False.
+
+    Raises ImageError for what is no picture or does not fit the format.
+    """
+    image = _from_jpeg(content, encoding) if compress else None
+    if image is None:
+        pixels = shrink(load_rgb(io.BytesIO(content)), encoding.max_resolution)
+        height, width, _ = pixels.shape
+        image = encode(pixels, encoding) if compress else EncodedImage(width, height, pixels.tobytes(), "raw")
+    _check_side(image.width, image.height)
+    if len(image.data) > encoding.max_bytes:
+        kind = "JPEG takes" if compress else "raw pixels take"
         raise ImageError(
-            f"{width} x {height} pixels: its JPEG takes {jpeg.size / 2**20:.1f} MiB, a page of the .beton holds "
-            f"{encoding.max_bytes / 2**20:.0f} MiB; lower --max_resolution or --jpeg_quality"
+            f"{image.width} x {image.height} pixels: its {kind} {len(image.data) / 2**20:.1f} MiB, a page of the "
+            f".beton holds {encoding.max_bytes / 2**20:.0f} MiB; lower --max_resolution or --jpeg_quality"
         )
-    return EncodedImage(width, height, jpeg.tobytes())
+    return image
 
 
-def encode_files(paths: Sequence[str], encoding: Encoding) -> list[EncodedImage | Rejected]:
-    """Every file as a JPEG, or the reason why not: one unreadable file never costs its neighbours."""
+def _from_jpeg(content: bytes, encoding: Encoding) -> EncodedImage | None:
+    """A JPEG of the usual kind without the way through RGB; None for anything else, damaged ones included."""
+    if content[:2] != b"\xff\xd8" or (header := read_header(content)) is None:
+        return None
+    if encoding.jpeg_quality == "original":
+        width, height = header.width, header.height
+        if shrunk_size(width, height, encoding.max_resolution) == (width, height):
+            from ffcv_convnext.data.transcode import NotTranscodable, add_restart_markers  # imports numba
+
+            try:
+                return EncodedImage(width, height, add_restart_markers(content), "jpg", is_original=True)
+            except NotTranscodable:
+                pass
+    again = reencode(content, encoding.max_resolution, encoding.quality, encoding.subsampling)
+    return None if again is None else EncodedImage(*again, "jpg")
+
+
+def _check_side(width: int, height: int) -> None:
+    if max(width, height) > MAX_JPEG_SIDE:
+        raise ImageError(f"{width} x {height} pixels: a JPEG's side ends at {MAX_JPEG_SIDE}; set --max_resolution")
+
+
+def encode_files(files: Sequence[tuple[str, bool]], encoding: Encoding) -> list[EncodedImage | Rejected]:
+    """Every (path, compress) as a picture, or the reason why not: one unreadable file never costs its neighbours."""
     cv2.setNumThreads(1)  # the conversion runs a process per core already
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow on odd EXIF and large pictures: nothing a user could act on
-        return [_encode_file(path, encoding) for path in paths]
+        return [_encode_file(path, encoding, compress) for path, compress in files]
 
 
-def _encode_file(path: str, encoding: Encoding) -> EncodedImage | Rejected:
+def _encode_file(path: str, encoding: Encoding, compress: bool) -> EncodedImage | Rejected:
     try:
-        return encode(load_rgb(path), encoding)
+        with open(path, "rb") as file:
+            content = file.read()
+        return encode_content(content, encoding, compress=compress)
     except ImageError as error:
         return Rejected(str(error), skippable=True)
     except MemoryError:

@@ -74,7 +74,9 @@ class SplitInfo:
     encodings: dict[str, int]  # jpg, raw -> images
     headers: Headers
     max_resolution: int | None
-    jpeg_quality: int | None
+    jpeg_quality: int | str | None
+    num_originals: int | None  # pictures with the coefficients of their files
+    shuffled: bool | None  # stored in a random order, not class by class
     subset: int | None
     seed: int | None
     skipped: tuple[SkippedFile, ...]
@@ -139,8 +141,11 @@ class SplitInfo:
         parts = [_shares({kinds.get(name, name): number for name, number in self.encodings.items()})]
         if self.has_manifest:
             limit = f"at most {self.max_resolution} pixels" if self.max_resolution else "as in the source"
-            parts += [f"quality {self.jpeg_quality}", f"longest side {limit}"]
+            kept = f" ({_count(self.num_originals, 'image')} unchanged)" if self.num_originals else ""
+            parts += [f"quality {self.jpeg_quality}{kept}", f"longest side {limit}"]
         rows = [("encoding", ", ".join(parts))]
+        if self.has_manifest:
+            rows.append(("stored order", "random" if self.shuffled else "class by class"))
         if (headers := self.headers).num_read:
             named = {
                 f"every {interval} MCU{'s' * (interval > 1)}" if interval else "none": number
@@ -228,6 +233,8 @@ def _describe(beton: Path) -> SplitInfo:
         headers=_read_headers(tables),
         max_resolution=manifest.max_resolution if manifest else None,
         jpeg_quality=manifest.jpeg_quality if manifest else None,
+        num_originals=manifest.num_originals if manifest else None,
+        shuffled=manifest.shuffled if manifest else None,
         subset=manifest.subset if manifest else None,
         seed=manifest.seed if manifest else None,
         skipped=manifest.skipped if manifest else (),

@@ -17,10 +17,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ffcv_convnext.data.turbojpeg import Subsampling
 from ffcv_convnext.files import write_atomically
 
 Split = Literal["train", "val"]
-FORMAT = 1
+FORMAT = 2
 AGAIN = "convert it again with write_ffcv_dataset.py --overwrite"
 
 # FFCV 1.0.2's file header and allocation table (ffcv/types.py), declared again so that ffcv need not be imported.
@@ -46,14 +47,22 @@ class Manifest:
     classes: tuple[str, ...]  # in index order: a label is an index into it
     num_samples: int
     source: str  # folder that held the class folders
-    write_mode: str
+    write_mode: Literal["jpg", "raw", "proportion"]  # proportion: some of each
     max_resolution: int | None  # longest side, pixels
-    jpeg_quality: int
-    seed: int  # of the subset
+    jpeg_quality: int | Literal["original"]
+    subsampling: Subsampling  # of chroma, in JPEGs that were encoded for this file
+    compress_probability: float  # of a picture to be stored as JPEG
+    num_originals: int  # pictures with the coefficients of their files
+    shuffled: bool  # stored in a random order, not class by class
+    seed: int  # of subset, compress_probability and the stored order
     subset: int | None  # images asked for; none: all
+    shard: tuple[int, int] | None  # (i, n): the i-th of n parts; none: the whole
     skipped: tuple[SkippedFile, ...]
     ffcv_version: str
     package_version: str
+    identity: str  # a hash of all that settled the .beton's bytes, but for the content of the image files
+    page_bytes: int  # FFCV's page: a group of samples that lie together
+    page_crc32: tuple[int, ...]  # of each page, in their order
     num_bytes: int  # size of the .beton
     sha256: str  # `tables_digest` of the .beton
     files_sha256: str  # of the .files.txt
@@ -87,6 +96,8 @@ class Manifest:
     def _from_json(cls, content: dict[str, Any]) -> Manifest:
         class_to_idx = content.pop("class_to_idx")
         content["classes"] = tuple(content["classes"])
+        content["shard"] = tuple(content["shard"]) if content["shard"] else None
+        content["page_crc32"] = tuple(content["page_crc32"])
         content["skipped"] = tuple(SkippedFile(**entry) for entry in content["skipped"])
         manifest = cls(**content)
         if manifest.split not in get_args(Split):

@@ -6,6 +6,10 @@ and label are found by their kind, so that a file of stock FFCV with other field
 
 from __future__ import annotations
 
+import os
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderT
 from numpy.typing import NDArray
 
 from ffcv_convnext.data.manifest import AGAIN
+from ffcv_convnext.files import in_bytes as in_bytes
 
 JPG, RAW = int(IMAGE_MODES["jpg"]), int(IMAGE_MODES["raw"])
 UNKNOWN = -1  # as a length or an owner: the allocation table has no entry for the sample's address
@@ -133,6 +138,18 @@ def _fields(beton: Path, num_fields: int, num_bytes: int) -> tuple[tuple[str, ..
     return names, row_type, start
 
 
+def damaged_pages(tables: Tables, page_crc32: Sequence[int], num_workers: int = 1) -> list[int]:
+    """The numbers of the pages, from 0, whose bytes differ from what the manifest has of them; all are read."""
+    start = tables.pages_end - len(page_crc32) * tables.page_size
+
+    def crc32(page: int) -> int:
+        return zlib.crc32(os.pread(file.fileno(), tables.page_size, start + page * tables.page_size))
+
+    with open(tables.path, "rb") as file, ThreadPoolExecutor(num_workers, thread_name_prefix="verify") as pool:
+        found = list(pool.map(crc32, range(len(page_crc32))))
+    return [page for page, (here, stated) in enumerate(zip(found, page_crc32, strict=True)) if here != stated]
+
+
 def find_betons(path: Path) -> list[Path]:
     """The .beton at `path`, or train.beton and val.beton of the folder; at least one of them exists.
 
@@ -155,14 +172,3 @@ def find_betons(path: Path) -> list[Path]:
 def shown(text: str) -> str:
     """Text that any terminal in UTF-8 can print: bytes of a file name that are not UTF-8 are written \\udc.."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def in_bytes(number: float) -> str:
-    """'412 B', '48.1 kB', '65.2 GB'."""
-    if number < 1000:
-        return f"{number:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        number /= 1000
-        if number < 999.95:
-            return f"{number:.1f} {unit}"
-    return f"{number / 1000:.2f} TB"

@@ -24,7 +24,17 @@ from numpy.typing import NDArray
 from ffcv_convnext.data.jpeg import NO_JPEG, OK, OUTSIDE_FILE, REASONS, UNKNOWN_MODE, addresses, decode_jpeg
 from ffcv_convnext.data.manifest import AGAIN, Manifest
 from ffcv_convnext.data.restart import HEIGHT, WIDTH, read_layout
-from ffcv_convnext.data.tables import JPG, RAW, Tables, UnreadableTables, find_betons, in_bytes, read_tables, shown
+from ffcv_convnext.data.tables import (
+    JPG,
+    RAW,
+    Tables,
+    UnreadableTables,
+    damaged_pages,
+    find_betons,
+    in_bytes,
+    read_tables,
+    shown,
+)
 from ffcv_convnext.data.writer import _Progress
 
 NUM_SHOWN = 20  # bad samples of a file on the page; the JSON has all
@@ -65,7 +75,7 @@ class FileCheck:
         lines = [f"{shown(self.path)}: {self.num_samples:,} samples, {in_bytes(self.num_bytes)}"]
         lines += [f"  file     BAD: {shown(problem)}" for problem in self.problems]
         if not self.problems:
-            lines.append("  file     good: manifest, size, hash, tables, list of original files")
+            lines.append("  file     good: manifest, size, hash, tables, checksums of pages, list of original files")
         if self.num_decoded:
             found = f"{len(self.bad_samples):,} BAD" if self.bad_samples else "good"
             rate = self.num_decoded / self.seconds
@@ -166,6 +176,8 @@ def _verify_file(beton: Path, num_workers: int) -> tuple[FileCheck, Manifest | N
     _check_rows(tables, manifest, reasons)
     started = time.perf_counter()
     check.num_decoded = _decode_all(tables, num_workers, reasons)
+    if manifest:
+        check.problems += _page_problems(tables, manifest, num_workers)
     check.seconds = time.perf_counter() - started
     for sample, found in sorted(reasons.items()):
         file = files[sample] if sample < len(files) else None
@@ -223,6 +235,21 @@ def _table_problems(tables: Tables, manifest: Manifest | None) -> list[str]:
             f"its allocation table has {tables.num_allocations} entries for {len(tables)} samples: cut off; "
             f"copy it again, or {AGAIN}"
         )
+    return problems
+
+
+def _page_problems(tables: Tables, manifest: Manifest, num_workers: int) -> list[str]:
+    """Every byte of the pages against the conversion's checksums: a flipped bit need not disturb a decoder."""
+    problems = []
+    num_pages = len(manifest.page_crc32)
+    if tables.pages_end - tables.pages_start < num_pages * tables.page_size:
+        return [f"has no room for the {num_pages} pages that its manifest states; copy it again, or {AGAIN}"]
+    start = tables.pages_end - num_pages * tables.page_size
+    for page in damaged_pages(tables, manifest.page_crc32, num_workers):
+        begin = start + page * tables.page_size
+        inside = np.flatnonzero((tables.addresses >= begin) & (tables.addresses < begin + tables.page_size))
+        samples = f" (samples {inside.min()} to {inside.max()})" if len(inside) else ""
+        problems.append(f"page {page}{samples} differs from its checksum: damaged; copy it again, or {AGAIN}")
     return problems
 
 

@@ -1,19 +1,24 @@
-"""Conversion of an ImageFolder into .beton files with their manifests. FFCV itself is imported once work begins."""
+"""Conversion of an ImageFolder into .beton files with their manifests. FFCV itself is imported once work begins.
+
+What is stored, and in which order, is settled first (`_Plan`): a function of the folder and the options. Workers then
+encode the files of that list, and this process writes what they answer. So the bytes of the result depend neither on
+the number of workers, nor on interruptions (--resume), nor on being made in parts (--shard, --join).
+"""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
 import signal
+import stat
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -21,15 +26,19 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal, get_args
 
+import numpy as np
 from tqdm import tqdm
 
 from ffcv_convnext import __version__
 from ffcv_convnext.data.folder import LAYOUT, ImageFolder, list_classes, scan
 from ffcv_convnext.data.images import MAX_JPEG_SIDE, EncodedImage, Encoding, Rejected, encode_files
 from ffcv_convnext.data.manifest import Manifest, SkippedFile, Split, encode_file_list, tables_digest
+from ffcv_convnext.data.turbojpeg import Subsampling
 from ffcv_convnext.data.workers import WorkerDied, Workers
+from ffcv_convnext.data.workplace import Page, Progress, Workplace, workplace
 from ffcv_convnext.errors import Failure
-from ffcv_convnext.rng import Stream, permutation
+from ffcv_convnext.files import in_bytes
+from ffcv_convnext.rng import Stream, permutation, sample_words, uniform
 
 if TYPE_CHECKING:
     from ffcv_convnext.data.beton import BetonWriter
@@ -39,8 +48,9 @@ logger = logging.getLogger(__name__)
 
 MIN_PAGE_BYTES = 8 << 20  # FFCV's default
 MAX_PAGE_BYTES = 64 << 20  # a loader that does without the page cache holds several pages in memory
-BYTES_A_PIXEL = 3  # JPEG of pure noise at quality 100 stays below
+BYTES_A_PIXEL = 3  # raw; JPEG of pure noise at quality 100 stays below
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
+ESTIMATE_FILES = 48  # encoded in advance, to tell how much room is needed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,26 +61,39 @@ class ConversionOptions:
     out_dir: Path
     split: Literal["train", "val", "all"] = "all"
     max_resolution: int | None = 500  # longest side, pixels; larger images are shrunk
-    jpeg_quality: int = 90  # 1 ... 100
+    jpeg_quality: int | Literal["original"] = 90  # 1 ... 100; original: JPEGs keep their coefficients
+    subsampling: Subsampling = "420"  # of chroma, where a picture is encoded anew
+    compress_probability: float = 1.0  # of a picture to be stored as JPEG; the others are stored as raw pixels
+    shuffle_indices: bool = True  # store train in a random order, for order = quasi_random; val keeps the folder's
     num_workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     subset: int | None = None  # images of each split
-    seed: int = 0  # of the subset
+    seed: int = 0  # of subset, compress_probability and shuffle_indices
+    shard: tuple[int, int] | None = None  # (i, n): only the i-th of n parts, i from 0
     skip_bad: bool = False
     overwrite: bool = False
+    resume: bool = False
 
     def __post_init__(self) -> None:
         if self.split not in ("train", "val", "all"):
             raise ValueError(f"split = {self.split}: expected train, val or all")
         if self.max_resolution is not None and not 1 <= self.max_resolution <= MAX_JPEG_SIDE:
             raise ValueError(f"max_resolution = {self.max_resolution}: expected 1 to {MAX_JPEG_SIDE} pixels, or none")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise ValueError(f"jpeg_quality = {self.jpeg_quality}: expected 1 to 100")
+        if self.jpeg_quality != "original" and not 1 <= self.jpeg_quality <= 100:
+            raise ValueError(f"jpeg_quality = {self.jpeg_quality}: expected 1 to 100, or original")
+        if self.subsampling not in get_args(Subsampling):
+            raise ValueError(f"subsampling = {self.subsampling}: expected {', '.join(get_args(Subsampling))}")
+        if not 0 <= self.compress_probability <= 1:
+            raise ValueError(f"compress_probability = {self.compress_probability}: expected a probability")
         for name in ("num_workers", "subset"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: expected at least 1")
         if self.seed < 0:
             raise ValueError(f"seed = {self.seed}: expected 0 or more")
+        if self.shard is not None and not 0 <= self.shard[0] < self.shard[1]:
+            raise ValueError(f"shard = {self.shard[0]}/{self.shard[1]}: expected i/n with i from 0 to n - 1")
+        if self.overwrite and self.resume:
+            raise ValueError("overwrite starts anew and resume goes on: choose one of them")
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -82,24 +105,77 @@ class ConversionOptions:
         page = MIN_PAGE_BYTES if self.max_resolution else MAX_PAGE_BYTES
         while self.max_resolution and page < min(BYTES_A_PIXEL * self.max_resolution**2, MAX_PAGE_BYTES):
             page *= 2
-        return Encoding(max_resolution=self.max_resolution, jpeg_quality=self.jpeg_quality, max_bytes=page)
+        return Encoding(
+            max_resolution=self.max_resolution,
+            jpeg_quality=self.jpeg_quality,
+            subsampling=self.subsampling,
+            max_bytes=page,
+        )
+
+    def name(self, split: Split) -> str:
+        """Of a split's files, without their endings."""
+        return split if self.shard is None else part_name(split, *self.shard)
+
+
+def part_name(split: Split, index: int, number: int) -> str:
+    """'train.part-0-of-8'."""
+    return f"{split}.part-{index}-of-{number}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a .beton is to hold, in its order."""
+
+    split: Split
+    folder: ImageFolder
+    files: list[str]  # relative to folder.source
+    labels: list[int]
+    compress: list[bool]  # as JPEG, else raw
+    identity: str  # a hash of all that settles the whole file's bytes, but for the content of the image files
+
+    def tasks(self) -> list[tuple[str, bool]]:
+        """What workers are to encode."""
+        return [(str(self.folder.source / file), jpeg) for file, jpeg in zip(self.files, self.compress, strict=True)]
 
 
 def convert(options: ConversionOptions, say: Say = logger.info) -> list[Manifest]:
     """Write `<split>.beton`, `<split>.json` and `<split>.files.txt` into out_dir, for each split asked for.
 
-    say: takes one line of text, twice or so a split.
+    say: takes one line of text, a few in all.
     What is wrong with folders and options is a ValueError or FileNotFoundError, FileExistsError, PermissionError
-    before any work; what goes wrong in it is a Failure. Either way, and after Ctrl-C, nothing half-written stays.
+    before any work; what goes wrong in it is a Failure. Either way, and after Ctrl-C or SIGKILL, whole pages stay in a
+    hidden folder, from which options.resume goes on; the finished files appear only when everything is written.
     """
-    for split in options.splits:
-        target = options.out_dir / f"{split}.beton"
-        if target.exists() and not options.overwrite:
-            raise FileExistsError(f"{target} exists; replace it with --overwrite, or choose another --out_dir")
     folders = _list_images(options)
-    with ExitStack() as stack:
-        workplaces = {split: stack.enter_context(_workplace(options.out_dir, split)) for split in options.splits}
-        return [_convert_split(split, folders[split], options, workplaces[split], say) for split in options.splits]
+    plans = {split: _make_plan(split, folders[split], options, say) for split in options.splits}
+    done = {split: _finished(plan, options) for split, plan in plans.items()}
+    _check_room([plan for split, plan in plans.items() if done[split] is None], options, say)
+    manifests = []
+    for split, plan in plans.items():
+        if (manifest := done[split]) is None:
+            manifest = _convert_split(plan, options, say)
+        else:
+            say(f"{options.out_dir / options.name(split)}.beton is finished")
+        manifests.append(manifest)
+    return manifests
+
+
+def _finished(plan: _Plan, options: ConversionOptions) -> Manifest | None:
+    """The manifest of a file that an earlier attempt has finished. Raises FileExistsError for one to be kept."""
+    name = options.name(plan.split)
+    target = options.out_dir / f"{name}.beton"
+    if not target.exists():
+        unfinished = options.out_dir / f".{name}.unfinished"
+        if not options.resume and not options.overwrite and Workplace(unfinished, name).num_pages:
+            raise FileExistsError(
+                f"{unfinished} holds an unfinished conversion; go on with --resume, or start anew with --overwrite"
+            )
+        return None
+    if options.overwrite:
+        return None
+    if options.resume and (manifest := Manifest.check(target)).identity == plan.identity:
+        return manifest  # the name tells parts apart
+    raise FileExistsError(f"{target} exists; replace it with --overwrite, or choose another --out_dir")
 
 
 def _list_images(options: ConversionOptions) -> dict[Split, ImageFolder]:
@@ -151,116 +227,195 @@ def ending_like_ctrl_c() -> Iterator[None]:
             signal.signal(stop, handler)
 
 
-@contextmanager
-def _workplace(out_dir: Path, split: Split) -> Iterator[Path]:
-    """A hidden folder in out_dir for unfinished files, removed at the end whatever happens.
-
-    A lock on it, which the kernel drops with the process, tells a conversion that runs from the leftovers of one
-    that was killed: those are removed.
-    """
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for leftover in out_dir.glob(f".{split}.tmp-*"):
-            with _locked(leftover) as free:
-                if not free:
-                    raise ValueError(f"another conversion is writing {out_dir / split}.beton ({leftover} is locked)")
-                shutil.rmtree(leftover, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{split}.tmp-", dir=out_dir))
-    except OSError as error:
-        raise PermissionError(f"out_dir = {out_dir} cannot be written: {error.strerror}; choose another") from None
-    try:
-        with _locked(work):
-            yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock; False when another process holds it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        except OSError:  # a file system without locks: leftovers and running conversions look alike
-            yield True
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
-
-
-def _convert_split(split: Split, folder: ImageFolder, options: ConversionOptions, work: Path, say: Say) -> Manifest:
-    chosen: Sequence[int] = range(len(folder.files))
+def _make_plan(split: Split, folder: ImageFolder, options: ConversionOptions, say: Say) -> _Plan:
+    """Choose the images, their order and their encoding, all from the seed."""
+    chosen = np.arange(len(folder.files))
     if options.subset is not None:
         if options.subset > len(chosen):
             say(f"{split}: subset = {options.subset}, there are {len(chosen)} images, all are taken")
         order = permutation(len(chosen), options.seed, epoch=0, stream=Stream.SUBSET)
-        chosen = sorted(order[: options.subset].tolist())
-    started = time.monotonic()
-    target = options.out_dir / f"{split}.beton"
-    result = _write_beton(work / target.name, folder, chosen, options, shown_as=target)
-    seconds = time.monotonic() - started
-    manifest = _write_manifest(split, folder, result, options, work)
-    _publish(work, options.out_dir, split)
+        chosen = np.sort(order[: options.subset])
+    if split == "train" and options.shuffle_indices:
+        chosen = chosen[permutation(len(chosen), options.seed, epoch=0, stream=Stream.STORED_ORDER)]
+    draws = uniform(sample_words(options.seed, 0, chosen.astype(np.uint64), Stream.COMPRESSION)[0])
+    files = [folder.files[index] for index in chosen]
+    labels = [folder.labels[index] for index in chosen]
+    compress = (draws < options.compress_probability).tolist()
+    facts = [
+        *(split, folder.classes, files, labels, compress, __version__),
+        *(options.max_resolution, options.jpeg_quality, options.subsampling, options.encoding.max_bytes),
+    ]
+    identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    part = slice(None)
+    if options.shard is not None:
+        index, number = options.shard
+        if number > len(files):
+            raise ValueError(f"shard = {index}/{number}: {split} has {len(files)} images only; lower the number")
+        part = slice(len(files) * index // number, len(files) * (index + 1) // number)
+    return _Plan(split, folder, files[part], labels[part], compress[part], identity)
+
+
+def _check_room(plans: Sequence[_Plan], options: ConversionOptions, say: Say) -> None:
+    """Say how much room the files will need, and raise ValueError where the disk has less.
+
+    A few dozen images, evenly spread, are encoded to know it.
+    """
+    needed = 0
+    for plan in plans:
+        spread = np.unique(np.linspace(0, len(plan.files) - 1, ESTIMATE_FILES).astype(int))
+        tasks = plan.tasks()
+        some = [tasks[index] for index in spread if _is_regular(tasks[index][0])]
+        images = [image for image in encode_files(some, options.encoding) if isinstance(image, EncodedImage)]
+        if images:
+            pages = np.mean([len(image.data) for image in images]) * len(plan.files) / options.encoding.max_bytes
+            needed += int(np.ceil(pages) + 1) * options.encoding.max_bytes
+    place = next(folder for folder in (options.out_dir, *options.out_dir.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    for plan in plans:  # what lies there already need not be written again
+        with_pages = options.out_dir / f".{options.name(plan.split)}.unfinished" / f"{options.name(plan.split)}.beton"
+        if with_pages.exists():
+            free += with_pages.stat().st_size
+    if needed > free:
+        raise ValueError(
+            f"out_dir = {options.out_dir} has room for {in_bytes(free)}, about {in_bytes(needed)} are needed; "
+            "make room, choose another --out_dir, or lower --max_resolution or --jpeg_quality"
+        )
+    if needed:
+        number = sum(len(plan.files) for plan in plans)
+        say(f"{number} images will take about {in_bytes(needed)} of the {in_bytes(free)} that are free")
+
+
+def _is_regular(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _convert_split(plan: _Plan, options: ConversionOptions, say: Say) -> Manifest:
+    name = options.name(plan.split)
+    target = options.out_dir / f"{name}.beton"
+    with workplace(options.out_dir, name) as place:
+        started = time.monotonic()
+        kept = place.read(plan.identity) if options.resume else None
+        if options.resume and kept is None:
+            say(f"{target}: nothing to resume, or of other images or settings; it is written from the start")
+        writing = _Writing(plan, options, place, shown_as=target)
+        try:
+            writing.run(kept or [])
+            seconds = time.monotonic() - started
+            manifest = _write_manifest(plan, writing, options)
+            publish(place, options.out_dir)
+        except BaseException:
+            if place.num_pages:
+                say(
+                    f"{target}: {writing.num_safe} of {len(plan.files)} images are kept; the same command with "
+                    "--resume goes on from there, with --overwrite it starts anew"
+                )
+            raise
+    again = f" ({writing.num_kept} of them from an earlier attempt)" if writing.num_kept else ""
     say(
-        f"{target}: {manifest.num_samples} images of {len(manifest.classes)} classes, "
-        f"{manifest.num_bytes / 1e6:.1f} MB, {seconds:.1f} s, {manifest.num_samples / seconds:.0f} images/s, "
-        f"{len(manifest.skipped)} skipped" + (f" (listed in {target.stem}.json)" if manifest.skipped else "")
+        f"{target}: {manifest.num_samples} images{again} of {len(manifest.classes)} classes, "
+        f"{manifest.num_bytes / 1e6:.1f} MB, {seconds:.1f} s, "
+        f"{(manifest.num_samples - writing.num_kept) / seconds:.0f} images/s, "
+        f"{len(manifest.skipped)} skipped" + (f" (listed in {name}.json)" if manifest.skipped else "")
     )
     return manifest
 
 
-@dataclass(slots=True)
-class _Result:
-    files: list[str] = field(default_factory=list)  # in sample order
-    skipped: list[SkippedFile] = field(default_factory=list)
+class _Writing:
+    """Encode a plan's images in worker processes and write them in their order, journalling each page."""
 
+    def __init__(self, plan: _Plan, options: ConversionOptions, place: Workplace, shown_as: Path) -> None:
+        self.plan = plan
+        self.options = options
+        self.place = place
+        self.shown_as = shown_as
+        self.num_files = 0  # settled: stored, or skipped
+        self.num_safe = 0  # of them, those up to the last whole page
+        self.num_kept = 0  # pictures that an earlier attempt has stored
+        self.num_originals = 0  # pictures with the coefficients of their files
+        self.skipped: list[SkippedFile] = []
+        self.pages: list[Page] = []
+        self._num_skipped = 0  # of them in the journal
 
-def _write_beton(
-    path: Path, folder: ImageFolder, chosen: Sequence[int], options: ConversionOptions, shown_as: Path
-) -> _Result:
-    """Encode the chosen images in worker processes and write them in their order."""
-    result = _Result()
-    size = max(1, min(32, len(chosen) // (4 * options.num_workers)))
-    chunks = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-    tasks = [[str(folder.source / folder.files[index]) for index in chunk] for chunk in chunks]
-    encoder = partial(encode_files, encoding=options.encoding)
+    def run(self, earlier: Sequence[Progress]) -> None:
+        """Write what `earlier` lacks. Raises Failure."""
+        plan, options = self.plan, self.options
+        writer = None
+        if earlier:
+            writer = open_writer(self.place.beton, options.encoding, len(plan.files))
+            earlier = earlier[: writer.keep_pages([progress.page for progress in earlier])]
+        self.place.begin(plan.identity, earlier)
+        for progress in earlier:
+            self.num_files, self.num_originals = progress.num_files, progress.num_originals
+            self.num_kept += len(progress.page.rows)
+            self.skipped += [SkippedFile(path, reason) for path, reason in progress.skipped]
+        self.num_safe = self.num_files
+        self._num_skipped = len(self.skipped)
+        tasks = plan.tasks()[self.num_files :]
+        size = max(1, min(32, len(tasks) // (4 * options.num_workers)))
+        chunks = [tasks[start : start + size] for start in range(0, len(tasks), size)]
+        try:
+            with Workers(partial(encode_files, encoding=options.encoding), chunks, options.num_workers) as answers:
+                if writer is None or not earlier:  # takes seconds, in which the workers already encode
+                    writer = open_writer(self.place.beton, options.encoding, len(plan.files))
+                try:
+                    number = writer.write(self._samples(answers), self._journal)
+                except OSError as error:
+                    raise Failure(self._full(writer.num_bytes, error)) from error
+        except WorkerDied as died:
+            (first, _), (last, _) = died.task[0], died.task[-1]
+            raise Failure(
+                f"a worker process was ended ({died.how}) on one of {len(died.task)} files from {first} to {last}; "
+                "if memory ran out, lower --num_workers"
+            ) from died
+        if number == 0:
+            raise Failure(
+                f"none of the {len(plan.files)} files in {plan.folder.source} could be decoded; {self.shown_as} is not "
+                "written"
+            )
+        self.pages = writer.pages
 
-    def samples(answers: Workers[list[str], list[EncodedImage | Rejected]]) -> Iterator[tuple[EncodedImage, int]]:
-        with _Progress(len(chosen), f"{options.out_dir.name}/{shown_as.name}") as progress:
-            for chunk, images in zip(chunks, answers, strict=True):
-                for index, image in zip(chunk, images, strict=True):
-                    file = folder.files[index]
+    def _samples(self, answers: Iterable[list[EncodedImage | Rejected]]) -> Iterator[tuple[EncodedImage, int]]:
+        """A picture is settled when the next one is asked for."""
+        name = f"{self.options.out_dir.name}/{self.shown_as.name}"
+        with _Progress(len(self.plan.files), name, self.num_files) as progress:
+            for images in answers:
+                for image in images:
                     if isinstance(image, EncodedImage):
-                        result.files.append(file)
-                        yield image, folder.labels[index]
-                    elif image.skippable and options.skip_bad:
-                        result.skipped.append(SkippedFile(file, image.reason))
+                        yield image, self.plan.labels[self.num_files]
+                        self.num_originals += image.is_original
                     else:
-                        raise Failure(_refusal(folder.source / file, image))
-                progress.add(len(chunk))
+                        self.skipped.append(self._skip(image))
+                    self.num_files += 1
+                progress.add(len(images))
 
-    try:
-        with Workers(encoder, tasks, options.num_workers) as answers:
-            writer = _open_writer(path, options.encoding)  # takes seconds, in which the workers already encode
-            try:
-                number = writer.write(len(chosen), samples(answers))
-            except OSError as error:
-                raise Failure(_full(shown_as, writer.num_bytes, len(result.files), len(chosen), error)) from error
-    except WorkerDied as died:
-        raise Failure(
-            f"a worker process was ended ({died.how}) on one of {len(died.task)} files from {died.task[0]} to "
-            f"{died.task[-1]}; if memory ran out, lower --num_workers"
-        ) from died
-    if number == 0:
-        raise Failure(f"none of the {len(chosen)} files in {folder.source} could be decoded; {shown_as} is not written")
-    return result
+    def _skip(self, image: Rejected) -> SkippedFile:
+        file = self.plan.files[self.num_files]
+        path = self.plan.folder.source / file
+        if not image.skippable:
+            raise Failure(f"{path}: {image.reason}")
+        if not self.options.skip_bad:
+            raise Failure(f"{path}: {image.reason}; repair or remove the file, or leave such files out with --skip_bad")
+        return SkippedFile(file, image.reason)
+
+    def _journal(self, page: Page) -> None:
+        skipped = [(file.path, file.reason) for file in self.skipped[self._num_skipped :]]
+        self._num_skipped = len(self.skipped)
+        self.num_safe = self.num_files
+        self.place.append(Progress(page, self.num_files, self.num_originals, skipped))
+
+    def _full(self, num_bytes: int, error: OSError) -> str:
+        number, total = self.num_files - len(self.skipped), len(self.plan.files)
+        needed = f", about {num_bytes * total / number / 1e6:.0f} MB are needed" if number else ""
+        return (
+            f"{self.shown_as} cannot be written: {error.strerror} after {num_bytes / 1e6:.0f} MB "
+            f"({number} of {total} images{needed}); make room or choose another --out_dir"
+        )
 
 
-def _open_writer(path: Path, encoding: Encoding) -> BetonWriter:
+def open_writer(path: Path, encoding: Encoding, capacity: int) -> BetonWriter:
     """Importing ffcv sets PyTorch's number of CPU threads to 1; a caller that goes on to train wants its own."""
     import torch
 
@@ -269,63 +424,61 @@ def _open_writer(path: Path, encoding: Encoding) -> BetonWriter:
         from ffcv_convnext.data.beton import BetonWriter
     finally:
         torch.set_num_threads(num_threads)
-    return BetonWriter(path, encoding)
+    return BetonWriter(path, encoding, capacity)
 
 
-def _refusal(path: Path, image: Rejected) -> str:
-    if not image.skippable:
-        return f"{path}: {image.reason}"
-    return f"{path}: {image.reason}; repair or remove the file, or leave such files out with --skip_bad"
-
-
-def _full(path: Path, num_bytes: int, number: int, total: int, error: OSError) -> str:
-    """num_bytes: written for the first `number` of `total` images."""
-    needed = f", about {num_bytes * total / number / 1e6:.0f} MB are needed" if number else ""
-    return (
-        f"{path} cannot be written: {error.strerror} after {num_bytes / 1e6:.0f} MB "
-        f"({number} of {total} images{needed}); make room or choose another --out_dir"
-    )
-
-
-def _write_manifest(
-    split: Split, folder: ImageFolder, result: _Result, options: ConversionOptions, work: Path
-) -> Manifest:
-    beton = work / f"{split}.beton"
-    files = encode_file_list(result.files)
+def _write_manifest(plan: _Plan, writing: _Writing, options: ConversionOptions) -> Manifest:
+    beton = writing.place.beton
+    skipped = {file.path for file in writing.skipped}
+    files = [file for file in plan.files if file not in skipped]
+    share = options.compress_probability
     manifest = Manifest(
-        split=split,
-        classes=folder.classes,
-        num_samples=len(result.files),
-        source=str(folder.source.resolve()),
-        write_mode="jpg",
+        split=plan.split,
+        classes=plan.folder.classes,
+        num_samples=len(files),
+        source=str(plan.folder.source.resolve()),
+        write_mode="jpg" if share == 1 else "raw" if share == 0 else "proportion",
         max_resolution=options.max_resolution,
         jpeg_quality=options.jpeg_quality,
+        subsampling=options.subsampling,
+        compress_probability=options.compress_probability,
+        num_originals=writing.num_originals,
+        shuffled=plan.split == "train" and options.shuffle_indices,
         seed=options.seed,
         subset=options.subset,
-        skipped=tuple(result.skipped),
+        shard=options.shard,
+        skipped=tuple(writing.skipped),
         ffcv_version=version("ffcv"),
         package_version=__version__,
+        identity=plan.identity,
+        page_bytes=options.encoding.max_bytes,
+        page_crc32=tuple(page.crc32 for page in writing.pages),
         num_bytes=beton.stat().st_size,
         sha256=tables_digest(beton),
-        files_sha256=hashlib.sha256(files).hexdigest(),
+        files_sha256=hashlib.sha256(encode_file_list(files)).hexdigest(),
     )
+    write_manifest(manifest, files, beton, shown_as=writing.shown_as)
+    return manifest
+
+
+def write_manifest(manifest: Manifest, files: Sequence[str], beton: Path, shown_as: Path) -> None:
+    """Write a .beton's manifest and the list of its original files beside it, synced to the disk."""
     try:
         with open(Manifest.files_path_for(beton), "wb") as file:
-            file.write(files)
+            file.write(encode_file_list(files))
             file.flush()
             os.fsync(file.fileno())
         manifest.write(Manifest.path_for(beton))
     except OSError as error:
-        raise Failure(f"the manifest of {options.out_dir / beton.name} cannot be written: {error.strerror}") from error
-    return manifest
+        raise Failure(f"the manifest of {shown_as} cannot be written: {error.strerror}") from error
 
 
-def _publish(work: Path, out_dir: Path, split: Split) -> None:
+def publish(place: Workplace, out_dir: Path) -> None:
     """Rename the finished files into out_dir, the .beton last: once it is there, everything is.
 
     Between the renames an older .beton may lie beside the new manifest; `Manifest.check` tells them apart.
     """
-    beton = work / f"{split}.beton"
+    beton = place.beton
     try:
         for path in (Manifest.files_path_for(beton), Manifest.path_for(beton), beton):
             os.replace(path, out_dir / path.name)
@@ -341,9 +494,10 @@ def _publish(work: Path, out_dir: Path, split: Split) -> None:
 class _Progress:
     """A bar on a terminal, elsewhere a line on stderr every ten seconds; both with images/s and time left."""
 
-    def __init__(self, total: int, name: str) -> None:
+    def __init__(self, total: int, name: str, done: int = 0) -> None:
         self.bar = tqdm(
             total=total,
+            initial=done,
             desc=name,
             unit=" images",
             smoothing=0.05,
@@ -351,7 +505,7 @@ class _Progress:
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
-        self.name, self.total, self.done = name, total, 0
+        self.name, self.total, self.initial, self.done = name, total, done, done
         self.started = self.said = time.monotonic()
 
     def __enter__(self) -> _Progress:
@@ -367,7 +521,13 @@ class _Progress:
         if self.bar.disable and now - self.said >= PLAIN_SECONDS:
             self.said = now
             text = tqdm.format_meter(
-                self.done, self.total, now - self.started, prefix=self.name, unit=" images", ncols=0
+                self.done,
+                self.total,
+                now - self.started,
+                initial=self.initial,
+                prefix=self.name,
+                unit=" images",
+                ncols=0,
             )
             sys.stderr.write(text.strip() + "\n")
             sys.stderr.flush()
