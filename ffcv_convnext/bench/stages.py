@@ -1,0 +1,254 @@
+"""The stages of training, each measured alone: decode, transfer, augmentation, step; then all of them together.
+
+They are training's own parts (its loader, its augmentation, its train_step), with the config's sizes. Each runs for
+about the seconds it is given, after a warm-up that does not count.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ffcv_convnext.config import Config, DataConfig
+from ffcv_convnext.data import RandomCropDecoder, SampleLoader
+from ffcv_convnext.errors import Failure
+from ffcv_convnext.rng import permutation
+from ffcv_convnext.training import Learner, Processes, build_learner, train_step
+
+Batch = tuple[Tensor, Tensor]
+MOST_SAMPLES = 2048  # decoded again and again, so that they come from memory
+
+
+class Decoding:
+    """A .beton's training batches, from samples that are in memory. Close it after use."""
+
+    def __init__(self, beton: Path, config: DataConfig, device: torch.device, *, num_workers: int) -> None:
+        self.batch_size = config.batch_size
+        self.loader = SampleLoader(
+            beton,
+            RandomCropDecoder(config),
+            num_workers=num_workers,
+            batches_ahead=config.batches_ahead,
+            device=device,
+            replace_bad=config.bad_samples == "skip",
+        )
+        self.samples = permutation(len(self.loader), 0, 0)[:MOST_SAMPLES]
+
+    def warm(self, seconds: float) -> None:
+        """Decode samples until they are all in memory; what is not reached in that time is left out from then on."""
+        started, num = time.perf_counter(), 0
+        parts = np.array_split(self.samples, max(1, len(self.samples) // self.batch_size))
+        with closing(self.loader.batches(iter(parts), 0, 0)) as batches:
+            for images, _ in batches:
+                num += len(images)
+                if time.perf_counter() - started >= seconds:
+                    break
+        self.samples = self.samples[:num]
+
+    def batches(self, size: int | None = None) -> Generator[Batch, None, None]:
+        """Without end, (size, 3, side, side) uint8 and labels on the device; size: the config's batch_size."""
+        return self.loader.batches(self._lists(size or self.batch_size), 0, 0)
+
+    def _lists(self, size: int) -> Iterator[NDArray[np.int64]]:
+        at, num = 0, len(self.samples)
+        while True:
+            yield self.samples[(at + np.arange(size)) % num]
+            at += size
+
+    def images_per_s(self, seconds: float) -> float:
+        with closing(self.batches()) as batches:
+            next(batches)
+            return rate(lambda: len(next(batches)[0]), seconds)
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+def rate(work: Callable[[], int], seconds: float, *, wait: Callable[[], None] = lambda: None, least: int = 2) -> float:
+    """Images/s of `work`, which returns how many it did, called again and again; `least` times at least.
+
+    wait: until the device has done what was asked of it.
+    """
+    wait()
+    started, num, calls = time.perf_counter(), 0, 0
+    while calls < least or time.perf_counter() - started < seconds:
+        num += work()
+        calls += 1
+        if calls % 16 == 0:
+            wait()  # or the host would run far ahead of the device
+    wait()
+    return num / (time.perf_counter() - started)
+
+
+def waiting_for(device: torch.device) -> Callable[[], None]:
+    """What waits until the device has finished."""
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+
+
+def some_images(config: Config, num: int, device: torch.device, *, num_classes: int) -> Batch:
+    """Random pixels as the loader hands them out: (num, 3, side, side) uint8 channels_last, labels (num,) int64."""
+    side = config.data.input_size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (num, side, side, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, num_classes, (num,), generator=generator)
+    return images.to(device).permute(0, 3, 1, 2), labels.to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class TransferRate:
+    images_per_s: float
+    gigabytes_per_s: float  # 1e9 bytes
+
+
+def transfer(config: Config, device: torch.device, seconds: float) -> TransferRate:
+    """Batches from pinned memory to the CUDA device."""
+    side, num = config.data.input_size, config.data.batch_size
+    images = torch.zeros((num, side, side, 3), dtype=torch.uint8, pin_memory=True)
+
+    def copy() -> int:
+        images.to(device, non_blocking=True)
+        return num
+
+    copy()
+    images_per_s = rate(copy, seconds, wait=waiting_for(device))
+    return TransferRate(images_per_s, images_per_s * 3 * side * side / 1e9)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """An optimiser step on micro-batches of `num_images`: images/s follow for any number of them."""
+
+    num_images: int
+    micro_batch_s: float  # forward and backward of one micro-batch
+    update_s: float  # optimiser, clipping, averaged weights: once a step
+    peak_memory_gb: float | None  # the device's, 1e9 bytes; none: a CPU
+
+    def images_per_s(self, *, batch_size: int, update_freq: int) -> float:
+        """Of steps with micro-batches of batch_size, as fast an image as the measured ones."""
+        image_s = self.micro_batch_s / self.num_images
+        return 1 / (image_s + self.update_s / (batch_size * update_freq))
+
+
+class Stepping:
+    """The optimiser step that train.py takes, on one device, with random pixels or the loader's."""
+
+    def __init__(self, config: Config, device: torch.device, *, num_classes: int) -> None:
+        self.config = config
+        self.device = device
+        self.num_classes = num_classes
+        self.wait = waiting_for(device)
+        self.learner: Learner = build_learner(
+            config, Processes(0, 1, 0, device), num_classes=num_classes, steps_per_epoch=1000
+        )
+        self.learner.model.train()
+        self.augment = self.learner.augment
+        self.num_images = config.data.batch_size
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.learner.network.parameters())
+
+    def augmentation_images_per_s(self, seconds: float) -> float:
+        images, labels = some_images(
+            self.config, self.config.data.batch_size, self.device, num_classes=self.num_classes
+        )
+
+        def augment() -> int:
+            self.augment(images, labels, step=0, micro_batch=0)
+            return len(images)
+
+        augment()
+        return rate(augment, seconds, wait=self.wait)
+
+    def times(self, seconds: float) -> StepTimes:
+        """Measure steps on ready inputs: no loader, no augmentation. On a CPU a step of batch_size may take too long:
+        then fewer images, whose number is in the result. Raises Failure when the device's memory is too small."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self.num_images = self._affordable(seconds / 4)
+        ready = self._ready(self.num_images)
+        num = 1
+        with self._augmentation_gives(ready):
+            for _ in range(3 if self.device.type == "cuda" else 1):
+                first = self._step(ready, num)
+            if self.device.type == "cuda":  # several in a row, so that the host runs ahead as it does in training
+                num = int(min(max(seconds / 4 / first[0], 1), 32))
+            found: list[tuple[float, float]] = []
+            started = time.perf_counter()
+            while len(found) < 2 or time.perf_counter() - started < seconds:
+                found.append(self._step(ready, num))
+        memory = torch.cuda.max_memory_allocated(self.device) / 1e9 if self.device.type == "cuda" else None
+        micro_batch_s, update_s = (statistics.median(times) for times in zip(*found, strict=True))
+        return StepTimes(self.num_images, micro_batch_s, update_s, memory)
+
+    def whole_images_per_s(self, decoding: Decoding, seconds: float) -> float:
+        """Steps of one micro-batch each, decoded and augmented as in training, in micro-batches of num_images."""
+        with closing(decoding.batches(self.num_images)) as batches:
+
+            def step() -> int:
+                train_step(self.learner, iter([next(batches)]))
+                self.learner.state.step += 1
+                return self.num_images
+
+            step()
+            return rate(step, seconds, wait=self.wait)
+
+    def _affordable(self, seconds: float) -> int:
+        """Images of a micro-batch that takes no longer than that: batch_size halved as often as needed."""
+        least = 2 if self.config.augment.mixes else 1
+        num = min(least, self.config.data.batch_size)
+        ready = self._ready(num)
+        with self._augmentation_gives(ready):
+            self._step(ready, 1)  # oneDNN and torch.compile prepare
+            image_s = self._step(ready, 1)[0] / num
+        num = self.config.data.batch_size
+        while num * image_s > seconds and num // 2 >= least:
+            num //= 2
+        return num - num % 2 if self.config.augment.mixup_mode == "pair" and num > 2 else num
+
+    def _ready(self, num: int) -> Batch:
+        """Inputs and targets as the augmentation makes them."""
+        images, labels = some_images(self.config, num, self.device, num_classes=self.num_classes)
+        return self.augment(images, labels, step=0, micro_batch=0)
+
+    @contextmanager
+    def _augmentation_gives(self, ready: Batch) -> Iterator[None]:
+        """So that a step's time holds none of it."""
+        self.learner.augment = lambda *_, **__: ready  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            self.learner.augment = self.augment
+
+    def _step(self, ready: Batch, num: int) -> tuple[float, float]:
+        """Seconds of one of `num` micro-batches, and of the update after them."""
+        done: list[float] = []
+
+        def micro_batches() -> Iterator[Batch]:
+            for _ in range(num):
+                yield ready
+            self.wait()
+            done.append(time.perf_counter())
+
+        self.wait()
+        started = time.perf_counter()
+        try:
+            train_step(self.learner, micro_batches())
+            self.wait()
+        except torch.cuda.OutOfMemoryError:
+            raise Failure(
+                f"batch_size = {self.config.data.batch_size}: a step does not fit into the memory of {self.device}; "
+                "halve batch_size and double update_freq for the same global batch"
+            ) from None
+        self.learner.state.step += 1
+        return (done[0] - started) / num, time.perf_counter() - done[0]
