@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ffcv_convnext.bench.outlook import File, Machine, Node, Outlook, Rates, advise, foresee, predict_whole
+from ffcv_convnext.bench.outlook import File, Machine, Node, Outlook, Rates, advise, foresee, in_figures, predict_whole
 from ffcv_convnext.bench.photographs import write_photo_folder
 from ffcv_convnext.bench.rounds import processor
 from ffcv_convnext.bench.stages import Decoding, Stepping, StepTimes, TransferRate, transfer
@@ -117,7 +117,9 @@ class Diagnosis:
         where = file.path or f"{file.num_samples} photographs, for want of --data_path BETON_DIR"
         if file.path is None:
             where += f"; they stand for ImageNet's {file.num_samples_of_run:,}"
-        crop = f"crops decode alone in {100 * file.crop_alone:.0f} % of them (restart markers)"
+        crop = "no restart markers: an image is decoded whole for a crop of it"
+        if file.crop_alone:
+            crop = f"restart markers in {100 * file.crop_alone:.0f} % of them: there only the crop is decoded"
         memory = "" if machine.device_memory_gb is None else f", {machine.device_memory_gb:.0f} GB"
         rows = [
             (
@@ -127,7 +129,7 @@ class Diagnosis:
             ),
             (
                 "file",
-                f"{file.num_samples:,} images, {file.image_bytes / 1e3:.1f} kB each, {file.gigabytes:.3g} GB in all; "
+                f"{file.num_samples:,} images, {file.image_bytes / 1e3:.1f} kB each, {_size(file.gigabytes)} in all; "
                 + crop,
             ),
             (
@@ -137,6 +139,12 @@ class Diagnosis:
                 f"{config.data.train_interpolation}; {_count(config.schedule.epochs, 'epoch')}",
             ),
         ]
+        if machine.busy:
+            text = (
+                f"{machine.load:.1f} processes were running on {_count(machine.cores, 'core')} when this began: the "
+                "rates are too low, and do not fit together well; measure again when the machine is idle"
+            )
+            rows.append(("note", text))
         return [f"{names} on {where}", "", *(line for name, text in rows for line in _wrapped(f"  {name:9}", text))]
 
     def _table(self) -> list[str]:
@@ -171,7 +179,7 @@ class Diagnosis:
             ),
         ):
             if rate is None or found.megabytes_per_s is None:
-                yield name, "-", "it stays in memory (tmpfs, or others use it)", "not known" if there else "", ""
+                yield name, "-", "stays in memory: tmpfs, in use, or not your file", "not known" if there else "", ""
                 continue
             remark = self._mark("storage")
             if not remark and self.outlook.fits_in_memory:
@@ -229,7 +237,7 @@ class Diagnosis:
             lines += [
                 f"{outlook.bound} feeds up to {_number(host)} images/s, {_number(host / node.gpus)} a GPU. A GPU that "
                 "trains faster than that waits; one that trains slower is itself the bound.",
-                "How fast a GPU trains cannot be measured here: run doctor on the node, or give a figure from elsewhere "
+                "How fast a GPU trains cannot be measured here: run doctor on the node, or give a known figure "
                 "(images_per_s in the log of a run on one GPU) with --gpu_images_per_s.",
             ]
         else:
@@ -242,6 +250,8 @@ class Diagnosis:
             first = outlook.first_epoch_images_per_s
             if first is not None and first < 0.99 * outlook.images_per_s:
                 lines.append(f"In the first epoch {_number(first)} images/s, as storage gives them.")
+        if outlook.images_per_s is None and outlook.fits_in_memory and (self.rates.storage or host) < host:
+            lines.append(f"In the first epoch storage feeds up to {_number(self.rates.storage)} images/s.")
         if outlook.cores_a_gpu is not None:
             lines.append(
                 f"A GPU needs {outlook.cores_a_gpu:.1f} cores to be kept busy and has {node.cores / node.gpus:.1f}."
@@ -450,16 +460,18 @@ def _wrapped(start: str, text: str) -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return "-" if value is None else in_figures(value)
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
+def _size(gigabytes: float) -> str:
+    return f"{gigabytes:.1f} GB" if gigabytes >= 1 else f"{1000 * gigabytes:.1f} MB"
+
+
 def _duration(hours: float) -> str:
     if hours < 1:
         return f"{60 * hours:.1f} minutes"
-    return f"{hours:.1f} hours" if hours < 72 else f"{hours / 24:.1f} days"
+    return f"{hours:.1f} hours" if hours < 72 else f"{hours / 24:,.1f} days"

@@ -45,6 +45,11 @@ class Machine:
     device_memory_gb: float | None  # 1e9 bytes
     step_memory_gb: float | None  # of it in use at most
 
+    @property
+    def busy(self) -> bool:
+        """Whether others took enough of the cores to falsify the rates."""
+        return self.load > 0.5 * self.cores
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class File:
@@ -165,6 +170,11 @@ def in_turn(*rates: float) -> float:
     return 1 / sum(1 / rate for rate in rates)
 
 
+def in_figures(rate: float) -> str:
+    """'12,345', '99.1', '0.482': three figures at least."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
 def predict_whole(rates: Rates, machine: Machine, config: Config) -> float:
     """What `rates.whole` should be: the loader works beside a GPU, but shares the processor with a step on it."""
     decode = rates.decode / machine.cores * min(machine.cores, config.data.num_workers)
@@ -182,14 +192,15 @@ def _hours(first: float | None, later: float | None, file: File, config: Config)
 def advise(rates: Rates, machine: Machine, file: File, config: Config, node: Node) -> list[str]:
     """What to change, the most important first; each line quotes the figure it follows from."""
     outlook = foresee(rates, machine, file, config, node)
-    return [
-        *file.remarks,
-        *_about_storage(rates, machine, file, config, outlook),
-        *_about_decoding(rates, machine, file, config, node, outlook),
-        *_about_device(rates, machine, config, node, outlook),
-        *_about_settings(config, node),
-        *_about_measurement(rates, machine, config),
-    ]
+    bound = outlook.bound
+    groups: dict[str, list[str]] = {
+        "storage": list(_about_storage(rates, machine, file, config, outlook)),
+        "decode": list(_about_decoding(rates, machine, file, config, node, outlook)),
+        "device": list(_about_device(rates, machine, config, node, outlook)),
+    }
+    first = groups.pop(bound if bound in groups else "device")
+    settings, measurement = _about_settings(config, node), _about_measurement(rates, machine, config)
+    return [*file.remarks, *first, *(text for group in groups.values() for text in group), *settings, *measurement]
 
 
 def _about_storage(rates: Rates, machine: Machine, file: File, config: Config, outlook: Outlook) -> Iterator[str]:
@@ -227,54 +238,60 @@ def _about_decoding(
     data, processes = config.data, max(1, node.gpus)
     a_core = rates.decode / machine.cores
     free = max(1, node.cores - node.gpus)
-    threads = processes * data.num_workers
-    if threads < free // processes * processes and outlook.bound == "decode":
+    threads, most = processes * data.num_workers, free // processes
+    bounds, gpus_known = outlook.bound == "decode", outlook.device is not None
+    if bounds and file.crop_alone < 0.9:
+        share = f"only {100 * file.crop_alone:.0f} %" if file.crop_alone else "none"
+        yield (
+            f"{share} of the stored images have restart markers; the others are decoded whole for a crop of them. "
+            "Convert again with write_ffcv_dataset.py (about 1.3 times the images/s in docs/performance.md)"
+        )
+    if bounds and data.num_workers < most:
         yield (
             f"num_workers = {data.num_workers}: {processes} x {data.num_workers} threads leave {free - threads} of "
-            f"{free} cores idle; --num_workers {free // processes} decodes {a_core * free:,.0f} images/s instead of "
+            f"{free} cores idle; --num_workers {most} decodes {a_core * most * processes:,.0f} images/s instead of "
             f"{a_core * threads:,.0f}"
         )
-    if outlook.bound == "decode":
-        if file.crop_alone < 0.9:
-            yield (
-                f"only {100 * file.crop_alone:.0f} % of the stored images have restart markers, so the others are "
-                "decoded whole for a crop of them: convert again with write_ffcv_dataset.py (about 1.3 times the "
-                "images/s in docs/performance.md)"
-            )
-    if outlook.bound == "decode" and outlook.device is not None:
-        if rates.decode_bilinear is not None and rates.decode_bilinear > 1.05 * rates.decode:
-            yield (
-                f"--train_interpolation bilinear decodes {rates.decode_bilinear:,.0f} images/s here, bicubic "
-                f"{rates.decode:,.0f}; but the pixels are no longer the paper's"
-            )
-        if file.longest_side > 2 * data.input_size:
-            shorter = round(1.6 * data.input_size)
-            yield (
-                f"the stored images are {file.longest_side:.0f} pixels long on average, a crop becomes "
-                f"{data.input_size}: --max_resolution {shorter} at conversion leaves "
-                f"{(shorter / file.longest_side) ** 2:.2f} of the pixels to decode (and other training images)"
-            )
-        if outlook.cores_a_gpu is not None:
-            yield (
-                f"more cores: a GPU trains {outlook.device / node.gpus:,.0f} images/s and a core decodes "
-                f"{a_core:,.0f}, so it needs {outlook.cores_a_gpu:.1f} cores (one of them feeds it) and has "
-                f"{node.cores / node.gpus:.1f}"
-            )
+    if bounds and gpus_known and outlook.cores_a_gpu is not None:
+        yield (
+            f"more cores: a GPU trains {(outlook.device or 0) / node.gpus:,.0f} images/s and a core decodes "
+            f"{a_core:,.0f}, so it needs {outlook.cores_a_gpu:.1f} cores (one of them feeds it) and has "
+            f"{node.cores / node.gpus:.1f}"
+        )
+    if bounds and gpus_known and rates.decode_bilinear is not None and rates.decode_bilinear > 1.05 * rates.decode:
+        yield (
+            f"--train_interpolation bilinear decodes {rates.decode_bilinear:,.0f} images/s here, bicubic "
+            f"{rates.decode:,.0f}; but the pixels are no longer the paper's"
+        )
+    if bounds and gpus_known and file.longest_side > 2 * data.input_size:
+        shorter = round(1.6 * data.input_size)
+        yield (
+            f"the stored images are {file.longest_side:.0f} pixels long on average, a crop becomes {data.input_size}: "
+            f"--max_resolution {shorter} at conversion leaves {(shorter / file.longest_side) ** 2:.2f} of the pixels "
+            "to decode (and other training images)"
+        )
     if threads >= 2 * free and data.num_workers > 1:
         yield (
-            f"num_workers = {data.num_workers}: {threads} threads share {free} cores; "
-            f"--num_workers {max(1, free // processes)} does the same with less memory"
+            f"num_workers = {data.num_workers}: {threads} threads share {free} cores; --num_workers {max(1, most)} "
+            "does the same with less memory"
         )
-    scaling = rates.decode / rates.decode_one_worker / machine.cores
-    if scaling < 0.7 and machine.cores > 1:
+    times = rates.decode / rates.decode_one_worker
+    if machine.cores > 1 and times < 0.7 * machine.cores and not machine.busy:
         yield (
-            f"{machine.cores} cores decode only {rates.decode / rates.decode_one_worker:.1f} times as fast as one "
-            f"({rates.decode:,.0f} against {rates.decode_one_worker:,.0f} images/s): they are hyperthreads, limited "
-            "by a quota, or busy with something else. The node's figure scales the lower rate of a core"
+            f"{machine.cores} cores decode only {times:.1f} times as fast as one ({rates.decode:,.0f} against "
+            f"{rates.decode_one_worker:,.0f} images/s): they are hyperthreads or limited by a quota. The node's figure "
+            "takes the lower rate of a core"
         )
 
 
 def _about_device(rates: Rates, machine: Machine, config: Config, node: Node, outlook: Outlook) -> Iterator[str]:
+    if not node.gpus and outlook.bound == "step":
+        share = in_turn(rates.decode, rates.augmentation, rates.step) / rates.step
+        yield (
+            f"on the processor the step ({in_figures(rates.step)} images/s) takes {100 * share:.0f} % of an image's time, and "
+            f"the loader could feed {rates.decode / rates.step:,.0f} times as much: train on a GPU, or a smaller "
+            "network or --input_size"
+        )
     if outlook.bound == "transfer":
         yield (
             f"transfer bounds: {rates.transfer or 0:,.0f} images/s a GPU. The images cross as uint8 already: look for "
@@ -324,13 +341,8 @@ def _about_settings(config: Config, node: Node) -> Iterator[str]:
 
 def _about_measurement(rates: Rates, machine: Machine, config: Config) -> Iterator[str]:
     predicted = predict_whole(rates, machine, config)
-    if rates.whole < 0.75 * predicted:
+    if rates.whole < 0.75 * predicted and not machine.busy:
         yield (
-            f"all together reached {rates.whole:,.1f} images/s where its parts promise {predicted:,.1f}: something "
+            f"all together reached {in_figures(rates.whole)} images/s where its parts promise {in_figures(predicted)}: something "
             "here slows them down when they work at once; expect that share of the figures above"
-        )
-    if machine.load > 0.5 * machine.cores:
-        yield (
-            f"{machine.load:.1f} processes ran on {machine.cores} cores when this began: measured on an idle machine, "
-            "the rates would be higher"
         )

@@ -56,7 +56,8 @@ class Decoding:
 
     def batches(self, size: int | None = None) -> Generator[Batch, None, None]:
         """Without end, (size, 3, side, side) uint8 and labels on the device; size: the config's batch_size."""
-        return self.loader.batches(self._lists(size or self.batch_size), 0, 0)
+        batches: Generator[Batch, None, None] = self.loader.batches(self._lists(size or self.batch_size), 0, 0)
+        return batches
 
     def _lists(self, size: int) -> Iterator[NDArray[np.int64]]:
         at, num = 0, len(self.samples)
@@ -73,14 +74,14 @@ class Decoding:
         self.loader.close()
 
 
-def rate(work: Callable[[], int], seconds: float, *, wait: Callable[[], None] = lambda: None, least: int = 2) -> float:
-    """Images/s of `work`, which returns how many it did, called again and again; `least` times at least.
+def rate(work: Callable[[], int], seconds: float, *, wait: Callable[[], None] = lambda: None) -> float:
+    """Images/s of `work`, which returns how many it did, called again and again, once at least.
 
     wait: until the device has done what was asked of it.
     """
     wait()
     started, num, calls = time.perf_counter(), 0, 0
-    while calls < least or time.perf_counter() - started < seconds:
+    while not calls or time.perf_counter() - started < seconds:
         num += work()
         calls += 1
         if calls % 16 == 0:
@@ -170,29 +171,48 @@ class Stepping:
         return rate(augment, seconds, wait=self.wait)
 
     def times(self, seconds: float) -> StepTimes:
-        """Measure steps on ready inputs: no loader, no augmentation. On a CPU a step of batch_size may take too long:
-        then fewer images, whose number is in the result. Raises Failure when the device's memory is too small."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            self.num_images = self._affordable(seconds / 4)
+        """Measure steps on ready inputs: no loader, no augmentation.
+
+        On a CPU a step of batch_size may take too long: then fewer images, whose number is in the result and stays
+        for `whole_images_per_s`. Raises Failure when the device's memory is too small.
+        """
+        return self._times_on_gpu(seconds) if self.device.type == "cuda" else self._times_on_cpu(seconds)
+
+    def _times_on_gpu(self, seconds: float) -> StepTimes:
+        torch.cuda.reset_peak_memory_stats(self.device)
         ready = self._ready(self.num_images)
-        num = 1
-        with self._augmentation_gives(ready):
-            for _ in range(3 if self.device.type == "cuda" else 1):
-                first = self._step(ready, num)
-            if self.device.type == "cuda":  # several in a row, so that the host runs ahead as it does in training
-                num = int(min(max(seconds / 4 / first[0], 1), 32))
-            found: list[tuple[float, float]] = []
-            started = time.perf_counter()
-            while len(found) < 2 or time.perf_counter() - started < seconds:
-                found.append(self._step(ready, num))
-        memory = torch.cuda.max_memory_allocated(self.device) / 1e9 if self.device.type == "cuda" else None
-        micro_batch_s, update_s = (statistics.median(times) for times in zip(*found, strict=True))
+        for _ in range(3):  # choices of algorithms, torch.compile
+            micro_batch_s, _ = self._step(ready, 1)
+        num = int(min(max(seconds / 4 / micro_batch_s, 1), 32))  # the host runs ahead, as it does in training
+        micro_batch_s, update_s = self._median(ready, num, seconds)
+        memory = torch.cuda.max_memory_allocated(self.device) / 1e9
         return StepTimes(self.num_images, micro_batch_s, update_s, memory)
 
+    def _times_on_cpu(self, seconds: float) -> StepTimes:
+        least = min(2 if self.config.augment.mixes else 1, self.num_images)
+        ready = self._ready(least)
+        self._step(ready, 1)  # oneDNN and torch.compile prepare
+        image_s = self._step(ready, 1)[0] / least
+        while self.num_images * image_s > seconds / 4 and self.num_images // 2 >= least:
+            self.num_images //= 2
+        if self.config.augment.mixup_mode == "pair":
+            self.num_images -= self.num_images % 2
+        if self.num_images > least:
+            ready = self._ready(self.num_images)
+            self._step(ready, 1)
+        return StepTimes(self.num_images, *self._median(ready, 1, seconds), peak_memory_gb=None)
+
+    def _median(self, ready: Batch, num: int, seconds: float) -> tuple[float, float]:
+        """Of steps taken for that long, one at least: seconds of a micro-batch, and of an update."""
+        found: list[tuple[float, float]] = []
+        started = time.perf_counter()
+        while not found or time.perf_counter() - started < seconds:
+            found.append(self._step(ready, num))
+        micro_batch_s, update_s = zip(*found, strict=True)
+        return statistics.median(micro_batch_s), statistics.median(update_s)
+
     def whole_images_per_s(self, decoding: Decoding, seconds: float) -> float:
-        """Steps of one micro-batch each, decoded and augmented as in training, in micro-batches of num_images."""
+        """Steps of one micro-batch each, decoded and augmented as in training, in micro-batches as `times` took."""
         with closing(decoding.batches(self.num_images)) as batches:
 
             def step() -> int:
@@ -202,19 +222,6 @@ class Stepping:
 
             step()
             return rate(step, seconds, wait=self.wait)
-
-    def _affordable(self, seconds: float) -> int:
-        """Images of a micro-batch that takes no longer than that: batch_size halved as often as needed."""
-        least = 2 if self.config.augment.mixes else 1
-        num = min(least, self.config.data.batch_size)
-        ready = self._ready(num)
-        with self._augmentation_gives(ready):
-            self._step(ready, 1)  # oneDNN and torch.compile prepare
-            image_s = self._step(ready, 1)[0] / num
-        num = self.config.data.batch_size
-        while num * image_s > seconds and num // 2 >= least:
-            num //= 2
-        return num - num % 2 if self.config.augment.mixup_mode == "pair" and num > 2 else num
 
     def _ready(self, num: int) -> Batch:
         """Inputs and targets as the augmentation makes them."""
@@ -243,7 +250,8 @@ class Stepping:
         self.wait()
         started = time.perf_counter()
         try:
-            train_step(self.learner, micro_batches())
+            with self._augmentation_gives(ready):
+                train_step(self.learner, micro_batches())
             self.wait()
         except torch.cuda.OutOfMemoryError:
             raise Failure(
