@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from ffcv_convnext import data
 from ffcv_convnext.bench.outlook import File, Machine, Node, Outlook, Rates, advise, foresee, in_figures, predict_whole
 from ffcv_convnext.bench.photographs import write_photo_folder
 from ffcv_convnext.bench.rounds import processor
 from ffcv_convnext.bench.stages import Decoding, Stepping, StepTimes, TransferRate, transfer
 from ffcv_convnext.bench.storage import ColdFile, StorageRate, available_cores, room_for_cache
 from ffcv_convnext.config import Config
-from ffcv_convnext.data import ConversionOptions, convert, describe_data, read_tables
 from ffcv_convnext.rng import permutation
 from ffcv_convnext.training import Processes
 
@@ -57,17 +57,17 @@ class Diagnosis:
 
     def to_json(self) -> str:
         """The page's figures; units are in the names, rates without one are images/s."""
-        data, run = self.config.data, self.config.run
+        images, run = self.config.data, self.config.run
         content: dict[str, Any] = {
             "configs": self.config_names,
             "settings": {
                 "model": self.config.model.model,
                 "num_parameters": self.num_parameters,
-                "input_size": data.input_size,
-                "batch_size": data.batch_size,
-                "update_freq": data.update_freq,
-                "num_workers": data.num_workers,
-                "train_interpolation": data.train_interpolation,
+                "input_size": images.input_size,
+                "batch_size": images.batch_size,
+                "update_freq": images.update_freq,
+                "num_workers": images.num_workers,
+                "train_interpolation": images.train_interpolation,
                 "amp": run.amp,
                 "channels_last": run.channels_last,
                 "compile": run.compile,
@@ -145,7 +145,18 @@ class Diagnosis:
                 "rates are too low, and do not fit together well; measure again when the machine is idle"
             )
             rows.append(("note", text))
-        return [f"{names} on {where}", "", *(line for name, text in rows for line in _wrapped(f"  {name:9}", text))]
+        verdict = f"bound on {self._there}: {self.outlook.bound}"
+        if self.outlook.images_per_s is not None:
+            verdict += f", {_number(self.outlook.images_per_s)} images/s"
+        else:
+            host = _number(self.outlook.host_images_per_s)
+            verdict += f", which feeds {host} images/s (how fast its GPUs train is not known here)"
+        return [
+            f"{names} on {where}",
+            verdict,
+            "",
+            *(line for name, text in rows for line in _wrapped(f"  {name:9}", text)),
+        ]
 
     def _table(self) -> list[str]:
         rows = [("stage", "images/s here", "measured", f"{self._there}", "")]
@@ -379,13 +390,13 @@ def _training_file(config: Config, say: Say) -> Iterator[tuple[Path, bool]]:
                 "data_path is not set, and no photographs are at hand to measure with; give --data_path BETON_DIR, or "
                 "install scikit-learn, which brings some"
             ) from None
-        convert(ConversionOptions(data_path=folder, out_dir=Path(work), split="train"))
+        data.convert(data.ConversionOptions(data_path=folder, out_dir=Path(work), split="train"))
         yield Path(work) / "train.beton", False
 
 
 def _describe(beton: Path, own: bool, config: Config) -> tuple[File, int]:
     """The file's facts, and the number of classes of a network for it."""
-    info = describe_data(beton).splits[beton.stem]
+    info = data.describe_data(beton).splits[beton.stem]
     if info.image_bytes is None or not info.headers.num_read:
         raise ValueError(f"{beton} has no JPEG images that can be located; see: ffcv-convnext verify {beton}")
     num_classes = len(info.classes) if info.has_manifest else 1 + max(map(int, info.classes))
@@ -407,7 +418,7 @@ def _describe(beton: Path, own: bool, config: Config) -> tuple[File, int]:
 
 def _read_cold(beton: Path, seconds: float, num_readers: int) -> tuple[StorageRate, StorageRate]:
     """At random, and in order."""
-    tables = read_tables(beton)
+    tables = data.read_tables(beton)
     order = permutation(len(tables), 0, 0)[:MOST_COLD]
     order = order[tables.in_pages[order]]
     parts = [(int(tables.addresses[i]), int(tables.addresses[i] + tables.lengths[i])) for i in order]

@@ -288,9 +288,9 @@ def _about_device(rates: Rates, machine: Machine, config: Config, node: Node, ou
     if not node.gpus and outlook.bound == "step":
         share = in_turn(rates.decode, rates.augmentation, rates.step) / rates.step
         yield (
-            f"on the processor the step ({in_figures(rates.step)} images/s) takes {100 * share:.0f} % of an image's time, and "
-            f"the loader could feed {rates.decode / rates.step:,.0f} times as much: train on a GPU, or a smaller "
-            "network or --input_size"
+            f"on the processor the step ({in_figures(rates.step)} images/s) takes {100 * share:.0f} % of an image's "
+            f"time, and the loader could feed {rates.decode / rates.step:,.0f} times as much: train on a GPU, or a "
+            "smaller network or --input_size"
         )
     if outlook.bound == "transfer":
         yield (
@@ -343,6 +343,6 @@ def _about_measurement(rates: Rates, machine: Machine, config: Config) -> Iterat
     predicted = predict_whole(rates, machine, config)
     if rates.whole < 0.75 * predicted and not machine.busy:
         yield (
-            f"all together reached {in_figures(rates.whole)} images/s where its parts promise {in_figures(predicted)}: something "
-            "here slows them down when they work at once; expect that share of the figures above"
+            f"all together reached {in_figures(rates.whole)} images/s where its parts promise {in_figures(predicted)}: "
+            "something here slows them down when they work at once; expect that share of the figures above"
         )

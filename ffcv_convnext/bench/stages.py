@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ffcv_convnext import data
 from ffcv_convnext.config import Config, DataConfig
-from ffcv_convnext.data import RandomCropDecoder, SampleLoader
 from ffcv_convnext.errors import Failure
 from ffcv_convnext.rng import permutation
 from ffcv_convnext.training import Learner, Processes, build_learner, train_step
@@ -33,9 +33,9 @@ class Decoding:
 
     def __init__(self, beton: Path, config: DataConfig, device: torch.device, *, num_workers: int) -> None:
         self.batch_size = config.batch_size
-        self.loader = SampleLoader(
+        self.loader = data.SampleLoader(
             beton,
-            RandomCropDecoder(config),
+            data.RandomCropDecoder(config),
             num_workers=num_workers,
             batches_ahead=config.batches_ahead,
             device=device,
