@@ -19,7 +19,7 @@ from ffcv_convnext.bench.outlook import File, Machine, Node, Rates, advise, fore
 from ffcv_convnext.bench.stages import Decoding, Stepping, StepTimes, TransferRate
 from ffcv_convnext.bench.storage import PAGE, ColdFile, StorageRate, _spread, available_cores, room_for_cache
 from ffcv_convnext.cli import run_command
-from ffcv_convnext.config import Config
+from ffcv_convnext.config import SETTINGS, Config
 
 MACHINE = Machine(
     processor="a processor", cores=16, device="a GPU", cuda=True, memory_room_gb=100.0, load=0.2, torch="2",
@@ -171,6 +171,12 @@ def test_storage_that_bounds_asks_for_memory() -> None:
     assert "20,000 images/s, and the file (65.0 GB) does not fit into 60.0 GB of memory" in told
 
 
+def test_settings_for_slow_storage_are_named_where_they_exist() -> None:
+    told = advice(machine=replace(MACHINE, memory_room_gb=60.0))
+    assert ("60,000 images/s, 3.0 times as many as at random" in told) == ("order" in SETTINGS)
+    assert ("--data_cache ram" in advice(rates=replace(RATES, storage=500.0))) == ("data_cache" in SETTINGS)
+
+
 def test_a_slow_first_epoch_is_read_in_order_before() -> None:
     told = advice(rates=replace(RATES, storage=500.0))
     assert "500 images/s at random take 43 minutes instead of 1" in told
@@ -278,7 +284,8 @@ def big_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_only_what_was_evicted_counts_as_read_from_storage(big_file: Path) -> None:
+@pytest.mark.parametrize("announced", [False, True])
+def test_only_what_was_evicted_counts_as_read_from_storage(big_file: Path, announced: bool) -> None:
     size = big_file.stat().st_size
     with ColdFile(big_file) as file:
         gone = file.evict([(0, size)])
@@ -286,7 +293,7 @@ def test_only_what_was_evicted_counts_as_read_from_storage(big_file: Path) -> No
             pytest.skip("the temporary folder lies in memory")
         assert gone == -(-size // PAGE) * PAGE
         parts = [(start, start + 50_000) for start in range(0, 8 << 20, 100_000)]
-        found = file.at_random(parts, 10.0, num_readers=4)
+        found = file.at_random(parts, 10.0, num_readers=4, announced=announced)
         assert 0 < found.megabytes <= sum(-(-end // PAGE) - start // PAGE for start, end in parts) * PAGE / 1e6
         assert 0 < found.cold <= 1
         assert found.seconds > 0

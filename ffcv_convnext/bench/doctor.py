@@ -20,7 +20,7 @@ from ffcv_convnext.bench.photographs import write_photo_folder
 from ffcv_convnext.bench.rounds import processor
 from ffcv_convnext.bench.stages import Decoding, Stepping, StepTimes, TransferRate, transfer
 from ffcv_convnext.bench.storage import ColdFile, StorageRate, available_cores, room_for_cache
-from ffcv_convnext.config import Config
+from ffcv_convnext.config import SETTINGS, Config
 from ffcv_convnext.rng import permutation
 from ffcv_convnext.training import Processes
 
@@ -145,12 +145,12 @@ class Diagnosis:
                 "rates are too low, and do not fit together well; measure again when the machine is idle"
             )
             rows.append(("note", text))
-        verdict = f"bound on {self._there}: {self.outlook.bound}"
-        if self.outlook.images_per_s is not None:
-            verdict += f", {_number(self.outlook.images_per_s)} images/s"
-        else:
-            host = _number(self.outlook.host_images_per_s)
-            verdict += f", which feeds {host} images/s (how fast its GPUs train is not known here)"
+        bound, host = self.outlook.bound, _number(self.outlook.host_images_per_s)
+        verdict = f"{self._there} train {_number(self.outlook.images_per_s)} images/s, bound by {bound}"
+        if self.outlook.images_per_s is None:
+            verdict = (
+                f"the host of {self._there} feeds {host} images/s, bound by {bound}; what its GPUs train is not known"
+            )
         return [
             f"{names} on {where}",
             verdict,
@@ -422,8 +422,12 @@ def _read_cold(beton: Path, seconds: float, num_readers: int) -> tuple[StorageRa
     order = permutation(len(tables), 0, 0)[:MOST_COLD]
     order = order[tables.in_pages[order]]
     parts = [(int(tables.addresses[i]), int(tables.addresses[i] + tables.lengths[i])) for i in order]
+    announced = "data_cache" in SETTINGS  # then the loader asks the kernel for batches in advance
     with ColdFile(beton) as file:
-        return file.at_random(parts, seconds, num_readers=num_readers), file.in_order(seconds / 2)
+        return (
+            file.at_random(parts, seconds, num_readers=num_readers, announced=announced),
+            file.in_order(seconds / 2),
+        )
 
 
 def _images(found: StorageRate | None, image_bytes: float) -> float | None:

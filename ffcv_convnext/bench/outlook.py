@@ -216,9 +216,9 @@ def _about_storage(rates: Rates, machine: Machine, file: File, config: Config, o
         )
         if "order" in SETTINGS and config.flat()["order"] == "random" and rates.storage_in_order > rates.storage:
             yield (
-                "read in longer stretches: --order quasi_random (with --data_cache process); in order this storage "
-                f"gives {rates.storage_in_order:,.0f} images/s, {rates.storage_in_order / rates.storage:.1f} times "
-                "as many as at random"
+                "--order quasi_random reads long stretches: in order this storage gives "
+                f"{rates.storage_in_order:,.0f} images/s, {rates.storage_in_order / rates.storage:.1f} times as many "
+                "as at random"
             )
     elif outlook.fits_in_memory and rates.storage < wanted:
         minutes = [file.num_samples_of_run / rate / 60 for rate in (rates.storage, wanted, rates.storage_in_order)]

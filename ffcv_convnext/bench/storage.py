@@ -98,12 +98,14 @@ class ColdFile:
                 total -= end - at
             if time.perf_counter() - began >= seconds:
                 break
-        return StorageRate(max(cold, 0) / 1e6, spent, max(cold, 0) / max(total, 1))
+        return StorageRate(max(cold, 0) / 1e6, spent, min(max(cold, 0) / max(total, 1), 1.0))
 
-    def at_random(self, parts: Sequence[tuple[int, int]], seconds: float, *, num_readers: int) -> StorageRate:
+    def at_random(
+        self, parts: Sequence[tuple[int, int]], seconds: float, *, num_readers: int, announced: bool = False
+    ) -> StorageRate:
         """Read samples (first byte, end) in the order given, through a mapping as training does.
 
-        num_readers: threads that read at a time.
+        num_readers: threads that read at a time.   announced: the kernel is told first what comes next.
         """
         cold = total = 0
         spent, began = 0.0, time.perf_counter()
@@ -112,6 +114,8 @@ class ColdFile:
                 cold += self.evict(group)
                 total += sum(end - start for start, end in (_whole(part, PAGE) for part in group))
                 started = time.perf_counter()
+                for start, end in group if announced else ():
+                    os.posix_fadvise(self.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
                 list(pool.map(self._touch, group))
                 spent += time.perf_counter() - started
                 if time.perf_counter() - began >= seconds:
