@@ -192,7 +192,8 @@ class Stepping:
         least = min(2 if self.config.augment.mixes else 1, self.num_images)
         ready = self._ready(least)
         self._step(ready, 1)  # oneDNN and torch.compile prepare
-        image_s = self._step(ready, 1)[0] / least
+        times = self._step(ready, 1)
+        image_s = times[0] / least
         while self.num_images * image_s > seconds / 4 and self.num_images // 2 >= least:
             self.num_images //= 2
         if self.config.augment.mixup_mode == "pair":
@@ -200,7 +201,9 @@ class Stepping:
         if self.num_images > least:
             ready = self._ready(self.num_images)
             self._step(ready, 1)
-        return StepTimes(self.num_images, *self._median(ready, 1, seconds), peak_memory_gb=None)
+        if sum(times) < seconds:  # else that one step has to do
+            times = self._median(ready, 1, seconds)
+        return StepTimes(self.num_images, *times, peak_memory_gb=None)
 
     def _median(self, ready: Batch, num: int, seconds: float) -> tuple[float, float]:
         """Of steps taken for that long, one at least: seconds of a micro-batch, and of an update."""
@@ -220,8 +223,9 @@ class Stepping:
                 self.learner.state.step += 1
                 return self.num_images
 
-            step()
-            return rate(step, seconds, wait=self.wait)
+            first = rate(step, 0, wait=self.wait)
+            slow = self.num_images / first > seconds
+            return first if slow else rate(step, seconds, wait=self.wait)
 
     def _ready(self, num: int) -> Batch:
         """Inputs and targets as the augmentation makes them."""
