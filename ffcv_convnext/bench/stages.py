@@ -45,11 +45,12 @@ class Decoding:
 
     def warm(self, seconds: float) -> None:
         """Decode samples until they are all in memory; what is not reached in that time is left out from then on."""
-        started, num = time.perf_counter(), 0
+        started, num = 0.0, 0
         parts = np.array_split(self.samples, max(1, len(self.samples) // self.batch_size))
         with closing(self.loader.batches(iter(parts), 0, 0)) as batches:
             for images, _ in batches:
                 num += len(images)
+                started = started or time.perf_counter()  # the first batch may have waited for compilation
                 if time.perf_counter() - started >= seconds:
                     break
         self.samples = self.samples[:num]
