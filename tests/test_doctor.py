@@ -341,7 +341,7 @@ def test_the_step_measured_is_the_training_step(small_settings: dict[str, Any]) 
         assert stepping.whole_images_per_s(decoding, 0.05) > 0
     finally:
         decoding.close()
-    assert stepping.learner.state.step >= steps + 2
+    assert stepping.learner.state.step > steps
     after = stepping.learner.network.parameters()
     assert any((a != b).any() for a, b in zip(before, after, strict=True)), "the optimiser took steps"
 
