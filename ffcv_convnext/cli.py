@@ -1,4 +1,4 @@
-"""The command line: `ffcv-convnext write|train|ladder|report|export|bench|verify|data`.
+"""The command line: `ffcv-convnext write|train|ladder|report|export|bench|doctor|verify|data`.
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 75 interrupted and ready to be resumed. What a user can mend is one
 line on stderr; anything else keeps its traceback.
@@ -216,6 +216,42 @@ def bench(argv: Sequence[str]) -> int:
     return 0
 
 
+def doctor(argv: Sequence[str]) -> int:
+    """Measure what bounds a run: storage, decode, transfer, augmentation and step apart."""
+    parser = _parser("doctor", doctor)
+    flag = parser.add_argument
+    flag("--gpus", type=int, metavar="N", help="GPUs of the node to foresee (default: this machine's)")
+    flag("--cores", type=int, metavar="N", help="its processor cores (default: this machine's)")
+    flag(
+        "--gpu_images_per_s",
+        type=float,
+        metavar="RATE",
+        help="what one of its GPUs trains, from a run's log, where the GPU is not in this machine",
+    )
+    flag("--seconds", type=float, default=4.0, help="to measure a stage (default 4; all of them: about 40)")
+    flag("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add_flags(parser)
+    parser.usage = "%(prog)s [--config YAML ...] [--gpus N --cores N] [--SETTING VALUE ...]"
+    config, options = config_from_args(parser, argv)
+    if options.json and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
+        raise ValueError(f"--json {options.json}: expected a file in a folder that exists")
+    from ffcv_convnext.bench import diagnose
+
+    diagnosis = diagnose(
+        config,
+        config_names=tuple(map(str, options.config)),
+        gpus=options.gpus,
+        cores=options.cores,
+        gpu_images_per_s=options.gpu_images_per_s,
+        seconds=options.seconds,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(diagnosis.format())
+    if options.json:
+        write_atomically(options.json, (diagnosis.to_json() + "\n").encode())
+    return 0
+
+
 def verify(argv: Sequence[str]) -> int:
     """Check .beton files: manifest, tables, and every image decoded in full."""
     parser = _parser("verify", verify)
@@ -258,6 +294,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": report,
     "export": export,
     "bench": bench,
+    "doctor": doctor,
     "verify": verify,
     "data": data,
 }

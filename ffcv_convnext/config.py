@@ -463,7 +463,8 @@ def config_from_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tu
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].lstrip("-").split("=")[0]
-        raise ValueError(f"command line: nobody declared '{unknown[0]}'{nearest(name, [*SETTINGS, 'config'])}")
+        known = [flag[2:] for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+        raise ValueError(f"command line: nobody declared '{unknown[0]}'{nearest(name, known)}")
     overrides = {}
     for name in SETTINGS:
         if hasattr(namespace, name):

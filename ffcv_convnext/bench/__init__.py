@@ -1,6 +1,24 @@
-"""Side-by-side measurements: ratios between interleaved runs on the same work."""
+"""Side-by-side measurements, and the doctor, which measures a run's stages apart.
 
-from ffcv_convnext.bench.loader import bench_loader
-from ffcv_convnext.bench.rounds import Comparison
+Names are imported when first used: a loader that is measured must not pay for the imports of a training step.
+"""
 
-__all__ = ["Comparison", "bench_loader"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ffcv_convnext.bench.doctor import Diagnosis as Diagnosis
+    from ffcv_convnext.bench.doctor import diagnose as diagnose
+    from ffcv_convnext.bench.loader import bench_loader as bench_loader
+    from ffcv_convnext.bench.rounds import Comparison as Comparison
+
+_HOMES = {"Comparison": "rounds", "bench_loader": "loader", "Diagnosis": "doctor", "diagnose": "doctor"}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -27,6 +27,7 @@ _HOMES = {
     "RandomCropDecoder": "decoders",
     "stock_train_loader": "stock",
     "write_stock_beton": "stock",
+    "read_tables": "tables",
     "verify_data": "verify",
     "describe_data": "info",
 }

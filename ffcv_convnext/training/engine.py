@@ -42,8 +42,8 @@ class State:
 
 
 @dataclass(slots=True, kw_only=True)
-class Run:
-    """The parts of a run."""
+class Learner:
+    """What takes an optimiser step: all parts of a run but its data and its folder."""
 
     config: Config
     processes: Processes
@@ -55,10 +55,6 @@ class Run:
     schedules: Schedules
     augment: TrainAugment
     criterion: nn.Module
-    train_loader: TrainLoader
-    val_loader: EvalLoader
-    checkpoints: Checkpoints
-    log: RunLog
     tracker: LossTracker
     state: State
 
@@ -74,6 +70,16 @@ class Run:
         if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         return nullcontext()
+
+
+@dataclass(slots=True, kw_only=True)
+class Run(Learner):
+    """The parts of a run."""
+
+    train_loader: TrainLoader
+    val_loader: EvalLoader
+    checkpoints: Checkpoints
+    log: RunLog
 
     def candidates(self) -> Iterator[tuple[str, nn.Module]]:
         """The networks to evaluate, by the ending of their keys in the log: raw and averaged weights."""
@@ -201,7 +207,7 @@ def fit(run: Run) -> dict[str, float]:
     return scores or evaluate_candidates(run)  # none when the run was ended between its last checkpoint and `done`
 
 
-def train_step(run: Run, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+def train_step(run: Learner, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
     """One optimiser step on this process's micro-batches; the host does not wait for the device."""
     step, num = run.state.step, run.config.data.update_freq
     lr, weight_decay = run.schedules.lr(step), run.schedules.weight_decay(step)

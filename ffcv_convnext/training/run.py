@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.settings import format_value
 from ffcv_convnext.training.checkpoint import Checkpoints, read_checkpoint
 from ffcv_convnext.training.distributed import Processes
-from ffcv_convnext.training.engine import Run, State, autocast, fit, memory_format
+from ffcv_convnext.training.engine import Learner, Run, State, autocast, fit, memory_format
 from ffcv_convnext.training.metrics import LossTracker, evaluate
 from ffcv_convnext.training.optim import build_optimizer
 from ffcv_convnext.training.runlog import FolderLock, RunLog, check_same_config, is_done, setup_logging
@@ -118,12 +118,13 @@ def _num_classes(config: ModelConfig, in_data: int) -> int:
     return config.nb_classes or in_data
 
 
-def build_run(config: Config, processes: Processes, train_loader: TrainLoader, val_loader: EvalLoader) -> Run:
-    """All parts of a run at its beginning: nothing is restored yet."""
-    assert config.run.output_dir is not None
+def build_learner(config: Config, processes: Processes, *, num_classes: int, steps_per_epoch: int) -> Learner:
+    """What takes a run's optimiser steps, freshly initialised. With torchrun the processes have joined.
+
+    num_classes: of the network's head.   Raises ValueError for settings that do not go together.
+    """
     device, seed = processes.device, config.run.seed
-    schedules = build_schedules(config, train_loader.steps_per_epoch)
-    num_classes = _num_classes(config.model, train_loader.num_classes)
+    schedules = build_schedules(config, steps_per_epoch)
     torch.manual_seed(step_seed(seed, 0, 0, Stream.INITIALISATION))
     network = _network(config, num_classes, device)
     ema = ModelEmaV3(network, decay=config.run.model_ema_decay) if config.run.model_ema else None
@@ -135,16 +136,7 @@ def build_run(config: Config, processes: Processes, train_loader: TrainLoader, v
             broadcast_buffers=False,  # running statistics are averaged before evaluation and saving instead
             gradient_as_bucket_view=True,
         )
-    parameters = sum(p.numel() for p in network.parameters())
-    facts = {
-        "n_parameters": parameters,
-        "num_classes": num_classes,
-        "global_batch": train_loader.shares.global_batch,
-        "steps_per_epoch": train_loader.steps_per_epoch,
-        "data": {"train": train_loader.manifest.sha256, "val": val_loader.manifest.sha256},
-        "images": {"train": train_loader.num_samples, "val": val_loader.num_samples},
-    }
-    run = Run(
+    return Learner(
         config=config,
         processes=processes,
         network=network,
@@ -155,12 +147,31 @@ def build_run(config: Config, processes: Processes, train_loader: TrainLoader, v
         schedules=schedules,
         augment=TrainAugment(config.augment, num_classes=num_classes, seed=seed, device=device),
         criterion=SoftTargetCrossEntropy(),
+        tracker=LossTracker(processes),
+        state=State(),
+    )
+
+
+def build_run(config: Config, processes: Processes, train_loader: TrainLoader, val_loader: EvalLoader) -> Run:
+    """All parts of a run at its beginning: nothing is restored yet."""
+    assert config.run.output_dir is not None
+    num_classes = _num_classes(config.model, train_loader.num_classes)
+    learner = build_learner(config, processes, num_classes=num_classes, steps_per_epoch=train_loader.steps_per_epoch)
+    parameters = sum(p.numel() for p in learner.network.parameters())
+    facts = {
+        "n_parameters": parameters,
+        "num_classes": num_classes,
+        "global_batch": train_loader.shares.global_batch,
+        "steps_per_epoch": train_loader.steps_per_epoch,
+        "data": {"train": train_loader.manifest.sha256, "val": val_loader.manifest.sha256},
+        "images": {"train": train_loader.num_samples, "val": val_loader.num_samples},
+    }
+    run = Run(
+        **{part.name: getattr(learner, part.name) for part in fields(learner)},
         train_loader=train_loader,
         val_loader=val_loader,
         checkpoints=Checkpoints(config.run.output_dir),
         log=RunLog(config.run.output_dir, config, processes, facts),
-        tracker=LossTracker(processes),
-        state=State(),
     )
     _announce(run, parameters)
     return run
