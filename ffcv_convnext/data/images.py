@@ -114,10 +114,15 @@ def shrink(pixels: NDArray[np.uint8], max_resolution: int | None) -> NDArray[np.
     return np.asarray(small, dtype=np.uint8)
 
 
-def restart_interval(width: int) -> int:
-    """MCUs (16 x 16 pixels in 4:2:0) between restart markers: few, and such that none straddles two rows."""
-    mcus_a_row = -(-width // 16)
-    return next((interval for interval in (2, 3, 4) if mcus_a_row % interval == 0), 1)
+def restart_interval(width: int, mcu_width: int = 16) -> int:
+    """MCUs between restart markers: 32 to 64 pixels' worth if that divides a row, so that none straddles two rows.
+
+    width: the picture's, pixels.   mcu_width: pixels, 16 in 4:2:0 and 4:2:2, 8 in 4:4:4 and grey, 32 in 4:1:1.
+    """
+    mcus_a_row = -(-width // mcu_width)
+    least, most = 32 // mcu_width, 64 // mcu_width
+    wanted = (*range(least, most + 1), *range(least - 1, 0, -1))
+    return next(interval for interval in wanted if mcus_a_row % interval == 0)
 
 
 def encode(pixels: NDArray[np.uint8], encoding: Encoding) -> EncodedImage:
