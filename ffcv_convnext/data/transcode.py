@@ -51,11 +51,17 @@ _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF, 0xDE)  # lossle
 _MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)  # any number of fill bytes
 _AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
-# Width and height of chroma, as luma's share of it: what libturbojpeg knows, in the one way that all encoders write it.
-_SAMPLINGS = {(1, 1): "4:4:4", (2, 1): "4:2:2", (2, 2): "4:2:0", (1, 2): "4:4:0", (4, 1): "4:1:1"}
+# Sampling factors (across, down) of luma and of both chroma components: the ways libturbojpeg knows to write 4:4:4,
+# 4:2:2, 4:4:0, 4:2:0 and 4:1:1.
+_SAMPLINGS = {
+    *(((h, v), (h, v)) for h, v in ((1, 1), (2, 1), (3, 1), (1, 2), (1, 3))),
+    *(((2, 1), (1, 1)), ((2, 2), (1, 2))),
+    *(((1, 2), (1, 1)), ((2, 2), (2, 1))),
+    *(((2, 2), (1, 1)), ((4, 1), (1, 1))),
+}
 
-# DC tables with all categories of 8-bit JPEG, 0 to 11: numbers of codes of 1 ... 16 bits, then categories. Source: T.81,
-# Tables K.3 (luminance) and K.4 (chrominance).
+# DC tables with all categories of 8-bit JPEG, 0 to 11: numbers of codes of 1 ... 16 bits, then categories. Source:
+# T.81, Tables K.3 (luminance) and K.4 (chrominance).
 _LUMINANCE = bytes([0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, *range(12)])
 _CHROMINANCE = bytes([0, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, *range(12)])
 _MAX_CATEGORY = 11
@@ -87,12 +93,12 @@ class NotTranscodable(ValueError):
 def add_restart_markers(jpeg: bytes) -> bytes:
     """The same picture as a baseline JPEG of one scan, with the restart markers that `restart.cut_jpeg` needs.
 
-    jpeg: a file's content. Progressive, arithmetic-coded and multi-scan JPEGs are made baseline by libturbojpeg first,
-    which keeps the coefficients too; then about 7 % are added to a progressive file, else 1 to 3 %.
-    All coefficients stay, so every decoder gives the pixels of the original. EXIF, ICC profiles, thumbnails and comments
-    are dropped; JFIF's and Adobe's segments stay, since they tell the colour space. Markers that are there are replaced.
-    Raises NotTranscodable when the content is no whole JPEG of 8 bits, grey or three components in a usual
-    subsampling. A missing end marker, and bytes behind the picture's last block, are no damage.
+    jpeg: a file's content. All DCT coefficients stay, so every decoder gives the original's pixels. Progressive,
+    arithmetic-coded and multi-scan JPEGs are made baseline by libturbojpeg first, which keeps coefficients too.
+    EXIF, ICC profiles, thumbnails and comments are dropped; JFIF's and Adobe's segments stay, since they tell the
+    colour space. Restart markers that are there are replaced, and a second call changes nothing more.
+    Raises NotTranscodable when the content is no whole JPEG of 8 bits, grey or of three components in a usual
+    subsampling. A missing end marker, and bytes behind the last block of a baseline JPEG, are no damage.
     """
     headers = _read_headers(jpeg)
     if not headers.has_one_baseline_scan:
@@ -239,9 +245,9 @@ def _read_frame(headers: _Headers, marker: int, content: bytes) -> None:
     if num_components not in (1, 3):
         raise NotTranscodable(f"a JPEG of {num_components} colour components (CMYK or YCCK), not 1 or 3")
     luma, *chroma = ((across, down) for across, down, _ in components.values())
-    if not all(1 <= factor <= 4 for factor in luma) or (chroma and (luma not in _SAMPLINGS or set(chroma) != {(1, 1)})):
+    if chroma and not (chroma[0] == chroma[1] and (luma, chroma[0]) in _SAMPLINGS):
         shown = ", ".join(f"{across}x{down}" for across, down in (luma, *chroma))
-        raise NotTranscodable(f"sampling factors {shown}: expected grey or one of {', '.join(_SAMPLINGS.values())}")
+        raise NotTranscodable(f"sampling factors {shown}: expected grey, 4:4:4, 4:2:2, 4:2:0, 4:4:0 or 4:1:1")
     headers.frame, headers.frame_content, headers.components = marker, content, components
     headers.height, headers.width = height, width
 
