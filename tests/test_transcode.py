@@ -299,6 +299,7 @@ def put(at: int, value: bytes) -> Callable[[bytearray], None]:
         (lambda jpeg: with_frame(jpeg, factors(0x21, 0x11, 0x12)), "sampling factors 2x1, 1x1, 1x2"),
         (lambda jpeg: with_frame(jpeg, factors(0x31, 0x11, 0x11)), "sampling factors 3x1, 1x1, 1x1"),
         (lambda jpeg: with_frame(jpeg, factors(0x22, 0x00, 0x11)), "sampling factors 2x2, 0x0, 1x1"),
+        (lambda jpeg: with_frame(jpeg, factors(0x51, 0x51, 0x51)), "sampling factors 5x1, 5x1, 5x1"),
         (lambda jpeg: re.sub(rb"\xff\xc4.*?\xff\xda", b"\xff\xda", jpeg, flags=re.DOTALL), "no Huffman tables"),
     ],
 )
@@ -426,6 +427,9 @@ def test_no_mutated_file_writes_outside_its_buffers_and_what_is_accepted_keeps_i
             assert (raw[:guard] == 0xA5).all()
             assert (raw[-guard:] == 0xA5).all()
         if result is not None:
+            layout = np.zeros(8, np.int64)
+            assert read_layout(np.frombuffer(result, np.uint8), layout)
+            ours(result, int(layout[HEIGHT]), int(layout[WIDTH]))  # without a complaint
             try:
                 expected = pillow(jpeg)
             except (OSError, SyntaxError, ValueError):

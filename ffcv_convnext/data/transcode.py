@@ -51,6 +51,9 @@ _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF, 0xDE)  # lossle
 _MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)  # any number of fill bytes
 _AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
+_JFIF = b"JFIF\0\1\1\0\0\1\0\1\0\0"  # version 1.1, square pixels, no thumbnail
+_ADOBE = b"Adobe\0\x64\0\0\0\0"  # version 100; a byte follows that tells the colour space
+
 # Sampling factors (across, down) of luma and of both chroma components: the ways libturbojpeg knows to write 4:4:4,
 # 4:2:2, 4:4:0, 4:2:0 and 4:1:1.
 _SAMPLINGS = {
@@ -118,13 +121,15 @@ def add_restart_markers(jpeg: bytes) -> bytes:
     old_interval = headers.interval or scan.num_mcus
     ends = np.empty(-(-scan.num_mcus // old_interval) + 1, np.int64)
     _require(_unstuff(data, headers.data_at, bits, ends))
-    tables = np.empty((2 * len(scan.dc), _TABLE_SIZE), np.uint16)
-    starts_of_long = np.empty(len(tables), np.int64)
-    for i, table in enumerate((*scan.dc, *scan.ac)):
-        if not _fill_table(np.frombuffer(table, np.uint8), i >= len(scan.dc), tables[i], starts_of_long[i : i + 1]):
-            raise NotTranscodable("its Huffman tables are damaged")
+    specs = [*scan.dc, *scan.ac]
+    tables = np.empty((len(specs), _TABLE_SIZE), np.uint16)
+    starts_of_long = np.array(
+        [_fill_table(np.frombuffer(spec, np.uint8), i >= len(scan.dc), tables[i]) for i, spec in enumerate(specs)]
+    )
+    if starts_of_long.min() < 0:
+        raise NotTranscodable("its Huffman tables are damaged")
     values, spans = np.empty(num_blocks, np.int64), np.empty((num_blocks, 2), np.int64)
-    _require(_read_blocks(bits, ends, old_interval, components, tables, starts_of_long, values, spans))
+    _require(_read_blocks(bits, ends, old_interval, components, tables.reshape(-1), starts_of_long, values, spans))
 
     used = np.zeros((len(scan.dc), _MAX_CATEGORY + 1), np.bool_)
     _to_differences(values, components, blocks_a_segment, used)
@@ -154,7 +159,8 @@ class _Headers:
     height: int = 0  # pixels
     width: int = 0
     components: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # id -> factors across, down; DQT's id
-    application: list[bytes] = field(default_factory=list)  # whole segments that tell the colour space
+    is_jfif: bool = False  # then it is YCbCr
+    adobe_transform: int | None = None  # 0: RGB; else it is YCbCr; none: the components' ids tell
     quantisation: dict[int, bytes] = field(default_factory=dict)  # id -> precision and id, 64 values
     huffman: dict[int, bytes] = field(default_factory=dict)  # class * 16 + id -> 16 numbers of codes, the symbols
     interval: int = 0  # MCUs between restart markers, 0: none
@@ -201,15 +207,17 @@ def _read_headers(jpeg: bytes) -> _Headers:
                 _read_frame(headers, marker, content)
             elif marker in _OTHER_FRAMES:
                 raise NotTranscodable("a lossless or hierarchical JPEG")
-            elif (marker == _APP0 and content[:5] == b"JFIF\0") or (marker == _APP14 and content[:5] == b"Adobe"):
-                headers.application.append(_segment(marker, content))
+            elif marker == _APP0 and content[:5] == b"JFIF\0" and len(content) >= len(_JFIF):
+                headers.is_jfif = True
+            elif marker == _APP14 and content[:5] == b"Adobe" and len(content) > len(_ADOBE):
+                headers.adobe_transform = content[11]
             elif marker == _DQT:
                 while content:
-                    table = content[: 129 if content[0] >> 4 else 65]
-                    if content[0] & 15 > 3 or len(table) not in (65, 129):
+                    size = 129 if content[0] & 0x10 else 65
+                    if content[0] & ~0x13 or len(content) < size:
                         raise NotTranscodable(_BAD_HEADER)
-                    headers.quantisation[content[0] & 15] = table
-                    content = content[len(table) :]
+                    headers.quantisation[content[0] & 3] = content[:size]
+                    content = content[size:]
             elif marker == _DHT:
                 while content:
                     size = 17 + sum(content[1:17])
@@ -245,7 +253,8 @@ def _read_frame(headers: _Headers, marker: int, content: bytes) -> None:
     if num_components not in (1, 3):
         raise NotTranscodable(f"a JPEG of {num_components} colour components (CMYK or YCCK), not 1 or 3")
     luma, *chroma = ((across, down) for across, down, _ in components.values())
-    if chroma and not (chroma[0] == chroma[1] and (luma, chroma[0]) in _SAMPLINGS):
+    is_grey = not chroma and all(1 <= factor <= 4 for factor in luma)  # they mean nothing
+    if not is_grey and not (chroma and chroma[0] == chroma[1] and (luma, chroma[0]) in _SAMPLINGS):
         shown = ", ".join(f"{across}x{down}" for across, down in (luma, *chroma))
         raise NotTranscodable(f"sampling factors {shown}: expected grey, 4:4:4, 4:2:2, 4:2:0, 4:4:0 or 4:1:1")
     headers.frame, headers.frame_content, headers.components = marker, content, components
@@ -293,12 +302,17 @@ def _segment(marker: int, content: bytes) -> bytes:
 def _assemble(headers: _Headers, scan: _Scan, dc: dict[int, bytes], interval: int) -> bytes:
     """Everything before the scan's data. Tables that the scan does not use are left out."""
     tables = {table for _, _, table in headers.components.values()}
+    colour = b""
+    if headers.is_jfif:
+        colour = _segment(_APP0, _JFIF)
+    elif headers.adobe_transform is not None:
+        colour = _segment(_APP14, _ADOBE + bytes([headers.adobe_transform != 0]))
     ac = dict(zip(scan.ac_ids, scan.ac, strict=True))
     huffman = [bytes([i]) + dc[i] for i in sorted(dc)] + [bytes([16 + i]) + ac[i] for i in sorted(ac)]
     return b"".join(
         [
             b"\xff\xd8",
-            *headers.application,
+            colour,
             _segment(_DQT, b"".join(headers.quantisation[i] for i in sorted(tables))),
             _segment(headers.frame, headers.frame_content),
             _segment(_DHT, b"".join(huffman)),
@@ -371,19 +385,19 @@ def _unstuff(data, at, bits, ends):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _fill_table(codes, is_ac, table, start_of_long):  # type: ignore[no-untyped-def]
+def _fill_table(codes, is_ac, table):  # type: ignore[no-untyped-def]
     """Turn a Huffman table into one that is looked up with the next 9, or 16, bits; its entries: see above.
 
     codes: uint8, how many codes of 1 ... 16 bits there are, then their symbols.   table: (_TABLE_SIZE,) uint16, filled.
-    start_of_long: (1,) int64, filled: the 16 bits that begin with the first longer code.
-    Returns whether the codes fit, none of them all ones, as libjpeg wants it too.
+    Returns the 16 bits that begin with the first code of more than 9 bits; -1 for tables that libjpeg refuses
+    too: with more codes than fit in, a code of ones only, or a DC category above 15.
     """
     code, at, start = np.int64(0), 16, np.int64(0)
     for num_bits in range(1, 17):
         for _ in range(codes[num_bits - 1]):
             first, end = code << (16 - num_bits), (code + 1) << (16 - num_bits)
             if end > 0xFFFF:
-                return False
+                return np.int64(-1)
             symbol = np.int64(codes[at])
             at += 1
             code += 1
@@ -393,6 +407,8 @@ def _fill_table(codes, is_ac, table, start_of_long):  # type: ignore[no-untyped-
                 if size == 0:
                     forward = 16 if run == 15 else (_END_OF_BLOCK if run == 0 else _UNDEFINED)
                 entry = np.uint16(num_bits + size | forward << 6)
+            elif symbol > 15:
+                return np.int64(-1)
             else:
                 entry = np.uint16(num_bits | symbol << 6)
             if num_bits <= _SHORT:
@@ -404,8 +420,7 @@ def _fill_table(codes, is_ac, table, start_of_long):  # type: ignore[no-untyped-
             table[start >> 16 - _SHORT : _SHORT_SIZE] = 0
             table[_SHORT_SIZE : _TABLE_SIZE - start] = np.uint16(_UNDEFINED << 6)
         code <<= 1
-    start_of_long[0] = start
-    return True
+    return start
 
 
 @jit
@@ -422,62 +437,64 @@ def _read_blocks(bits, ends, interval, components, tables, starts_of_long, value
     """Walk through all blocks. Source: T.81, F.2.2.
 
     bits, ends: from _unstuff.   interval: MCUs a segment.   components: (blocks of an MCU,) int64.
-    tables: (2 * num_components, _TABLE_SIZE), for DC and then AC; with starts_of_long from _fill_table.
+    tables: (2 * num_components * _TABLE_SIZE,) uint16, one for each component's DC and then AC, filled by _fill_table.
+    starts_of_long: (2 * num_components,) int64, what it returned.
     values: (num_blocks,) int64, receives the DC coefficients.
     spans: (num_blocks, 2) int64, the bits of `bits` that hold a block's AC codes: first, and behind the last.
     Returns a status.
     """
-    num_components = tables.shape[0] // 2
+    num_components = starts_of_long.size // 2
     before = np.zeros(num_components, np.int64)
     blocks_a_segment = interval * components.size
-    at, end, mcu_block = np.int64(0), np.int64(0), 0
-    for block in range(values.size):
-        if block % blocks_a_segment == 0:
-            segment = block // blocks_a_segment
-            at, end = 8 * ends[segment], 8 * ends[segment + 1]
-            before[:] = 0
-        component = components[mcu_block]
-        mcu_block = mcu_block + 1 if mcu_block + 1 < components.size else 0
-        dc, long_dc = tables[component], np.uint64(_SHORT_SIZE - starts_of_long[component])
-        ac, long_ac = (
-            tables[num_components + component],
-            np.uint64(_SHORT_SIZE - starts_of_long[num_components + component]),
-        )
-        window = _window(bits, at)
-        entry = np.int64(dc[window >> _TO_SHORT])
-        if entry == 0:
-            entry = np.int64(dc[long_dc + (window >> _TO_LONG)])
-        num_bits, category = entry & 63, entry >> 6
-        if category > _MAX_CATEGORY:
-            return _DAMAGED if at + 16 <= end else _CUT_OFF
-        if category > 0:
-            window <<= np.uint64(num_bits)
-            value = np.int64(window >> np.uint64(64 - category))
-            if value >> (category - 1) == 0:
-                value += 1 - (1 << category)
-            before[component] += value
-            if abs(before[component]) > _MAX_DC:
-                return _DC_RANGE
-        values[block] = before[component]
-        at += num_bits + category
-        spans[block, 0] = at
-        k, left = 1, 0
-        while k < 64:  # two arrays, no function that takes them: numba would count references at every symbol
-            if left < 31:  # an AC code and its value
-                window, left = _window(bits, at), 57
-            entry = np.int64(ac[window >> _TO_SHORT])
+    for first in range(0, values.size, blocks_a_segment):
+        segment, mcu_block = first // blocks_a_segment, 0
+        at, end = 8 * ends[segment], 8 * ends[segment + 1]
+        before[:] = 0
+        for block in range(first, min(first + blocks_a_segment, values.size)):
+            component = components[mcu_block]
+            mcu_block = mcu_block + 1 if mcu_block + 1 < components.size else 0
+            # Places in `tables`: slices of it, or a function that takes it, would cost numba's counting of references.
+            short = np.uint64(_TABLE_SIZE * component)
+            long = short + np.uint64(_SHORT_SIZE - starts_of_long[component])
+            window = _window(bits, at)
+            entry = np.int64(tables[short + (window >> _TO_SHORT)])
             if entry == 0:
-                entry = np.int64(ac[long_ac + (window >> _TO_LONG)])
-            num_bits = entry & 63
+                entry = np.int64(tables[long + (window >> _TO_LONG)])
+            num_bits, category = entry & 63, entry >> 6
+            if category > _MAX_CATEGORY:
+                return _DAMAGED if at + 16 <= end else _CUT_OFF
             window <<= np.uint64(num_bits)
-            left -= num_bits
-            at += num_bits
-            k += entry >> 6
-        spans[block, 1] = at
-        if at > end:
-            return _CUT_OFF
-        if 64 < k < _END_OF_BLOCK:
-            return _DAMAGED
+            if category > 0:
+                value = np.int64(window >> np.uint64(64 - category))
+                if value >> (category - 1) == 0:
+                    value += 1 - (1 << category)
+                before[component] += value
+                if abs(before[component]) > _MAX_DC:
+                    return _DC_RANGE
+                window <<= np.uint64(category)
+            values[block] = before[component]
+            at += num_bits + category
+            spans[block, 0] = at
+            left = 57 - num_bits - category  # bits that the window still has
+            short = np.uint64(_TABLE_SIZE * (num_components + component))
+            long = short + np.uint64(_SHORT_SIZE - starts_of_long[num_components + component])
+            k = 1
+            while k < 64:
+                if left < 31:  # an AC code and its value
+                    window, left = _window(bits, at), 57
+                entry = np.int64(tables[short + (window >> _TO_SHORT)])
+                if entry == 0:
+                    entry = np.int64(tables[long + (window >> _TO_LONG)])
+                num_bits = entry & 63
+                window <<= np.uint64(num_bits)
+                left -= num_bits
+                at += num_bits
+                k += entry >> 6
+            spans[block, 1] = at
+            if at > end:
+                return _CUT_OFF
+            if 64 < k < _END_OF_BLOCK:
+                return _DAMAGED
     return _OK
 
 
