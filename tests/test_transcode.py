@@ -326,6 +326,18 @@ def test_progressive_data_that_lacks_a_scan_is_refused(small: Image.Image) -> No
         add_restart_markers(jpeg[: scans[-1] + 100])
 
 
+def test_neighbours_that_differ_by_more_than_11_bits_are_refused(small: Image.Image) -> None:
+    """Possible where the original has a restart marker between them: DC 2047, end of block; DC -2047, end of block."""
+    grey = save(small.crop((0, 0, 16, 8)), "L", restart_marker_blocks=1)
+    header = b"\xff\xd8" + join(list(segments(grey)))
+    # Codes of T.81, K.3: 11 bits follow: 111111110; end of block: 1010
+    plus, minus = (int(f"111111110{11 * bit}1010", 2).to_bytes(3, "big") for bit in "10")
+    plus, minus = (data.replace(b"\xff", b"\xff\0") for data in (plus, minus))
+    check(header + plus + b"\xff\xd0" + plus + b"\xff\xd9")
+    with pytest.raises(NotTranscodable, match="DC coefficient beyond 11 bits"):
+        add_restart_markers(header + plus + b"\xff\xd0" + minus + b"\xff\xd9")
+
+
 def test_restart_markers_out_of_order_are_refused(small: Image.Image) -> None:
     jpeg = save(small, restart_marker_blocks=7)
     with pytest.raises(NotTranscodable, match="restart marker out of order"):

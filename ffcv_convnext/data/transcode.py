@@ -33,18 +33,8 @@ from ffcv_convnext.data.images import MAX_JPEG_SIDE, restart_interval
 
 _MAX_PIXELS = 178_956_970  # as many as Pillow opens: a short file that claims more is a decompression bomb
 
-_TEM, _DHT, _EOI, _SOS, _DQT, _DRI, _APP0, _APP14, _RST0, _RST7 = (
-    1,
-    0xC4,
-    0xD9,
-    0xDA,
-    0xDB,
-    0xDD,
-    0xE0,
-    0xEE,
-    0xD0,
-    0xD7,
-)
+_TEM, _RST0, _RST7, _EOI, _SOS = 0x01, 0xD0, 0xD7, 0xD9, 0xDA
+_DHT, _DQT, _DRI, _APP0, _APP14 = 0xC4, 0xDB, 0xDD, 0xE0, 0xEE
 _BASELINE, _PROGRESSIVE = (0xC0, 0xC1), (0xC2, 0xCA)  # SOF0, SOF1 use Huffman codes as SOF2 does, SOF10 arithmetic
 _FRAMES = (*_BASELINE, *_PROGRESSIVE, 0xC9)  # SOF9: as SOF1, with arithmetic coding
 _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF, 0xDE)  # lossless, hierarchical
@@ -132,7 +122,7 @@ def add_restart_markers(jpeg: bytes) -> bytes:
     _require(_read_blocks(bits, ends, old_interval, components, tables.reshape(-1), starts_of_long, values, spans))
 
     used = np.zeros((len(scan.dc), _MAX_CATEGORY + 1), np.bool_)
-    _to_differences(values, components, blocks_a_segment, used)
+    _require(_to_differences(values, components, blocks_a_segment, used))
     dc = _dc_tables(scan, used)
     codes = np.array([_codes(dc[table]) for table in scan.dc_ids])
     num_segments = -(-num_blocks // blocks_a_segment)
@@ -262,7 +252,7 @@ def _read_frame(headers: _Headers, marker: int, content: bytes) -> None:
 
 
 class _Scan(NamedTuple):
-    """How a baseline JPEG's only scan is laid out. Its components are counted in the scan's order."""
+    """How a baseline JPEG's only scan is laid out. Components are counted in the order of the frame, as T.81 (B.2.3) wants it."""
 
     mcu_width: int  # pixels
     num_mcus: int
@@ -278,7 +268,7 @@ class _Scan(NamedTuple):
         content = headers.scan_content
         ids, selectors = content[1:-3:2], content[2:-3:2]
         quantisation = {table for _, _, table in headers.components.values()}
-        if set(ids) != set(headers.components) or not quantisation <= set(headers.quantisation):
+        if list(ids) != list(headers.components) or not quantisation <= set(headers.quantisation):
             raise NotTranscodable(_BAD_HEADER)
         dc_ids, ac_ids = [s >> 4 for s in selectors], [s & 15 for s in selectors]
         try:
@@ -392,23 +382,23 @@ def _fill_table(codes, is_ac, table):  # type: ignore[no-untyped-def]
     Returns the 16 bits that begin with the first code of more than 9 bits; -1 for tables that libjpeg refuses
     too: with more codes than fit in, a code of ones only, or a DC category above 15.
     """
-    code, at, start = np.int64(0), 16, np.int64(0)
+    code, at, start = 0, 16, 0
     for num_bits in range(1, 17):
         for _ in range(codes[num_bits - 1]):
             first, end = code << (16 - num_bits), (code + 1) << (16 - num_bits)
             if end > 0xFFFF:
-                return np.int64(-1)
+                return -1
             symbol = np.int64(codes[at])
             at += 1
             code += 1
             if is_ac:
                 run, size = symbol >> 4, symbol & 15
-                forward = run + 1
-                if size == 0:
-                    forward = 16 if run == 15 else (_END_OF_BLOCK if run == 0 else _UNDEFINED)
+                forward = run + 1  # size 0: 16 zeros, or the end of a block
+                if size == 0 and run != 15:
+                    forward = np.int64(_END_OF_BLOCK if run == 0 else _UNDEFINED)
                 entry = np.uint16(num_bits + size | forward << 6)
             elif symbol > 15:
-                return np.int64(-1)
+                return -1
             else:
                 entry = np.uint16(num_bits | symbol << 6)
             if num_bits <= _SHORT:
@@ -478,10 +468,10 @@ def _read_blocks(bits, ends, interval, components, tables, starts_of_long, value
             left = 57 - num_bits - category  # bits that the window still has
             short = np.uint64(_TABLE_SIZE * (num_components + component))
             long = short + np.uint64(_SHORT_SIZE - starts_of_long[num_components + component])
-            k = 1
+            k = np.int64(1)
             while k < 64:
                 if left < 31:  # an AC code and its value
-                    window, left = _window(bits, at), 57
+                    window, left = _window(bits, at), np.int64(57)
                 entry = np.int64(tables[short + (window >> _TO_SHORT)])
                 if entry == 0:
                     entry = np.int64(tables[long + (window >> _TO_LONG)])
@@ -500,7 +490,10 @@ def _read_blocks(bits, ends, interval, components, tables, starts_of_long, value
 
 @jit
 def _to_differences(values, components, blocks_a_segment, used):  # type: ignore[no-untyped-def]
-    """Replace DC coefficients by the differences that a segment codes; note which categories a component has."""
+    """Replace DC coefficients by the differences that a segment codes; note which categories a component has.
+
+    Returns a status: blocks that were in segments of their own may differ by more than 11 bits.
+    """
     before = np.zeros(used.shape[0], np.int64)
     for first in range(0, values.size, blocks_a_segment):
         before[:] = 0
@@ -508,9 +501,13 @@ def _to_differences(values, components, blocks_a_segment, used):  # type: ignore
         for block in range(first, min(first + blocks_a_segment, values.size)):
             component, value = components[mcu_block], values[block]
             mcu_block = mcu_block + 1 if mcu_block + 1 < components.size else 0
-            values[block] = value - before[component]
+            difference = value - before[component]
+            if abs(difference) > _MAX_DC:
+                return _DC_RANGE
+            values[block] = difference
             before[component] = value
-            used[component, _category(values[block])] = True
+            used[component, _category(difference)] = True
+    return _OK
 
 
 @jit
@@ -568,11 +565,9 @@ def _write_scan(bits, spans, differences, components, codes, blocks_a_segment, o
 def _flush(word, count, out, size):  # type: ignore[no-untyped-def]
     """Write the bits that are left over, the last byte filled up with ones. Returns how many bytes there are."""
     while count > 0:
-        byte = (
-            np.uint8(word >> np.uint64(count - 8))
-            if count >= 8
-            else np.uint8(word << np.uint64(8 - count) | np.uint64((1 << (8 - count)) - 1))
-        )
+        if count < 8:
+            word, count = word << np.uint64(8 - count) | np.uint64((1 << (8 - count)) - 1), 8
+        byte = np.uint8(word >> np.uint64(count - 8))
         out[size] = byte
         size += 1
         if byte == 0xFF:
