@@ -252,7 +252,7 @@ def _read_frame(headers: _Headers, marker: int, content: bytes) -> None:
 
 
 class _Scan(NamedTuple):
-    """How a baseline JPEG's only scan is laid out. Components are counted in the order of the frame, as T.81 (B.2.3) wants it."""
+    """How a baseline JPEG's only scan is laid out. Its components come in the frame's order (T.81, B.2.3)."""
 
     mcu_width: int  # pixels
     num_mcus: int
