@@ -149,10 +149,10 @@ def test_a_photograph_keeps_every_pixel_and_can_be_cut(photographs: list[Image.I
         assert len(jpeg) <= share * len(original) + 6 * num_markers(jpeg) + 100
 
 
-def test_markers_make_a_photograph_of_usual_quality_two_percent_larger(photographs: list[Image.Image]) -> None:
+def test_markers_make_photographs_of_usual_quality_a_few_percent_larger(photographs: list[Image.Image]) -> None:
     originals = [save(photograph, quality=90) for photograph in photographs]
     sizes = sum(len(add_restart_markers(original)) for original in originals)
-    assert 1.01 < sizes / sum(map(len, originals)) < 1.04
+    assert 1.01 < sizes / sum(map(len, originals)) < 1.05
 
 
 @pytest.mark.parametrize("kind", ["4:2:0", "4:4:4", "4:2:2", "grey", "RGB", "progressive"])
