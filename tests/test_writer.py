@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import os
 import resource
@@ -26,6 +27,7 @@ from ffcv_convnext import cli
 from ffcv_convnext.data.folder import list_classes, scan
 from ffcv_convnext.data.images import Encoding, encode
 from ffcv_convnext.data.manifest import Manifest
+from ffcv_convnext.data.tables import RAW, read_tables
 from ffcv_convnext.data.workers import Workers
 from ffcv_convnext.data.workplace import workplace
 from ffcv_convnext.data.writer import ConversionOptions, convert
@@ -163,6 +165,45 @@ def test_jpegs_have_the_pixels_of_ffcvs_own_field_and_restart_markers_that_never
         assert np.array_equal(cv2.imdecode(np.frombuffer(ours.data, np.uint8), cv2.IMREAD_COLOR), theirs)
         at = ours.data.index(b"\xff\xdd\x00\x04") + 4
         assert -(-ours.width // 16) % int.from_bytes(ours.data[at : at + 2], "big") == 0
+
+
+def test_originals_that_need_not_shrink_keep_their_pixels(tmp_path: Path) -> None:
+    train = tmp_path / "folder" / "train" / "only"
+    train.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    noise = Image.fromarray(random.integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    kinds = ({"quality": 60}, {"subsampling": 0}, {"progressive": True}, {"optimize": True, "restart_marker_rows": 1})
+    for number, kind in enumerate(kinds):
+        noise.save(train / f"{number}.jpg", **kind)
+    noise.convert("L").save(train / "grey.jpg")
+    noise.resize((300, 200)).save(train / "large.jpg")
+    noise.convert("CMYK").save(train / "inks.jpg")
+    noise.save(train / "a.png")
+    base = ConversionOptions(data_path=tmp_path / "folder", out_dir=tmp_path / "out", split="train", num_workers=2)
+    (manifest,) = convert(dataclasses.replace(base, max_resolution=200, jpeg_quality="original"))
+    assert (manifest.jpeg_quality, manifest.num_originals) == ("original", 5)
+    tables = read_tables(tmp_path / "out" / "train.beton")
+    with open(tables.path, "rb") as file:
+        for sample in range(8):
+            original = manifest.original_file(tables.path, sample)
+            assert original is not None
+            file.seek(tables.addresses[sample])
+            stored = file.read(tables.lengths[sample])
+            assert b"\xff\xdd\x00\x04" in stored  # restart markers
+            same = np.array_equal(Image.open(io.BytesIO(stored)).convert("RGB"), Image.open(original).convert("RGB"))
+            assert same == (original.name not in ("large.jpg", "inks.jpg", "a.png"))
+
+
+def test_a_share_of_pictures_is_stored_raw_as_the_seed_says(folder: Path, tmp_path: Path) -> None:
+    base = ConversionOptions(data_path=folder, out_dir=tmp_path, split="train", compress_probability=0.5, num_workers=2)
+    (manifest,) = convert(base)
+    modes = read_tables(tmp_path / "train.beton").modes
+    assert manifest.write_mode == "proportion"
+    assert 8 <= (modes == RAW).sum() <= 24
+    convert(dataclasses.replace(base, num_workers=1, overwrite=True))
+    assert np.array_equal(read_tables(tmp_path / "train.beton").modes, modes)
+    convert(dataclasses.replace(base, seed=1, overwrite=True))
+    assert not np.array_equal(read_tables(tmp_path / "train.beton").modes, modes)
 
 
 def test_classes_files_and_labels_are_torchvisions(own_folder: Path) -> None:

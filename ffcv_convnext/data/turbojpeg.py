@@ -49,28 +49,30 @@ def library_path() -> Path:
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(library_path()))
-    library.tjInitDecompress.restype = library.tjInitCompress.restype = c_void_p
-    library.tjDecompressHeader3.argtypes = (c_void_p, c_char_p, c_ulong, *(POINTER(c_int),) * 4)
+def library() -> ctypes.CDLL:
+    """libturbojpeg, with the types of the functions that are called from Python."""
+    turbojpeg = ctypes.CDLL(str(library_path()))
+    for name in ("tjInitDecompress", "tjInitCompress", "tjInitTransform"):
+        getattr(turbojpeg, name).restype = c_void_p
+    turbojpeg.tjDecompressHeader3.argtypes = (c_void_p, c_char_p, c_ulong, *(POINTER(c_int),) * 4)
     planes: tuple[Any, ...] = (_Pointers, c_int, _Strides, c_int)
     result: tuple[Any, ...] = (POINTER(c_void_p), POINTER(c_ulong))
-    library.tjDecompressToYUVPlanes.argtypes = (c_void_p, c_char_p, c_ulong, *planes, c_int)
-    library.tjCompressFromYUVPlanes.argtypes = (c_void_p, *planes, c_int, *result, c_int, c_int)
-    library.tjBufSize.restype = c_ulong
-    library.tjGetErrorStr2.argtypes = [c_void_p]
-    library.tjGetErrorStr2.restype = c_char_p
-    return library
+    turbojpeg.tjDecompressToYUVPlanes.argtypes = (c_void_p, c_char_p, c_ulong, *planes, c_int)
+    turbojpeg.tjCompressFromYUVPlanes.argtypes = (c_void_p, *planes, c_int, *result, c_int, c_int)
+    turbojpeg.tjBufSize.restype = c_ulong
+    turbojpeg.tjGetErrorStr2.argtypes = [c_void_p]
+    turbojpeg.tjGetErrorStr2.restype = c_char_p
+    return turbojpeg
 
 
 @cache
 def _decompressor() -> int:
-    return int(_library().tjInitDecompress())
+    return int(library().tjInitDecompress())
 
 
 @cache
 def _compressor() -> int:
-    return int(_library().tjInitCompress())
+    return int(library().tjInitCompress())
 
 
 def plane_sizes(width: int, height: int, subsampling: str) -> list[tuple[int, int]]:
@@ -89,7 +91,7 @@ def factors(subsampling: str) -> tuple[int, int]:
 def read_header(jpeg: bytes) -> Header | None:
     """None for what is no JPEG of Y, Cb and Cr or grey, or has a subsampling that the library does not know."""
     found = [c_int() for _ in range(4)]
-    if _library().tjDecompressHeader3(_decompressor(), jpeg, len(jpeg), *map(byref, found)) != 0:
+    if library().tjDecompressHeader3(_decompressor(), jpeg, len(jpeg), *map(byref, found)) != 0:
         return None
     width, height, subsampling, space = (int(number.value) for number in found)
     if space not in (_YCBCR, _GREY) or not 0 <= subsampling < len(_NAMES) or min(width, height) < 1:
@@ -108,7 +110,7 @@ def decode_planes(jpeg: bytes, header: Header, reduction: int = 1) -> list[Plane
     sizes = plane_sizes(width, height, header.subsampling)
     planes = [np.empty((rows, columns), np.uint8) for columns, rows in sizes]
     pointers, strides = _arguments(planes)
-    status = _library().tjDecompressToYUVPlanes(
+    status = library().tjDecompressToYUVPlanes(
         _decompressor(), jpeg, len(jpeg), pointers, width, strides, height, _ACCURATE_DCT
     )
     return planes if status == 0 else None
@@ -122,19 +124,18 @@ def encode_planes(
     quality: 1 to 100, libjpeg's scale.   interval: MCUs between restart markers.
     Raises RuntimeError with the library's words when it fails.
     """
-    library = _library()
     code = _NAMES.index(subsampling)
-    room = int(library.tjBufSize(width, height, code))
+    room = int(library().tjBufSize(width, height, code))
     buffer = np.empty(room, np.uint8)
     place, size = c_void_p(buffer.ctypes.data), c_ulong(room)
     pointers, strides = _arguments(planes)
     os.environ["TJ_RESTART"] = f"{interval}B"  # version 2 of the library has no other way to ask for markers
-    status = library.tjCompressFromYUVPlanes(
+    status = library().tjCompressFromYUVPlanes(
         *(_compressor(), pointers, width, strides, height, code, byref(place), byref(size)),
         *(quality, _NO_REALLOC | _ACCURATE_DCT),
     )
     if status != 0:
-        raise RuntimeError(library.tjGetErrorStr2(_compressor()).decode(errors="replace"))
+        raise RuntimeError(library().tjGetErrorStr2(_compressor()).decode(errors="replace"))
     jpeg = buffer[: size.value].tobytes()
     if jpeg.find(b"\xff\xdd\x00\x04", 0, jpeg.index(b"\xff\xda")) < 0:
         raise RuntimeError("libturbojpeg wrote no restart markers; this version takes no notice of TJ_RESTART")
