@@ -153,6 +153,8 @@ def bench(argv: Sequence[str]) -> int:
     parser.add_argument("--peers", help="rows wanted: how their names begin, comma-separated (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args(argv)
+    if options.json and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
+        raise ValueError(f"--json {options.json}: expected a file in a folder that exists")
     from ffcv_convnext.bench import bench_convert, bench_loader
 
     measure = {"loader": bench_loader, "convert": bench_convert}[options.what]

@@ -18,8 +18,19 @@ from PIL import Image
 
 from ffcv_convnext.bench import loader
 from ffcv_convnext.bench.photographs import find_photographs, image_folder
-from ffcv_convnext.bench.rounds import Comparison, compare, imports_done
+from ffcv_convnext.bench.rounds import Comparison, compare, first_result, imports_done
 from ffcv_convnext.cli import run_command
+
+
+def slow_to_end() -> Any:
+    """Its first result comes a second before its end."""
+
+    def work() -> int:
+        first_result()
+        time.sleep(1)
+        return 1
+
+    return work, None
 
 
 def counting(images: int) -> Any:
@@ -110,6 +121,14 @@ def test_memory_counts_children_and_leaves_out_imports_and_files(tmp_path: Path)
     assert row.peak_mb > 64 + 96 + 32
 
 
+def test_the_first_result_counts_where_a_work_must_be_done_to_its_end() -> None:
+    started = time.monotonic()
+    (row,) = compared({"slow": ("slow_to_end", {})}).rows
+    assert row.error is None
+    works = 4  # warm-up, two rounds, one for the memory
+    assert time.monotonic() - started - row.first_s >= works
+
+
 def test_a_comparison_without_its_reference_has_no_ratios() -> None:
     result = compared({"steady": ("counting", {"images": 10})}, reference="absent")
     assert result.rows[0].ratio is None
@@ -175,6 +194,8 @@ def test_rows_are_chosen_by_how_their_names_begin() -> None:
         (["convert", "--num_images", "0"], "num_images = 0"),
         (["loader", "--data_path", "nowhere"], "nowhere/train does not exist"),
         (["convert", "--data_path", "here", "--photographs", "there"], "not both"),
+        (["convert", "--photographs", str(Path(__file__).parent)], "no photographs found"),
+        (["loader", "--json", "nowhere/figures.json"], "expected a file in a folder that exists"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: list[str], answer: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,6 +219,9 @@ def test_photographs_become_an_imagenet_like_folder(tmp_path: Path) -> None:
     assert len(list(again.rglob("*.jpg"))) == 3, "made of the pictures in a folder that is named"
     with pytest.raises(ValueError, match="no photographs found"):
         find_photographs(tmp_path / "nothing")
+    (folder / "train" / "broken.jpg").write_bytes(b"no JPEG")
+    with pytest.raises(ValueError, match=r"broken\.jpg is no picture"):
+        find_photographs(folder)
 
 
 def test_a_tenth_of_the_originals_is_large(tmp_path: Path) -> None:

@@ -1,7 +1,23 @@
-"""Side-by-side measurements: ratios between interleaved runs on the same work."""
+"""Side-by-side measurements: ratios between interleaved runs on the same work.
 
-from ffcv_convnext.bench.convert import bench_convert
-from ffcv_convnext.bench.loader import bench_loader
-from ffcv_convnext.bench.rounds import Comparison
+Names are imported when first used: a contestant that is measured must not pay for the others' imports.
+"""
 
-__all__ = ["Comparison", "bench_convert", "bench_loader"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ffcv_convnext.bench.convert import bench_convert as bench_convert
+    from ffcv_convnext.bench.loader import bench_loader as bench_loader
+    from ffcv_convnext.bench.rounds import Comparison as Comparison
+
+_HOMES = {"Comparison": "rounds", "bench_convert": "convert", "bench_loader": "loader"}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -41,7 +41,7 @@ def bench_convert(
     with tempfile.TemporaryDirectory(prefix="bench-convert-") as temporary:
         work = Path(temporary)
         folder = image_folder(work / "images", num_images, data_path=data_path, photographs=photographs, originals=True)
-        files = [file for file in (folder / "train").glob("*/*")]
+        files = list((folder / "train").glob("*/*"))
         outputs = {name: work / f"out{number}" / "train.beton" for number, name in enumerate(chosen)}
         contestants = []
         for name, beton in outputs.items():

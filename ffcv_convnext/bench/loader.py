@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ PEERS: dict[str, tuple[str, str, str]] = {
     REFERENCE: ("stock_ffcv", "stock", "ffcv"),
     "ours (bicubic)": ("ours", "ours", "ffcv"),
     "ours (bilinear)": ("ours_bilinear", "ours", "ffcv"),
-    "ours (bicubic), stock FFCV's file": ("ours_on_stock", "stock", "ffcv"),
+    "ours from stock's file (bicubic)": ("ours_on_stock", "stock", "ffcv"),
     "torchvision (PIL bicubic)": ("torchvision_pil", "folder", "torchvision"),
     "timm (PIL bicubic)": ("timm_loader", "folder", "timm"),
     "DALI CPU (cubic)": ("dali", "folder", "nvidia.dali"),
@@ -48,7 +49,7 @@ def bench_loader(
     """
     chosen = choose(list(PEERS), peers, REFERENCE)
     missing = [name for name in chosen if not _installed(PEERS[name][2])]
-    if peers is not None and missing:
+    if REFERENCE in missing or (peers is not None and missing):
         raise ValueError(f"peers = {missing[0]}: {PEERS[missing[0]][2]} is not installed; {_install(missing)}")
     chosen = [name for name in chosen if name not in missing]
     num_workers = use_cores(cores)
@@ -59,7 +60,7 @@ def bench_loader(
         )
         say(f"converting {folder}")
         sources = {
-            **_convert(folder, work, num_workers),
+            **_convert(folder, work),
             "folder": folder / "train",
             "shards": _write_shards(folder / "train", work / "shards", num_workers),
         }
@@ -100,7 +101,7 @@ def _install(names: Sequence[str]) -> str:
     return f"pip install -e '.[{','.join(extras)}]'"
 
 
-def _convert(folder: Path, work: Path, num_workers: int) -> dict[str, Path]:
+def _convert(folder: Path, work: Path) -> dict[str, Path]:
     """Both files of the same images: ours, and one by FFCV's own writer with the same settings."""
     from torchvision.datasets import ImageFolder
 
@@ -110,6 +111,7 @@ def _convert(folder: Path, work: Path, num_workers: int) -> dict[str, Path]:
     dataset = ImageFolder(str(folder / "train"))
     stock = work / "stock.beton"
     indices = list(range(len(dataset)))
+    num_workers = len(os.sched_getaffinity(0))
     write_stock_beton(stock, dataset, indices, max_resolution=500, jpeg_quality=90, num_workers=num_workers)
     return {"ours": work / "train.beton", "stock": stock}
 

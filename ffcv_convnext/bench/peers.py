@@ -8,11 +8,11 @@ contestant's nearest to it, which its name tells. Each function is one for `roun
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
-from ffcv_convnext.bench.rounds import Contestant, imports_done
+from ffcv_convnext.bench.rounds import Contestant, first_result, imports_done
 
 SIZE, BATCH = 224, 128
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -21,6 +21,15 @@ DALI_AHEAD = 2  # batches, DALI's default
 
 def _all_batches(loader: Any) -> Contestant:
     return lambda: sum(len(batch[0]) for batch in loader), lambda: next(iter(loader))
+
+
+def _counted(batches: Iterable[Sized]) -> int:
+    """How many images they are, for a loader that cannot be left after its first batch."""
+    images = 0
+    for batch in batches:
+        first_result()
+        images += len(batch)
+    return images
 
 
 # --- .beton files -----------------------------------------------------------------------------------------
@@ -67,10 +76,8 @@ def stock_ffcv(stock: str, num_workers: int) -> Contestant:
     imports_done()
     loader = stock_train_loader(Path(stock), size=SIZE, batch_size=BATCH, num_workers=num_workers)
 
-    def work() -> int:
-        return sum(len(images) for images, _ in loader)
-
-    return work, work  # an epoch left early leaks a thread and its memory, so the first result is all of it
+    # An epoch that is left early leaks a thread and its memory.
+    return lambda: _counted(images for images, _ in loader), None
 
 
 # --- Folders and tar files of JPEGs -----------------------------------------------------------------------
@@ -148,12 +155,12 @@ def dali(folder: str, num_workers: int) -> Contestant:
     )
 
     def work() -> int:
-        images = sum(len(batch[0]["data"]) for batch in loader) - DALI_AHEAD * BATCH
+        images = _counted(batch[0]["data"] for batch in loader) - DALI_AHEAD * BATCH
         if images <= 0:
             raise ValueError(f"num_images: DALI needs at least {(DALI_AHEAD + 1) * BATCH} here")
         return images
 
-    return work, work  # its iterator must be used up before it can be started anew
+    return work, None
 
 
 def webdataset(shards: str, num_workers: int) -> Contestant:
@@ -210,6 +217,6 @@ def spdl(folder: str, num_workers: int) -> Contestant:
             .build(num_threads=num_workers)
         )
         with pipeline.auto_stop():
-            return sum(len(images) for images in pipeline.get_iterator())
+            return _counted(pipeline.get_iterator())
 
     return work, None

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 NUM_CLASSES = 10
+MOST_SOURCES = 100  # they are all held in memory
 LARGE_SHARE, LARGE = 0.1, (2.4, 4.0)  # of originals: how many are enlarged, and how many times
 
 
@@ -36,16 +37,9 @@ def image_folder(out: Path, num: int, *, data_path: Path | None, photographs: Pa
 def find_photographs(folder: Path | None = None) -> list[Image.Image]:
     """RGB photographs: of `folder`, searched recursively, else those that scikit-image and scikit-learn ship.
 
-    Raises ValueError when there are none.
+    Of a folder's, MOST_SOURCES at most, evenly spread. Raises ValueError when there are none, or one is broken.
     """
-    if folder is not None:
-        found = [
-            Image.open(p).convert("RGB")
-            for p in sorted(folder.rglob("*"))
-            if p.suffix.lower() in (".jpg", ".jpeg", ".png")
-        ]
-    else:
-        found = list(_shipped())
+    found = list(_shipped()) if folder is None else list(_read(folder))
     found = [image for image in found if min(image.size) >= 200]
     if not found:
         raise ValueError(
@@ -53,6 +47,16 @@ def find_photographs(folder: Path | None = None) -> list[Image.Image]:
             "folder of them: --photographs DIR, or an ImageFolder: --data_path DIR"
         )
     return found
+
+
+def _read(folder: Path) -> Iterator[Image.Image]:
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    for file in files[:: max(1, -(-len(files) // MOST_SOURCES))]:
+        try:
+            with Image.open(file) as image:
+                yield image.convert("RGB")
+        except OSError as error:
+            raise ValueError(f"{file} is no picture ({error}); remove it, or name another folder") from None
 
 
 def _shipped() -> Iterator[Image.Image]:

@@ -119,6 +119,7 @@ def compare(
     contestants: (name, "module:function", arguments); the function takes the arguments as keywords, calls
     imports_done() once it has imported what it needs, and returns a Contestant. One that fails, or that gives no
     answer for patience_s, becomes a row with its error; the others go on.
+    result: what they make, for the table's head.
     """
     if rounds < 1:
         raise ValueError(f"rounds = {rounds}: expected at least 1")
@@ -140,14 +141,14 @@ def compare(
     base = processes[reference].rates if reference in processes else []
     facts = {
         "cores": len(os.sched_getaffinity(0)),
-        "processor": _processor(),
+        "processor": processor(),
         "python": platform.python_version(),
         **facts,
     }
     return Comparison(title, reference, result, facts, [process.row(base) for process in processes.values()])
 
 
-def _processor() -> str:
+def processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -310,12 +311,19 @@ def _family(pid: int) -> list[int]:
 
 _SERVE = f"import sys; from {__name__} import serve; serve(*sys.argv[1:])"
 _imports_mb: float | None = None
+_first_at: float | None = None
 
 
 def imports_done() -> None:
     """Called by a contestant between its imports and its work: memory is counted from here on (Row.work_mb)."""
     global _imports_mb
     _imports_mb = _memory(os.getpid()).own_mb
+
+
+def first_result() -> None:
+    """Called by a work that must not be left early whenever it has a result; the first time counts (Row.first_s)."""
+    global _first_at
+    _first_at = _first_at or time.time()
 
 
 def serve(function: str, arguments: str, started_at: str) -> None:
@@ -329,7 +337,7 @@ def serve(function: str, arguments: str, started_at: str) -> None:
         module, _, name = function.partition(":")
         work, first = getattr(importlib.import_module(module), name)(**json.loads(arguments))
         (first or work)()
-        first_s = time.time() - float(started_at)
+        first_s = (_first_at or time.time()) - float(started_at)
         if first:
             work()
         _settle()
