@@ -14,12 +14,11 @@ from pathlib import Path
 
 from ffcv_convnext.bench.loader import choose
 from ffcv_convnext.bench.photographs import image_folder
-from ffcv_convnext.bench.rounds import Comparison, Contestant, compare, imports_done, use_cores
+from ffcv_convnext.bench.rounds import Comparison, Contestant, compare, imports_done, patience, use_cores
 
 REFERENCE = "stock FFCV"
 QUALITIES: dict[str, int | str] = {REFERENCE: 90, "ours": 90, "ours (original JPEGs)": "original"}
 MAX_RESOLUTION = 500
-SECONDS_AN_IMAGE = 0.5  # a contestant that takes longer hangs, as stock does when it cannot decode a file
 
 
 def bench_convert(
@@ -41,7 +40,7 @@ def bench_convert(
     with tempfile.TemporaryDirectory(prefix="bench-convert-") as temporary:
         work = Path(temporary)
         folder = image_folder(work / "images", num_images, data_path=data_path, photographs=photographs, originals=True)
-        files = list((folder / "train").glob("*/*"))
+        files = [file for file in (folder / "train").rglob("*") if file.is_file()]
         outputs = {name: work / f"out{number}" / "train.beton" for number, name in enumerate(chosen)}
         contestants = []
         for name, beton in outputs.items():
@@ -66,7 +65,7 @@ def bench_convert(
             facts=facts,
             say=say,
             result="file",
-            patience_s=60 + SECONDS_AN_IMAGE * len(files),
+            patience_s=patience(len(files)),
         )
         sizes = {row.name: outputs[row.name].stat().st_size / 1e6 for row in comparison.rows if not row.error}
         comparison.columns["file MB"] = sizes

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ffcv_convnext.bench.photographs import image_folder
-from ffcv_convnext.bench.rounds import Comparison, compare, use_cores
+from ffcv_convnext.bench.rounds import Comparison, compare, patience, use_cores
 
 REFERENCE = "stock FFCV (area)"
 
@@ -59,23 +59,30 @@ def bench_loader(
             work / "images", num_images, data_path=data_path, photographs=photographs, originals=False
         )
         say(f"converting {folder}")
-        sources = {
-            **_convert(folder, work),
-            "folder": folder / "train",
-            "shards": _write_shards(folder / "train", work / "shards", num_workers),
-        }
+        sources = {**_convert(folder, work), "folder": folder / "train"}
+        if any(PEERS[name][1] == "shards" for name in chosen):
+            sources["shards"] = _write_shards(folder / "train", work / "shards", num_workers)
         contestants = [
             (name, f"{__package__}.peers:{function}", {need: str(sources[need]), "num_workers": num_workers})
             for name, (function, need, _) in PEERS.items()
             if name in chosen
         ]
+        images = sum(file.is_file() for file in (folder / "train").rglob("*"))
         facts = {
-            "images": sum(1 for _ in (folder / "train").glob("*/*")),
+            "images": images,
             "megabytes": round(sources["ours"].stat().st_size / 1e6),
             "torch": version("torch"),
             **({"not installed": " and ".join(missing)} if missing else {}),
         }
-        return compare("loader", contestants, reference=REFERENCE, rounds=rounds, facts=facts, say=say)
+        return compare(
+            "loader",
+            contestants,
+            reference=REFERENCE,
+            rounds=rounds,
+            facts=facts,
+            say=say,
+            patience_s=patience(images),
+        )
 
 
 def choose(names: Sequence[str], beginnings: Sequence[str] | None, reference: str) -> list[str]:
@@ -119,7 +126,8 @@ def _convert(folder: Path, work: Path) -> dict[str, Path]:
 def _write_shards(folder: Path, out: Path, num_workers: int) -> Path:
     """The images in random order, in four tar files a worker: n.jpg, and its class's number in n.cls."""
     out.mkdir()
-    files = [(file, label) for label, each in enumerate(sorted(folder.iterdir())) for file in sorted(each.iterdir())]
+    classes = enumerate(sorted(folder.iterdir()))
+    files = [(file, label) for label, each in classes for file in sorted(each.rglob("*")) if file.is_file()]
     order = np.random.default_rng(0).permutation(len(files))
     for shard, part in enumerate(np.array_split(order, min(4 * num_workers, len(files)))):
         with tarfile.open(out / f"{shard:04d}.tar", "w") as tar:

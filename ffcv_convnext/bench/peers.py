@@ -188,7 +188,7 @@ def spdl(folder: str, num_workers: int) -> Contestant:
     from spdl.pipeline import PipelineBuilder
     from torchvision.transforms import RandomResizedCrop
 
-    files = [str(file) for file in sorted(Path(folder).glob("*/*"))]
+    files = [str(file) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
     spdl.io.to_torch  # noqa: B018  loads FFmpeg
     imports_done()
 

@@ -28,7 +28,7 @@ Work = Callable[[], int]  # does a round's work and returns how many images that
 Contestant = tuple[Work, Callable[[], Any] | None]  # the work, and what gives a first result; None: the work itself
 
 SAMPLE_SECONDS = 0.02  # between two looks at the memory
-PATIENCE_SECONDS = 600.0  # for one round, unless told
+PATIENCE_SECONDS = 300.0  # for a start or a round, unless told
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,11 @@ class Comparison:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def patience(num_images: int) -> float:
+    """Seconds for a round, for compare(): whoever needs more than half a second an image hangs, as stock FFCV may."""
+    return PATIENCE_SECONDS + 0.5 * num_images
 
 
 def use_cores(cores: int | None) -> int:
