@@ -190,20 +190,27 @@ def export(argv: Sequence[str]) -> int:
 
 
 def bench(argv: Sequence[str]) -> int:
-    """Measure the loader beside its peers, interleaved in one run."""
+    """Measure the loader, or the conversion, beside its peers, interleaved in one run."""
     parser = _parser("bench", bench)
-    parser.add_argument("what", choices=["loader"])
-    parser.add_argument("--data_path", type=Path, help="an ImageFolder (default: crops of photographs at hand)")
-    parser.add_argument("--num_images", type=int, default=1280, help="images of an epoch, at most (default 1280)")
-    parser.add_argument("--rounds", type=int, default=5, help="epochs of each loader that count (default 5)")
+    parser.add_argument("what", choices=["loader", "convert"])
+    parser.add_argument("--data_path", type=Path, help="an ImageFolder, of which train/ is used")
+    parser.add_argument(
+        "--photographs", type=Path, metavar="DIR", help="pictures to make one of (default: some at hand)"
+    )
+    parser.add_argument("--num_images", type=int, default=1280, help="images of a round, at most (default 1280)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each contestant that count (default 5)")
     parser.add_argument("--cores", type=int, help="processor cores to use (default all)")
-    parser.add_argument("--peers", help="comma-separated names (default: all that are installed)")
+    parser.add_argument("--peers", help="rows wanted: how their names begin, comma-separated (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args(argv)
-    from ffcv_convnext.bench import bench_loader
+    if options.json and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
+        raise ValueError(f"--json {options.json}: expected a file in a folder that exists")
+    from ffcv_convnext.bench import bench_convert, bench_loader
 
-    comparison = bench_loader(
+    measure = {"loader": bench_loader, "convert": bench_convert}[options.what]
+    comparison = measure(
         data_path=options.data_path,
+        photographs=options.photographs,
         num_images=options.num_images,
         rounds=options.rounds,
         cores=options.cores,

@@ -255,10 +255,13 @@ def test_no_file_holds_an_index_address_or_a_path_of_somebodys_machine() -> None
     assert not found, "\n".join(found)
 
 
-def test_requirements_pin_every_direct_dependency() -> None:
+def test_requirements_pin_what_setup_installs() -> None:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [each for name, group in project["optional-dependencies"].items() if name != "wandb" for each in group]
+    installed = set(re.search(r"EXTRAS=(\S+)", (ROOT / "scripts/setup.sh").read_text())[1].split(","))  # type: ignore[index]
+    assert installed == set(re.findall(r"--extra (\w+)", (ROOT / "scripts/pin.sh").read_text()))
+    assert set(project["optional-dependencies"]) - installed == {"wandb", "bench"}, "a choice of the user's"
+    extras = [each for name in installed for each in project["optional-dependencies"][name]]
 
     def normal(requirement: str) -> str:
         return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()  # type: ignore[index]

@@ -1,6 +1,6 @@
 """Side-by-side measurements, and the doctor, which measures a run's stages apart.
 
-Names are imported when first used: a loader that is measured must not pay for the imports of a training step.
+Names are imported when first used: a contestant that is measured must not pay for the others' imports.
 """
 
 from __future__ import annotations
@@ -9,12 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ffcv_convnext.bench.convert import bench_convert as bench_convert
     from ffcv_convnext.bench.doctor import Diagnosis as Diagnosis
     from ffcv_convnext.bench.doctor import diagnose as diagnose
     from ffcv_convnext.bench.loader import bench_loader as bench_loader
     from ffcv_convnext.bench.rounds import Comparison as Comparison
 
-_HOMES = {"Comparison": "rounds", "bench_loader": "loader", "Diagnosis": "doctor", "diagnose": "doctor"}
+_HOMES = {
+    "Comparison": "rounds",
+    "Diagnosis": "doctor",
+    "bench_convert": "convert",
+    "bench_loader": "loader",
+    "diagnose": "doctor",
+}
 __all__ = sorted(_HOMES)
 
 

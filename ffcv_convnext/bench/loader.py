@@ -1,95 +1,111 @@
-"""`bench loader`: training batches a second, ours beside the loaders people use.
-
-The same work for all: random resized crop to 224 (bicubic; stock FFCV has INTER_AREA only), horizontal flip, uint8
-batches in memory, the machine's cores, one epoch of the same photographs a round. Nobody augments further.
-"""
+"""`bench loader`: training batches a second, ours beside the loaders people use (peers.py)."""
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
+import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
-from ffcv_convnext.bench.photographs import write_photo_folder
-from ffcv_convnext.bench.rounds import Comparison, Work, compare
+from ffcv_convnext.bench.photographs import image_folder
+from ffcv_convnext.bench.rounds import Comparison, compare, patience, use_cores
 
-SIZE, BATCH = 224, 128
-REFERENCE = "stock FFCV"
-Contestant = tuple[Work, Callable[[], Any]]  # a round's work, and the first batch of it
+REFERENCE = "stock FFCV (area)"
+
+# Name, with the interpolation of its resize -> its function in peers.py, what that reads, the package it needs
+PEERS: dict[str, tuple[str, str, str]] = {
+    REFERENCE: ("stock_ffcv", "stock", "ffcv"),
+    "ours (bicubic)": ("ours", "ours", "ffcv"),
+    "ours (bilinear)": ("ours_bilinear", "ours", "ffcv"),
+    "ours from stock's file (bicubic)": ("ours_on_stock", "stock", "ffcv"),
+    "torchvision (PIL bicubic)": ("torchvision_pil", "folder", "torchvision"),
+    "timm (PIL bicubic)": ("timm_loader", "folder", "timm"),
+    "DALI CPU (cubic)": ("dali", "folder", "nvidia.dali"),
+    "WebDataset (PIL bicubic)": ("webdataset", "shards", "webdataset"),
+    "SPDL (FFmpeg bicubic)": ("spdl", "folder", "spdl.io"),
+}
 
 
 def bench_loader(
     *,
     data_path: Path | None,
+    photographs: Path | None,
     num_images: int,
     rounds: int,
     cores: int | None,
     peers: Sequence[str] | None,
     say: Callable[[str], None],
 ) -> Comparison:
-    """Measure on an ImageFolder, or on photographs at hand when data_path is None.
+    """Measure on an ImageFolder, or on photographs (of a folder, or those at hand) when data_path is None.
 
-    peers: names out of PEERS, beside stock FFCV; None: all whose packages are installed. Raises ValueError for an
-    unknown one.
+    peers: how names in PEERS begin, whose rows are wanted beside stock FFCV's; None: all whose packages are
+    installed, the others are told in the facts. Raises ValueError for one that is unknown or not installed.
     """
-    chosen = list(PEERS) if peers is None else [REFERENCE, *peers]
-    for name in chosen:
-        if name not in PEERS:
-            raise ValueError(f"peers = {name}: expected some of {', '.join(PEERS)}")
-    available = sorted(os.sched_getaffinity(0))
-    if cores is not None:
-        if not 1 <= cores <= len(available):
-            raise ValueError(f"cores = {cores}: this process may use {len(available)}")
-        os.sched_setaffinity(0, available[:cores])
-    num_workers = cores or len(available)
-    with tempfile.TemporaryDirectory(prefix="bench-loader-") as work:
-        if data_path is None:
-            folder = write_photo_folder(Path(work) / "photographs", num_images)
-        else:
-            folder = _link_some(data_path, Path(work) / "subset", num_images)
+    chosen = choose(list(PEERS), peers, REFERENCE)
+    missing = [name for name in chosen if not _installed(PEERS[name][2])]
+    if REFERENCE in missing or (peers is not None and missing):
+        raise ValueError(f"peers = {missing[0]}: {PEERS[missing[0]][2]} is not installed; {_install(missing)}")
+    chosen = [name for name in chosen if name not in missing]
+    num_workers = use_cores(cores)
+    with tempfile.TemporaryDirectory(prefix="bench-loader-") as temporary:
+        work = Path(temporary)
+        folder = image_folder(
+            work / "images", num_images, data_path=data_path, photographs=photographs, originals=False
+        )
         say(f"converting {folder}")
-        paths = _convert(folder, Path(work))
+        sources = {**_convert(folder, work), "folder": folder / "train"}
+        if any(PEERS[name][1] == "shards" for name in chosen):
+            sources["shards"] = _write_shards(folder / "train", work / "shards", num_workers)
         contestants = [
-            (name, f"{__name__}:{function}", {"num_workers": num_workers, **{key: str(paths[key]) for key in needs}})
-            for name, (function, needs, package) in PEERS.items()
-            if name in chosen and importlib.util.find_spec(package) is not None
+            (name, f"{__package__}.peers:{function}", {need: str(sources[need]), "num_workers": num_workers})
+            for name, (function, need, _) in PEERS.items()
+            if name in chosen
         ]
+        images = sum(file.is_file() for file in (folder / "train").rglob("*"))
         facts = {
-            "images": num_images,
-            "megabytes": round(paths["ours"].stat().st_size / 1e6),
-            "torch": torch.__version__,
+            "images": images,
+            "megabytes": round(sources["ours"].stat().st_size / 1e6),
+            "torch": version("torch"),
+            **({"not installed": " and ".join(missing)} if missing else {}),
         }
-        return compare("loader", contestants, reference=REFERENCE, rounds=rounds, facts=facts, say=say)
+        return compare(
+            "loader",
+            contestants,
+            reference=REFERENCE,
+            rounds=rounds,
+            facts=facts,
+            say=say,
+            patience_s=patience(images),
+        )
 
 
-PEERS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "stock FFCV": ("stock_ffcv", ("stock",), "ffcv"),
-    "ours": ("ours", ("ours",), "ffcv"),
-    "ours, bilinear": ("ours_bilinear", ("ours",), "ffcv"),
-    "ours, stock file": ("ours_on_stock", ("stock",), "ffcv"),
-    "torchvision PIL": ("torchvision_pil", ("folder",), "torchvision"),
-    "timm": ("timm_loader", ("folder",), "timm"),
-}
+def choose(names: Sequence[str], beginnings: Sequence[str] | None, reference: str) -> list[str]:
+    """The names that start with one of the words, and the reference; all when words is None."""
+    if beginnings is None:
+        return list(names)
+    for word in beginnings:
+        if not any(name.lower().startswith(word.strip().lower()) for name in names):
+            raise ValueError(f"peers = {word}: expected how some of these begin: {'; '.join(names)}")
+    words = tuple(word.strip().lower() for word in beginnings)
+    return [name for name in names if name == reference or name.lower().startswith(words)]
 
 
-def _link_some(data_path: Path, out: Path, num_images: int) -> Path:
-    """A folder of links to `num_images` training images, evenly spread, so that everyone reads the same ones."""
-    from torchvision.datasets import ImageFolder
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that it should be a part of
+        return False
 
-    if not (data_path / "train").is_dir():
-        raise FileNotFoundError(f"data_path: {data_path / 'train'} does not exist; give an ImageFolder with train/")
-    files = [Path(file) for file, _ in ImageFolder(str(data_path / "train")).samples]
-    for index in np.unique(np.linspace(0, len(files) - 1, min(num_images, len(files))).astype(int)):
-        link = out / files[index].resolve().relative_to(data_path.resolve())
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(files[index].resolve())
-    return out
+
+def _install(names: Sequence[str]) -> str:
+    extras = sorted({"ffcv" if PEERS[name][2] == "ffcv" else "bench" for name in names})
+    return f"pip install -e '.[{','.join(extras)}]'"
 
 
 def _convert(folder: Path, work: Path) -> dict[str, Path]:
@@ -104,85 +120,21 @@ def _convert(folder: Path, work: Path) -> dict[str, Path]:
     indices = list(range(len(dataset)))
     num_workers = len(os.sched_getaffinity(0))
     write_stock_beton(stock, dataset, indices, max_resolution=500, jpeg_quality=90, num_workers=num_workers)
-    return {"ours": work / "train.beton", "stock": stock, "folder": folder / "train"}
+    return {"ours": work / "train.beton", "stock": stock}
 
 
-def _ours(beton: str, num_workers: int, interpolation: str) -> Contestant:
-    from ffcv_convnext.config import Config
-    from ffcv_convnext.data import RandomCropDecoder, SampleLoader, Shares
-
-    config = Config.from_flat({"input_size": SIZE, "train_interpolation": interpolation}).data
-    loader = SampleLoader(
-        Path(beton), RandomCropDecoder(config), num_workers=num_workers, batches_ahead=3, device=torch.device("cpu")
-    )
-    shares = Shares(BATCH, 1, 1)
-    epochs = iter(range(1 << 30))
-
-    def work() -> int:
-        epoch = next(epochs)
-        return sum(
-            len(images) for images, _ in loader.batches(shares.micro_batches(len(loader), 0, epoch, 0), 0, epoch)
-        )
-
-    return work, lambda: next(iter(loader.batches(shares.micro_batches(len(loader), 0, 0, 0), 0, 0)))
-
-
-def ours(ours: str, num_workers: int) -> Contestant:
-    return _ours(ours, num_workers, "bicubic")
-
-
-def ours_bilinear(ours: str, num_workers: int) -> Contestant:
-    return _ours(ours, num_workers, "bilinear")
-
-
-def ours_on_stock(stock: str, num_workers: int) -> Contestant:
-    return _ours(stock, num_workers, "bicubic")
-
-
-def stock_ffcv(stock: str, num_workers: int) -> Contestant:
-    from ffcv_convnext.data import stock_train_loader
-
-    loader = stock_train_loader(Path(stock), size=SIZE, batch_size=BATCH, num_workers=num_workers)
-    return lambda: sum(len(images) for images, _ in loader), lambda: sum(len(images) for images, _ in loader)
-
-
-def _all_batches(loader: Any) -> Contestant:
-    return lambda: sum(len(batch[0]) for batch in loader), lambda: next(iter(loader))
-
-
-def torchvision_pil(folder: str, num_workers: int) -> Contestant:
-    from torch.utils.data import DataLoader
-    from torchvision import datasets, transforms
-
-    transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(SIZE, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(),
-            transforms.PILToTensor(),
-        ]
-    )
-    dataset = datasets.ImageFolder(folder, transform)
-    return _all_batches(
-        DataLoader(dataset, BATCH, shuffle=True, num_workers=num_workers, drop_last=True, persistent_workers=True)
-    )
-
-
-def timm_loader(folder: str, num_workers: int) -> Contestant:
-    from timm.data import create_dataset, create_loader
-
-    loader = create_loader(
-        create_dataset("", root=folder),
-        input_size=(3, SIZE, SIZE),
-        batch_size=BATCH,
-        is_training=True,
-        no_aug=False,
-        scale=(0.08, 1.0),
-        hflip=0.5,
-        color_jitter=None,
-        interpolation="bicubic",
-        num_workers=num_workers,
-        use_prefetcher=True,
-        device=torch.device("cpu"),
-        persistent_workers=True,
-    )
-    return _all_batches(loader)
+def _write_shards(folder: Path, out: Path, num_workers: int) -> Path:
+    """The images in random order, in four tar files a worker: n.jpg, and its class's number in n.cls."""
+    out.mkdir()
+    classes = enumerate(sorted(folder.iterdir()))
+    files = [(file, label) for label, each in classes for file in sorted(each.rglob("*")) if file.is_file()]
+    order = np.random.default_rng(0).permutation(len(files))
+    for shard, part in enumerate(np.array_split(order, min(4 * num_workers, len(files)))):
+        with tarfile.open(out / f"{shard:04d}.tar", "w") as tar:
+            for index in part:
+                file, label = files[index]
+                for name, content in ((f"{index:07d}.jpg", file.read_bytes()), (f"{index:07d}.cls", b"%d" % label)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return out

@@ -1,7 +1,9 @@
-"""An ImageNet-like folder made of photographs that are at hand.
+"""An ImageNet-like folder made of photographs that are at hand, or a part of somebody's own folder.
 
-Crops of scikit-image's and scikit-learn's photographs (and of any folder that is named), scaled so that sizes are
-spread as ImageNet's are after a limit of 500 pixels: 464 x 396 on average, JPEG quality 90, about 60 KB.
+Crops of scikit-image's and scikit-learn's photographs (or those of a folder that is named), scaled so that sizes are
+spread as ImageNet's are after a limit of 500 pixels: 464 x 396 on average, JPEG quality 90, about 60 KB. As originals
+they have quality 95 and a tenth of them is 2.4 to 4 times as large, longer side 1200 to 2000; such an enlargement is
+smoother than what a camera takes, so its file is smaller.
 """
 
 from __future__ import annotations
@@ -13,27 +15,48 @@ import numpy as np
 from PIL import Image
 
 NUM_CLASSES = 10
+MOST_SOURCES = 100  # they are all held in memory
+LARGE_SHARE, LARGE = 0.1, (2.4, 4.0)  # of originals: how many are enlarged, and how many times
+
+
+def image_folder(out: Path, num: int, *, data_path: Path | None, photographs: Path | None, originals: bool) -> Path:
+    """An ImageFolder with out/train/<class>/: links to `num` training images of data_path, or photographs.
+
+    photographs: a folder to take them from; None: those at hand. Raises ValueError when both folders are given or
+    hold no pictures, FileNotFoundError when data_path/train is missing.
+    """
+    if num < 1:
+        raise ValueError(f"num_images = {num}: expected at least 1")
+    if data_path is None:
+        return write_photo_folder(out, num, photographs=photographs, originals=originals)
+    if photographs is not None:
+        raise ValueError("give --data_path (an ImageFolder, used as it is) or --photographs (cut to size), not both")
+    return _link_some(data_path, out, num)
 
 
 def find_photographs(folder: Path | None = None) -> list[Image.Image]:
     """RGB photographs: of `folder`, searched recursively, else those that scikit-image and scikit-learn ship.
 
-    Raises ValueError when there are none.
+    Of a folder's, MOST_SOURCES at most, evenly spread. Raises ValueError when there are none, or one is broken.
     """
-    if folder is not None:
-        found = [
-            Image.open(p).convert("RGB")
-            for p in sorted(folder.rglob("*"))
-            if p.suffix.lower() in (".jpg", ".jpeg", ".png")
-        ]
-    else:
-        found = list(_shipped())
+    found = list(_shipped()) if folder is None else list(_read(folder))
     found = [image for image in found if min(image.size) >= 200]
     if not found:
         raise ValueError(
-            "no photographs found; install scikit-image or scikit-learn, or give an ImageFolder: --data_path DIR"
+            "no photographs found (JPEG or PNG, 200 pixels or more); install scikit-image or scikit-learn, or give a "
+            "folder of them: --photographs DIR, or an ImageFolder: --data_path DIR"
         )
     return found
+
+
+def _read(folder: Path) -> Iterator[Image.Image]:
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    for file in files[:: max(1, -(-len(files) // MOST_SOURCES))]:
+        try:
+            with Image.open(file) as image:
+                yield image.convert("RGB")
+        except OSError as error:
+            raise ValueError(f"{file} is no picture ({error}); remove it, or name another folder") from None
 
 
 def _shipped() -> Iterator[Image.Image]:
@@ -52,29 +75,42 @@ def _shipped() -> Iterator[Image.Image]:
         pass
 
 
-def write_photo_folder(out: Path, num: int, *, photographs: Path | None = None, seed: int = 0) -> Path:
-    """Write `num` JPEGs to out/train/<class>/ and a tenth as many to out/val/<class>/, unless they are there."""
-    if (out / "complete").exists():
-        return out
+def write_photo_folder(
+    out: Path, num: int, *, photographs: Path | None = None, originals: bool = False, seed: int = 0
+) -> Path:
+    """Write `num` JPEGs to out/train/<class>/ and return out."""
     sources = find_photographs(photographs)
     random = np.random.default_rng(seed)
-    for split, count in (("train", num), ("val", max(num // 10, NUM_CLASSES))):
-        for i in range(count):
-            folder = out / split / f"class{i % NUM_CLASSES}"
-            folder.mkdir(parents=True, exist_ok=True)
-            source = sources[int(random.integers(len(sources)))]
-            width, height = (
-                (500, int(random.integers(330, 460)))
-                if random.random() < 0.7
-                else (int(random.integers(330, 420)), 500)
-            )
-            share = random.uniform(0.7, 1.0) * min(source.width / width, source.height / height)
-            box_width, box_height = int(width * share), int(height * share)
-            left = int(random.integers(0, source.width - box_width + 1))
-            top = int(random.integers(0, source.height - box_height + 1))
-            crop = source.resize(
-                (width, height), Image.Resampling.BICUBIC, (left, top, left + box_width, top + box_height)
-            )
-            crop.save(folder / f"{i:06d}.jpg", quality=90)
-    (out / "complete").touch()
+    for i in range(num):
+        folder = out / "train" / f"class{i % NUM_CLASSES}"
+        folder.mkdir(parents=True, exist_ok=True)
+        source = sources[int(random.integers(len(sources)))]
+        width, height = (
+            (500, int(random.integers(330, 460))) if random.random() < 0.7 else (int(random.integers(330, 420)), 500)
+        )
+        share = random.uniform(0.7, 1.0) * min(source.width / width, source.height / height)
+        box_width, box_height = int(width * share), int(height * share)
+        left = int(random.integers(0, source.width - box_width + 1))
+        top = int(random.integers(0, source.height - box_height + 1))
+        factor = random.uniform(*LARGE) if originals and random.random() < LARGE_SHARE else 1.0
+        crop = source.resize(
+            (int(width * factor), int(height * factor)),
+            Image.Resampling.BICUBIC,
+            (left, top, left + box_width, top + box_height),
+        )
+        crop.save(folder / f"{i:06d}.jpg", quality=95 if originals else 90)
+    return out
+
+
+def _link_some(data_path: Path, out: Path, num: int) -> Path:
+    """A folder of links to `num` training images, evenly spread, so that everyone reads the same ones."""
+    from torchvision.datasets import ImageFolder
+
+    if not (data_path / "train").is_dir():
+        raise FileNotFoundError(f"data_path: {data_path / 'train'} does not exist; give an ImageFolder with train/")
+    files = [Path(file) for file, _ in ImageFolder(str(data_path / "train")).samples]
+    for index in np.unique(np.linspace(0, len(files) - 1, min(num, len(files))).astype(int)):
+        link = out / files[index].relative_to(data_path)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(files[index].resolve())
     return out
