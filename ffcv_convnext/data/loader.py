@@ -126,7 +126,7 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
                 "write it anew with write_ffcv_dataset.py"
             )
         self.file = _MappedFile(self.reader)
-        decoder.most_bytes = int(self.file.sizes.max(initial=0))
+        decoder.most_bytes = min(int(self.file.sizes.max(initial=0)), self.file.bytes.size)  # a damaged table says more
         specs = {
             "image": PipelineSpec("image", decoder=decoder),
             "label": PipelineSpec("label", decoder=LabelDecoder()),
