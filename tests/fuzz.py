@@ -130,40 +130,40 @@ def markers(jpeg: bytearray, low: int = 0xC0, high: int = 0xFE) -> list[int]:
     return [i for i in range(2, len(jpeg) - 1) if jpeg[i] == 0xFF and low <= jpeg[i + 1] <= high]
 
 
-def flip_bits(jpeg: bytearray, draw: random.Random, others: list[bytes]) -> None:
+def flip_bits(jpeg: bytearray, draw: random.Random, _others: list[bytes]) -> None:
     for _ in range(draw.randint(1, 8)):
         jpeg[draw.randrange(len(jpeg))] ^= 1 << draw.randrange(8)
 
 
-def flip_header_bits(jpeg: bytearray, draw: random.Random, others: list[bytes]) -> None:
+def flip_header_bits(jpeg: bytearray, draw: random.Random, _others: list[bytes]) -> None:
     for _ in range(draw.randint(1, 4)):
         jpeg[draw.randrange(min(len(jpeg), 640))] ^= 1 << draw.randrange(8)
 
 
-def set_bytes(jpeg: bytearray, draw: random.Random, others: list[bytes]) -> None:
+def set_bytes(jpeg: bytearray, draw: random.Random, _others: list[bytes]) -> None:
     start = draw.randrange(len(jpeg))
     end = min(len(jpeg), start + draw.choice((1, 2, 16, 300)))
     jpeg[start:end] = draw.choice((bytes(end - start), b"\xff" * (end - start), draw.randbytes(end - start)))
 
 
-def truncate(jpeg: bytearray, draw: random.Random, others: list[bytes]) -> None:
+def truncate(jpeg: bytearray, draw: random.Random, _others: list[bytes]) -> None:
     del jpeg[draw.choice((0, 1, 2, 3, 4, draw.randrange(len(jpeg)), draw.randrange(len(jpeg)))) :]
     if draw.random() < 0.3:
         jpeg += b"\xff\xd9"
 
 
-def become_garbage(jpeg: bytearray, draw: random.Random, others: list[bytes]) -> None:
+def become_garbage(jpeg: bytearray, draw: random.Random, _others: list[bytes]) -> None:
     start = draw.choice((0, 2, draw.randrange(len(jpeg))))
     jpeg[start:] = draw.randbytes(draw.randrange(2000))
 
 
-def insert(jpeg: bytearray, draw: random.Random, others: list[bytes]) -> None:
+def insert(jpeg: bytearray, draw: random.Random, _others: list[bytes]) -> None:
     at, start = draw.randrange(len(jpeg)), draw.randrange(len(jpeg))
     piece = draw.choice((b"\xff", b"\xff" * 50, b"\xff\xd9", bytes(jpeg[start : start + 200]), draw.randbytes(30)))
     jpeg[at:at] = piece * draw.choice((1, 1, 1, 40))
 
 
-def delete(jpeg: bytearray, draw: random.Random, others: list[bytes]) -> None:
+def delete(jpeg: bytearray, draw: random.Random, _others: list[bytes]) -> None:
     at = draw.randrange(len(jpeg))
     del jpeg[at : at + draw.choice((1, 2, 3, 100))]
 
@@ -242,7 +242,7 @@ def change_frame(jpeg: bytearray, draw: random.Random, others: list[bytes]) -> N
     return None
 
 
-def change_interval(jpeg: bytearray, draw: random.Random, others: list[bytes]) -> None:
+def change_interval(jpeg: bytearray, draw: random.Random, _others: list[bytes]) -> None:
     places = [at for at in markers(jpeg, 0xDD, 0xDD) if at + 6 <= len(jpeg)]
     value = draw.choice((0, 1, 2, 3, 4, 5, 7, 100, 65535)).to_bytes(2, "big")
     if places:

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ffcv_convnext.config import DataConfig
+from ffcv_convnext.data.compiling import announced_compilation
 from ffcv_convnext.data.decoders import (
     CenterCropDecoder,
     CropDecoder,
@@ -39,7 +40,7 @@ from ffcv_convnext.data.decoders import (
     stored_bytes,
 )
 from ffcv_convnext.data.jpeg import OK, REASONS, addresses
-from ffcv_convnext.data.manifest import Manifest
+from ffcv_convnext.data.manifest import Manifest, check_header
 from ffcv_convnext.data.order import Shares, eval_batches
 from ffcv_convnext.errors import Failure
 
@@ -119,6 +120,7 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         self.replace_bad = replace_bad
         self.num_replaced = 0  # bad samples so far that another one stood in for
         self.wait_s = 0.0  # time the consumer has waited for batches, in total
+        check_header(beton)
         self.reader = Reader(self.fname)
         if list(self.reader.handlers) != ["image", "label"]:
             raise ValueError(
@@ -144,6 +146,15 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         self.pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
         self.scratch = threading.local()
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._compile(f"the decoder of {beton.name}")
+
+    def _compile(self, what: str) -> None:
+        """Compile, or load, what the first batch would wait for, by decoding no samples at all."""
+        state, none = self.file.state(0, 0), np.empty(0, np.int64)
+        images, labels = torch.empty((0, *self.image_memory[0].shape), dtype=torch.uint8), torch.empty((0, 1)).long()
+        batch = _Pending(none, images, labels, np.zeros(0, np.int32), [])
+        with announced_compilation(what):
+            self.pool.submit(self._decode, batch, (images.numpy(), labels.numpy()), slice(0, 0), state).result()
 
     def __len__(self) -> int:
         return len(self.reader.metadata)
