@@ -142,7 +142,7 @@ def export(argv: Sequence[str]) -> int:
 def bench(argv: Sequence[str]) -> int:
     """Measure the loader beside its peers, interleaved in one run."""
     parser = _parser("bench", bench)
-    parser.add_argument("what", choices=["loader"])
+    parser.add_argument("what", choices=["loader", "startup"])
     parser.add_argument("--data_path", type=Path, help="an ImageFolder (default: crops of photographs at hand)")
     parser.add_argument("--num_images", type=int, default=1280, help="images of an epoch, at most (default 1280)")
     parser.add_argument("--rounds", type=int, default=5, help="epochs of each loader that count (default 5)")
@@ -150,15 +150,22 @@ def bench(argv: Sequence[str]) -> int:
     parser.add_argument("--peers", help="comma-separated names (default: all that are installed)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args(argv)
-    from ffcv_convnext.bench import bench_loader
+    from ffcv_convnext.bench import bench_loader, bench_startup
 
+    say = partial(print, file=sys.stderr)
+    if options.what == "startup":
+        found = bench_startup(num_images=options.num_images, rounds=options.rounds, say=say)
+        print(found.format())
+        if options.json:
+            options.json.write_text(found.to_json() + "\n")
+        return 0
     comparison = bench_loader(
         data_path=options.data_path,
         num_images=options.num_images,
         rounds=options.rounds,
         cores=options.cores,
         peers=options.peers.split(",") if options.peers else None,
-        say=lambda line: print(line, file=sys.stderr),
+        say=say,
     )
     print(comparison.format())
     if options.json:

@@ -63,3 +63,25 @@ def test_photographs_become_an_imagenet_like_folder(tmp_path: Path) -> None:
     assert len(find_photographs(folder)) == 30
     with pytest.raises(ValueError, match="no photographs found"):
         find_photographs(tmp_path / "nothing")
+
+
+@pytest.mark.slow
+def test_bench_startup_times_first_and_second_starts_of_ours_and_stock_ffcv(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "figures.json"
+    assert run_command("bench", ["startup", "--num_images", "128", "--rounds", "1", "--json", str(out)]) == 0
+    table = capsys.readouterr().out
+    assert "| ours | first |" in table
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["name"], row["start"]) for row in rows] == [
+        (name, start)
+        for name in ("ours", "ours, as train.py imports it", "stock FFCV")
+        for start in ("first", "second")
+    ]
+    assert all(0 < row["torch_s"] < row["first_batch_s"] and row["cpu_s"] > 0 for row in rows)
+
+
+def test_bench_startup_refuses_less_than_a_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("bench", ["startup", "--num_images", "10"]) == 2
+    assert "at least a batch of 128" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ from ffcv.types import FieldDescType, HeaderType
 
 from ffcv_convnext.cli import run_command
 from ffcv_convnext.config import Config
-from ffcv_convnext.data import EvalLoader, SampleLoader, TrainLoader
+from ffcv_convnext.data import EvalLoader, SampleError, SampleLoader, TrainLoader
 from ffcv_convnext.data.decoders import CenterCropDecoder
 from ffcv_convnext.data.manifest import tables_digest
 
-TESTS = Path(__file__).parent
+TESTS, CPU = Path(__file__).parent, torch.device("cpu")
 
 # Prints a checksum of the batches of a training and an evaluation epoch; news about compilation go to stderr.
 READ = """
@@ -184,6 +185,25 @@ def test_memory_threads_and_open_files_stay_flat_over_fifty_epochs_of_two_loader
     assert late_kb - early_kb < 50_000
 
 
+def test_a_disk_that_does_not_answer_is_an_error_after_a_while(
+    beton_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stand-in: a worker thread that waits."""
+    loader = TrainLoader(Config.from_flat({"data_path": str(beton_dir), "batch_size": 8}).data, CPU, seed=0)
+    answer = threading.Event()
+    monkeypatch.setattr("ffcv_convnext.data.loader._PATIENCE_S", 0.3)
+    monkeypatch.setattr(loader.loader, "_decode", lambda *_: answer.wait(60))
+    try:
+        with pytest.raises(
+            SampleError, match=r"decoding samples \[.*\] failed: nothing came for 0\.3 s; look after its"
+        ):
+            list(loader.loader.batches([np.arange(8)], seed=0, epoch=0))
+        loader.close()  # does not wait for the thread
+        assert not answer.is_set()
+    finally:
+        answer.set()
+
+
 # --- what is refused before training starts ----------------------------------------------------------------------
 
 
@@ -234,7 +254,7 @@ def mislabel(beton: Path) -> None:
     content = np.memmap(beton, np.uint8, "r+")
     start = HeaderType.itemsize + 2 * FieldDescType.itemsize
     row = SampleLoader(
-        beton, CenterCropDecoder(Config().data), num_workers=1, batches_ahead=1, device=torch.device("cpu")
+        beton, CenterCropDecoder(Config().data), num_workers=1, batches_ahead=1, device=CPU
     ).reader.metadata.dtype
     content[start : start + row.itemsize].view(row)["f1"] = 1000
     content.flush()
@@ -266,9 +286,9 @@ REFUSALS: dict[Callable[[Path], None], str] = {
 @pytest.fixture(scope="module")
 def compiled(beton_dir: Path) -> None:
     """Compilation would be announced beside the error."""
-    config, cpu = Config.from_flat({"data_path": str(beton_dir), "batch_size": 8}).data, torch.device("cpu")
-    TrainLoader(config, cpu, seed=0).close()
-    EvalLoader(config, cpu).close()
+    config = Config.from_flat({"data_path": str(beton_dir), "batch_size": 8}).data
+    TrainLoader(config, CPU, seed=0).close()
+    EvalLoader(config, CPU).close()
 
 
 @pytest.mark.usefixtures("compiled", "one_thread")
@@ -301,5 +321,5 @@ def test_a_file_without_manifest_is_looked_at_before_it_is_read(beton_dir: Path,
         beton = Path(shutil.copy(beton_dir / "val.beton", tmp_path / f"{harm.__name__}.beton"))
         harm(beton)
         with pytest.raises(ValueError, match=r"(begin with FFCV's version number|holds no samples)") as caught:
-            SampleLoader(beton, decoder, num_workers=1, batches_ahead=1, device=torch.device("cpu"))
+            SampleLoader(beton, decoder, num_workers=1, batches_ahead=1, device=CPU)
         assert "\n" not in str(caught.value)

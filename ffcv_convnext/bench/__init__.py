@@ -2,5 +2,6 @@
 
 from ffcv_convnext.bench.loader import bench_loader
 from ffcv_convnext.bench.rounds import Comparison
+from ffcv_convnext.bench.startup import bench_startup
 
-__all__ = ["Comparison", "bench_loader"]
+__all__ = ["Comparison", "bench_loader", "bench_startup"]

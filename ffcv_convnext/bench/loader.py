@@ -54,7 +54,7 @@ def bench_loader(
         else:
             folder = _link_some(data_path, Path(work) / "subset", num_images)
         say(f"converting {folder}")
-        paths = _convert(folder, Path(work))
+        paths = convert_for_all(folder, Path(work))
         contestants = [
             (name, f"{__name__}:{function}", {"num_workers": num_workers, **{key: str(paths[key]) for key in needs}})
             for name, (function, needs, package) in PEERS.items()
@@ -92,7 +92,7 @@ def _link_some(data_path: Path, out: Path, num_images: int) -> Path:
     return out
 
 
-def _convert(folder: Path, work: Path) -> dict[str, Path]:
+def convert_for_all(folder: Path, work: Path) -> dict[str, Path]:
     """Both files of the same images: ours, and one by FFCV's own writer with the same settings."""
     from torchvision.datasets import ImageFolder
 

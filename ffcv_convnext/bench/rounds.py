@@ -105,14 +105,14 @@ def compare(
     base = processes[reference].rates
     facts = {
         "cores": len(os.sched_getaffinity(0)),
-        "processor": _processor(),
+        "processor": processor(),
         "python": platform.python_version(),
         **facts,
     }
     return Comparison(title, reference, facts, [contestant.row(base) for contestant in processes.values()])
 
 
-def _processor() -> str:
+def processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -39,5 +39,5 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     from ffcv_convnext.data.importing import importing_ffcv
 
-    with importing_ffcv():
+    with importing_ffcv(as_it_comes=_HOMES[name] == "stock"):
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

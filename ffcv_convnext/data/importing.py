@@ -7,18 +7,19 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def importing_ffcv() -> Iterator[None]:
-    """What is imported inside may import ffcv; the process stays as it was, and does so some three seconds earlier.
+def importing_ffcv(*, as_it_comes: bool = False) -> Iterator[None]:
+    """What is imported inside may import ffcv: PyTorch's number of threads stays, and it takes three seconds less.
 
-    FFCV sets PyTorch's number of threads to 1. And it keeps the numbers of its two image modes in a dictionary of
-    numba's, for which numba compiles at every start, so a plain dictionary takes its place: Python code reads it, in
-    FFCV too. Where ffcv was imported before, it is as it is.
+    FFCV sets that number to 1. And it keeps the numbers of its two image modes in a dictionary of numba's, for which
+    numba compiles at every start; a plain dictionary takes its place: Python code reads it, in FFCV too.
+    as_it_comes: without that, to measure stock FFCV.   An ffcv that was imported before stays as it is.
     """
     import numba.typed
     import torch
 
     num_threads, numba_s = torch.get_num_threads(), numba.typed.Dict
-    numba.typed.Dict = dict
+    if not as_it_comes:
+        numba.typed.Dict = dict
     try:
         yield
     finally:

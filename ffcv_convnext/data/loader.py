@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 _CHUNK = 8  # images a thread decodes before it looks for more work: some 10 ms
+_PATIENCE_S = 600.0  # no chunk takes so long, but a network disk may not answer at all
 
 
 class SampleError(Failure):
@@ -118,6 +119,7 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         self.batches_ahead = batches_ahead
         self.device = device
         self.replace_bad = replace_bad
+        self.is_stuck = False  # a thread waits for the disk, and may do so for ever
         self.num_replaced = 0  # bad samples so far that another one stood in for
         self.wait_s = 0.0  # time the consumer has waited for batches, in total
         check_header(beton)
@@ -181,7 +183,7 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
                 yield self._finish(pending.popleft())
         finally:
             unfinished = [chunk for batch in pending for chunk in batch.chunks if not chunk.cancel()]
-            wait(unfinished)
+            self.is_stuck |= bool(wait(unfinished, 0 if self.is_stuck else _PATIENCE_S).not_done)
 
     def _submit(self, samples: NDArray[np.int64], state: tuple[NDArray[Any], ...]) -> _Pending:
         pinned = self.device.type == "cuda"
@@ -224,10 +226,12 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         started = time.perf_counter()
         for number, chunk in enumerate(batch.chunks):
             try:
-                chunk.result()
+                chunk.result(_PATIENCE_S)
             except Exception as error:  # whatever it is, say where
                 part = batch.samples[number * _CHUNK : (number + 1) * _CHUNK].tolist()
-                raise SampleError(f"{self.fname}: decoding samples {part} failed: {error!r}") from error
+                self.is_stuck |= not chunk.done()
+                reason = f"nothing came for {_PATIENCE_S:g} s; look after its disk" if self.is_stuck else repr(error)
+                raise SampleError(f"{self.fname}: decoding samples {part} failed: {reason}") from error
         self.wait_s += time.perf_counter() - started
         self._treat_bad(batch)
         images, labels = batch.images.permute(0, 3, 1, 2), batch.labels[:, 0]
@@ -263,7 +267,7 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
 
     def close(self) -> None:
         """End the worker threads; iterations still open must not be used any more."""
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        self.pool.shutdown(wait=not self.is_stuck, cancel_futures=True)
 
 
 class _SplitLoader:
