@@ -189,6 +189,8 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         pinned = self.device.type == "cuda"
         images_query = self.image_memory[0]
         num = len(samples)
+        if num and not 0 <= samples.min() <= samples.max() < len(self):  # compiled code looks at no bounds
+            raise ValueError(f"samples {samples.min()} to {samples.max()}: expected 0 to {len(self) - 1}")
         images = torch.empty((num, *images_query.shape), dtype=torch.uint8, pin_memory=pinned)
         labels = torch.empty((num, 1), dtype=torch.int64, pin_memory=pinned)
         batch = _Pending(samples, images, labels, np.zeros(num, np.int32), [])
