@@ -190,9 +190,9 @@ def export(argv: Sequence[str]) -> int:
 
 
 def bench(argv: Sequence[str]) -> int:
-    """Measure the loader, or the conversion, beside its peers, interleaved in one run."""
+    """Measure the loader, the conversion or start-up beside their peers, interleaved in one run."""
     parser = _parser("bench", bench)
-    parser.add_argument("what", choices=["loader", "convert"])
+    parser.add_argument("what", choices=["loader", "convert", "startup"])
     parser.add_argument("--data_path", type=Path, help="an ImageFolder, of which train/ is used")
     parser.add_argument(
         "--photographs", type=Path, metavar="DIR", help="pictures to make one of (default: some at hand)"
@@ -205,10 +205,9 @@ def bench(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if options.json and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
         raise ValueError(f"--json {options.json}: expected a file in a folder that exists")
-    from ffcv_convnext.bench import bench_convert, bench_loader
+    from ffcv_convnext import bench as benchmarks
 
-    measure = {"loader": bench_loader, "convert": bench_convert}[options.what]
-    comparison = measure(
+    found = getattr(benchmarks, f"bench_{options.what}")(
         data_path=options.data_path,
         photographs=options.photographs,
         num_images=options.num_images,
@@ -217,9 +216,9 @@ def bench(argv: Sequence[str]) -> int:
         peers=options.peers.split(",") if options.peers else None,
         say=lambda line: print(line, file=sys.stderr),
     )
-    print(comparison.format())
+    print(found.format())
     if options.json:
-        options.json.write_text(comparison.to_json() + "\n")
+        options.json.write_text(found.to_json() + "\n")
     return 0
 
 

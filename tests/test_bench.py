@@ -252,3 +252,25 @@ def test_shards_hold_every_image_once_with_its_class(tmp_path: Path) -> None:
     found = {by_content[members[name]]: members[name[:-3] + "cls"] for name in members if name.endswith("jpg")}
     assert len(members) == 60
     assert found == {f"class{n}": str(n).encode() for n in range(10)}
+
+
+@pytest.mark.slow
+def test_bench_startup_times_first_and_second_starts_of_ours_and_stock_ffcv(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "figures.json"
+    assert run_command("bench", ["startup", "--num_images", "128", "--rounds", "1", "--json", str(out)]) == 0
+    table = capsys.readouterr().out
+    assert "| ours | first |" in table
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["name"], row["start"]) for row in rows] == [
+        (name, start)
+        for name in ("ours", "ours, as train.py imports it", "stock FFCV")
+        for start in ("first", "second")
+    ]
+    assert all(0 < row["torch_s"] < row["first_batch_s"] and row["cpu_s"] > 0 for row in rows)
+
+
+def test_bench_startup_refuses_less_than_a_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("bench", ["startup", "--num_images", "10"]) == 2
+    assert "at least a batch of 128" in capsys.readouterr().err

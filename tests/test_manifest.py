@@ -80,7 +80,6 @@ def test_a_truncated_beton_is_told_by_its_size(beton: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "part"),
     [
-        (0, "version"),
         (8, "number of samples"),
         (16, "place of the allocation table"),
         (30, "field descriptors"),
@@ -97,6 +96,13 @@ def test_a_flipped_byte_outside_the_pictures_is_noticed(beton: Path, place: int,
     with pytest.raises(ValueError, match="header or sample table differ"):
         Manifest.check(beton)
     assert part
+
+
+def test_a_flipped_bit_of_ffcv_s_version_number_is_noticed(beton: Path) -> None:
+    with open(beton, "r+b") as file:
+        file.write(b"\x03")
+    with pytest.raises(ValueError, match="does not begin with FFCV's version number 2"):
+        Manifest.check(beton)
 
 
 def test_a_manifest_of_another_conversion_is_noticed(beton: Path) -> None:

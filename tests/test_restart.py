@@ -118,6 +118,37 @@ def test_a_damaged_jpeg_is_told_from_a_good_one(photograph: Bytes) -> None:
     assert decode(np.zeros(0, np.uint8), 100, 160)[0] == NO_JPEG
 
 
+def scan_after_scan(pixels: Bytes, num_scans: int) -> Bytes:
+    """A JPEG whose first component's scan comes again and again, which the format allows without limit.
+
+    pixels: (h, w) grey.
+    """
+    grey = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_RST_INTERVAL, 0])[1].tobytes()
+    frame, scan = grey.index(b"\xff\xc0"), grey.index(b"\xff\xda")
+    components = b"".join(bytes((number, 0x11, 0)) for number in (1, 2, 3))
+    header = grey[:frame] + b"\xff\xc0\x00\x11" + grey[frame + 4 : frame + 9] + b"\x03" + components
+    header += grey[frame + 13 : scan]
+    numbers = [1] * (num_scans - 2) + [2, 3]
+    scans = b"".join(b"\xff\xda\x00\x08\x01" + bytes((number,)) + grey[scan + 6 : -2] for number in numbers)
+    return np.frombuffer(header + scans + b"\xff\xd9", np.uint8).copy()
+
+
+def test_a_jpeg_of_endless_scans_is_given_up_after_500(photograph: Bytes) -> None:
+    pixels = np.ascontiguousarray(photograph[:32, :40, 0])
+    for num_scans, expected in ((3, OK), (500, OK), (501, CORRUPT), (5000, CORRUPT)):
+        status, decoded = decode(scan_after_scan(pixels, num_scans), 32, 40)
+        assert status == expected, num_scans
+        assert (status != OK) or decoded.std() > 10
+
+
+def test_huffman_tables_without_a_picture_are_no_jpeg_even_for_a_size_of_zero(photograph: Bytes) -> None:
+    data = encode(photograph[:32, :32], "420", 0).tobytes()
+    start = data.index(b"\xff\xdb")
+    tables = np.frombuffer(data[:2] + data[start : data.index(b"\xff\xc0")] + b"\xff\xd9", np.uint8).copy()
+    assert decode(tables, 0, 0)[0] == NO_JPEG
+    assert decode(tables, 32, 32)[0] == NO_JPEG
+
+
 def test_no_mutation_of_a_jpeg_reads_or_writes_outside_its_buffers(photograph: Bytes) -> None:
     """2,000 mutated streams; guard bytes around every buffer stay as they are."""
     random = np.random.default_rng(5)

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from ffcv_convnext.bench.doctor import diagnose as diagnose
     from ffcv_convnext.bench.loader import bench_loader as bench_loader
     from ffcv_convnext.bench.rounds import Comparison as Comparison
+    from ffcv_convnext.bench.startup import bench_startup as bench_startup
 
 _HOMES = {
     "Comparison": "rounds",
     "Diagnosis": "doctor",
     "bench_convert": "convert",
     "bench_loader": "loader",
+    "bench_startup": "startup",
     "diagnose": "doctor",
 }
 __all__ = sorted(_HOMES)

@@ -59,7 +59,7 @@ def bench_loader(
             work / "images", num_images, data_path=data_path, photographs=photographs, originals=False
         )
         say(f"converting {folder}")
-        sources = {**_convert(folder, work), "folder": folder / "train"}
+        sources = {**convert_for_all(folder, work), "folder": folder / "train"}
         if any(PEERS[name][1] == "shards" for name in chosen):
             sources["shards"] = _write_shards(folder / "train", work / "shards", num_workers)
         contestants = [
@@ -108,7 +108,7 @@ def _install(names: Sequence[str]) -> str:
     return f"pip install -e '.[{','.join(extras)}]'"
 
 
-def _convert(folder: Path, work: Path) -> dict[str, Path]:
+def convert_for_all(folder: Path, work: Path) -> dict[str, Path]:
     """Both files of the same images: ours, and one by FFCV's own writer with the same settings."""
     from torchvision.datasets import ImageFolder
 

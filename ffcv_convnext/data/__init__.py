@@ -1,7 +1,6 @@
 """Images on their way to the device: conversion, manifests, checks, traversal order, loading.
 
-`ffcv` and `numba` are needed for writing and reading only, so those names are imported when first used. Importing
-ffcv sets PyTorch's number of CPU threads to 1; that is undone here.
+`ffcv` and `numba` are needed for writing and reading only, so those names are imported when first used.
 """
 
 from __future__ import annotations
@@ -40,10 +39,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _HOMES[name] in _LIGHT:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    import torch
+    from ffcv_convnext.data.importing import importing_ffcv
 
-    num_threads = torch.get_num_threads()
-    try:
+    with importing_ffcv(as_it_comes=_HOMES[name] == "stock"):
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    finally:
-        torch.set_num_threads(num_threads)

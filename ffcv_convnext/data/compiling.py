@@ -11,19 +11,25 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import llvmlite
 import numba
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import cgutils, event
 from numba.extending import intrinsic
 
 from ffcv_convnext import rng
+
+log = logging.getLogger(__name__)
 
 
 def _cache_folder() -> str:
@@ -51,6 +57,37 @@ def _cache_folder() -> str:
 numba.config.CACHE_DIR = _cache_folder()
 
 jit = njit(nogil=True, error_model="numpy", cache=True)
+
+
+class _FirstCompilation(event.Listener):  # type: ignore[misc]
+    """Says so when numba begins to compile one of our functions, once."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.started: float | None = None
+
+    def on_start(self, event: event.Event) -> None:
+        is_ours = event.data["dispatcher"].py_func.__module__.startswith(__name__.partition(".")[0])
+        if is_ours and self.started is None:
+            self.started = time.perf_counter()
+            log.info(
+                "compiling %s for this processor, which takes some 10 to 30 s, once; kept in %s",
+                self.what,
+                numba.config.CACHE_DIR,
+            )
+
+    def on_end(self, event: event.Event) -> None:
+        """The last one to end is not known before everything has ended."""
+
+
+@contextmanager
+def announced_compilation(what: str) -> Iterator[None]:
+    """Log when something has to be compiled inside, and the seconds that it took; when all is kept, nothing."""
+    listener = _FirstCompilation(what)
+    with event.install_listener("numba:compile", listener):
+        yield
+    if listener.started is not None:
+        log.info("compiled %s in %.1f s", what, time.perf_counter() - listener.started)
 
 
 @intrinsic

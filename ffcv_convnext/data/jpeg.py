@@ -28,6 +28,7 @@ REASONS = {
 _RGB = 0  # TJPF_RGB
 _ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT
 _STOP_ON_WARNING = 8192  # TJFLAG_STOPONWARNING
+_LIMIT_SCANS = 32768  # TJFLAG_LIMITSCANS: 500, which bounds the time that a made-up image can take
 
 # Where the C functions are in this process, for `call`: numba's cached code must not hold them.
 _INIT, _DESTROY, _HEADER, _DECOMPRESS, MEMCHR, MEMCPY = range(6)
@@ -60,10 +61,12 @@ def decode_jpeg(data, height, width, destination, functions):  # type: ignore[no
     source, num_bytes, at = np.int64(data.ctypes.data), np.int64(data.size), np.int64(found.ctypes.data)
     if np.int32(call(functions[_HEADER], (handle, source, num_bytes, at, at + 4, at + 8, at + 12))) != 0:
         status = NO_JPEG
+    elif found[0] == 0:  # a file of quantisation and Huffman tables only
+        status = NO_JPEG
     elif found[0] != width or found[1] != height:
         status = WRONG_SIZE
     else:
-        target, flags = np.int64(destination.ctypes.data), np.int64(_ACCURATE_DCT | _STOP_ON_WARNING)
+        target, flags = np.int64(destination.ctypes.data), np.int64(_ACCURATE_DCT | _STOP_ON_WARNING | _LIMIT_SCANS)
         arguments = (handle, source, num_bytes, target, np.int64(width), zero, np.int64(height), np.int64(_RGB), flags)
         status = OK if np.int32(call(functions[_DECOMPRESS], arguments)) == 0 else CORRUPT
     call(functions[_DESTROY], (handle,))

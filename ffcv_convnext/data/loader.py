@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ffcv_convnext.config import DataConfig
+from ffcv_convnext.data.compiling import announced_compilation
 from ffcv_convnext.data.decoders import (
     CenterCropDecoder,
     CropDecoder,
@@ -39,7 +40,7 @@ from ffcv_convnext.data.decoders import (
     stored_bytes,
 )
 from ffcv_convnext.data.jpeg import OK, REASONS, addresses
-from ffcv_convnext.data.manifest import Manifest
+from ffcv_convnext.data.manifest import Manifest, check_header
 from ffcv_convnext.data.order import Shares, eval_batches
 from ffcv_convnext.errors import Failure
 
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 _CHUNK = 8  # images a thread decodes before it looks for more work: some 10 ms
+_PATIENCE_S = 600.0  # no chunk takes so long, but a network disk may not answer at all
 
 
 class SampleError(Failure):
@@ -117,8 +119,10 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         self.batches_ahead = batches_ahead
         self.device = device
         self.replace_bad = replace_bad
+        self.is_stuck = False  # a thread waits for the disk, and may do so for ever
         self.num_replaced = 0  # bad samples so far that another one stood in for
         self.wait_s = 0.0  # time the consumer has waited for batches, in total
+        check_header(beton)
         self.reader = Reader(self.fname)
         if list(self.reader.handlers) != ["image", "label"]:
             raise ValueError(
@@ -126,7 +130,7 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
                 "write it anew with write_ffcv_dataset.py"
             )
         self.file = _MappedFile(self.reader)
-        decoder.most_bytes = int(self.file.sizes.max(initial=0))
+        decoder.most_bytes = min(int(self.file.sizes.max(initial=0)), self.file.bytes.size)  # a damaged table says more
         specs = {
             "image": PipelineSpec("image", decoder=decoder),
             "label": PipelineSpec("label", decoder=LabelDecoder()),
@@ -144,6 +148,15 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         self.pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
         self.scratch = threading.local()
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._compile(f"the decoder of {beton.name}")
+
+    def _compile(self, what: str) -> None:
+        """Compile, or load, what the first batch would wait for, by decoding no samples at all."""
+        state, none = self.file.state(0, 0), np.empty(0, np.int64)
+        images, labels = torch.empty((0, *self.image_memory[0].shape), dtype=torch.uint8), torch.empty((0, 1)).long()
+        batch = _Pending(none, images, labels, np.zeros(0, np.int32), [])
+        with announced_compilation(what):
+            self.pool.submit(self._decode, batch, (images.numpy(), labels.numpy()), slice(0, 0), state).result()
 
     def __len__(self) -> int:
         return len(self.reader.metadata)
@@ -170,12 +183,14 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
                 yield self._finish(pending.popleft())
         finally:
             unfinished = [chunk for batch in pending for chunk in batch.chunks if not chunk.cancel()]
-            wait(unfinished)
+            self.is_stuck |= bool(wait(unfinished, 0 if self.is_stuck else _PATIENCE_S).not_done)
 
     def _submit(self, samples: NDArray[np.int64], state: tuple[NDArray[Any], ...]) -> _Pending:
         pinned = self.device.type == "cuda"
         images_query = self.image_memory[0]
         num = len(samples)
+        if num and not 0 <= samples.min() <= samples.max() < len(self):  # compiled code looks at no bounds
+            raise ValueError(f"samples {samples.min()} to {samples.max()}: expected 0 to {len(self) - 1}")
         images = torch.empty((num, *images_query.shape), dtype=torch.uint8, pin_memory=pinned)
         labels = torch.empty((num, 1), dtype=torch.int64, pin_memory=pinned)
         batch = _Pending(samples, images, labels, np.zeros(num, np.int32), [])
@@ -213,10 +228,12 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         started = time.perf_counter()
         for number, chunk in enumerate(batch.chunks):
             try:
-                chunk.result()
+                chunk.result(_PATIENCE_S)
             except Exception as error:  # whatever it is, say where
                 part = batch.samples[number * _CHUNK : (number + 1) * _CHUNK].tolist()
-                raise SampleError(f"{self.fname}: decoding samples {part} failed: {error!r}") from error
+                self.is_stuck |= not chunk.done()
+                reason = f"nothing came for {_PATIENCE_S:g} s; look after its disk" if self.is_stuck else repr(error)
+                raise SampleError(f"{self.fname}: decoding samples {part} failed: {reason}") from error
         self.wait_s += time.perf_counter() - started
         self._treat_bad(batch)
         images, labels = batch.images.permute(0, 3, 1, 2), batch.labels[:, 0]
@@ -252,7 +269,7 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
 
     def close(self) -> None:
         """End the worker threads; iterations still open must not be used any more."""
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        self.pool.shutdown(wait=not self.is_stuck, cancel_futures=True)
 
 
 class _SplitLoader:

@@ -23,6 +23,7 @@ from ffcv_convnext.files import write_atomically
 Split = Literal["train", "val"]
 FORMAT = 2
 AGAIN = "convert it again with write_ffcv_dataset.py --overwrite"
+_VERSION = 2  # of FFCV's format, which FFCV 1.0.2 writes
 
 # FFCV 1.0.2's file header and allocation table (ffcv/types.py), declared again so that ffcv need not be imported.
 _HEADER = np.dtype(
@@ -138,6 +139,7 @@ class Manifest:
                 f"{beton} has {size} bytes where its manifest states {manifest.num_bytes}: an incomplete copy, or of "
                 f"another conversion; copy it again together with its manifest, or {AGAIN}"
             )
+        check_header(beton)
         if tables_digest(beton) != manifest.sha256:
             raise ValueError(
                 f"{beton}: header or sample table differ from the manifest's hash: damaged, or of another conversion; "
@@ -157,6 +159,26 @@ class Manifest:
         return Path(self.source) / os.fsdecode(content.split(b"\n")[sample])
 
 
+def check_header(beton: Path) -> None:
+    """Raises ValueError for a file that is no .beton of FFCV's version, or holds no samples."""
+    header = _read_header(beton)
+    if header["version"] != _VERSION:
+        raise ValueError(
+            f"{beton} does not begin with FFCV's version number {_VERSION} (found {header['version']}): no .beton, of "
+            f"another FFCV, or damaged; {AGAIN}"
+        )
+    if header["num_samples"] == 0:
+        raise ValueError(f"{beton} holds no samples: a conversion that was not finished; {AGAIN}")
+
+
+def _read_header(beton: Path) -> np.void:
+    """What stands where the header should be; zeros where the file is shorter."""
+    with open(beton, "rb") as file:
+        content = file.read(_HEADER.itemsize)
+    header: np.void = np.frombuffer(content.ljust(_HEADER.itemsize, b"\0"), dtype=_HEADER)[0]
+    return header
+
+
 def encode_file_list(files: Sequence[str]) -> bytes:
     """The content of a .files.txt. Names that are not UTF-8 keep their bytes."""
     return b"".join(os.fsencode(file) + b"\n" for file in files)
@@ -169,9 +191,9 @@ def tables_digest(beton: Path) -> str:
     to find the tables in gives a text that equals no digest.
     """
     digest = hashlib.sha256()
+    header = _read_header(beton)
+    table, num_samples = int(header["table"]), int(header["num_samples"])
     with open(beton, "rb") as file:
-        header = np.frombuffer(file.read(_HEADER.itemsize).ljust(_HEADER.itemsize, b"\0"), dtype=_HEADER)[0]
-        table, num_samples = int(header["table"]), int(header["num_samples"])
         if num_samples == 0 or table + num_samples * _ALLOCATION.itemsize != beton.stat().st_size:
             return "no whole allocation table"
         file.seek(table)

@@ -416,14 +416,11 @@ class _Writing:
 
 
 def open_writer(path: Path, encoding: Encoding, capacity: int) -> BetonWriter:
-    """Importing ffcv sets PyTorch's number of CPU threads to 1; a caller that goes on to train wants its own."""
-    import torch
+    """FFCV is imported here, once work has begun."""
+    from ffcv_convnext.data.importing import importing_ffcv
 
-    num_threads = torch.get_num_threads()
-    try:
+    with importing_ffcv():
         from ffcv_convnext.data.beton import BetonWriter
-    finally:
-        torch.set_num_threads(num_threads)
     return BetonWriter(path, encoding, capacity)
 
 
