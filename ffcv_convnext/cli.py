@@ -190,9 +190,9 @@ def export(argv: Sequence[str]) -> int:
 
 
 def bench(argv: Sequence[str]) -> int:
-    """Measure the loader, or the conversion, beside its peers, interleaved in one run."""
+    """Measure the loader (cold: from a file not in memory), or the conversion, beside its peers, interleaved."""
     parser = _parser("bench", bench)
-    parser.add_argument("what", choices=["loader", "convert"])
+    parser.add_argument("what", choices=["loader", "cold", "convert"])
     parser.add_argument("--data_path", type=Path, help="an ImageFolder, of which train/ is used")
     parser.add_argument(
         "--photographs", type=Path, metavar="DIR", help="pictures to make one of (default: some at hand)"
@@ -205,9 +205,9 @@ def bench(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if options.json and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
         raise ValueError(f"--json {options.json}: expected a file in a folder that exists")
-    from ffcv_convnext.bench import bench_convert, bench_loader
+    from ffcv_convnext.bench import bench_cold, bench_convert, bench_loader
 
-    measure = {"loader": bench_loader, "convert": bench_convert}[options.what]
+    measure = {"loader": bench_loader, "cold": bench_cold, "convert": bench_convert}[options.what]
     comparison = measure(
         data_path=options.data_path,
         photographs=options.photographs,
