@@ -53,7 +53,8 @@ def epoch(of: TrainLoader, number: int = 0, first_step: int = 0) -> Batches:
 def write_again(beton: Path, manifest: Manifest, samples: list[tuple[EncodedImage, int]], page_size: int) -> None:
     """A .beton of given samples, with a manifest for it."""
     beton.parent.mkdir(parents=True, exist_ok=True)
-    BetonWriter(beton, Encoding(max_resolution=None, jpeg_quality=90, max_bytes=page_size)).write(len(samples), samples)
+    encoding = Encoding(max_resolution=None, jpeg_quality=90, max_bytes=page_size)
+    BetonWriter(beton, encoding, capacity=len(samples)).write(samples, on_page=lambda _page: None)
     changed = dataclasses.replace(
         manifest, num_samples=len(samples), num_bytes=beton.stat().st_size, sha256=tables_digest(beton)
     )
@@ -70,7 +71,7 @@ def paged(beton_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for number in range(300):
         image = Image.fromarray(random.integers(0, 256, (100, 150, 3), dtype=np.uint8))
         image.save(folder / "one.jpg", quality=95, subsampling=0)
-        samples.append((EncodedImage(150, 100, (folder / "one.jpg").read_bytes()), number // 75))
+        samples.append((EncodedImage(150, 100, (folder / "one.jpg").read_bytes(), "jpg"), number // 75))
     manifest = Manifest.read(beton_dir / "train.json")
     write_again(folder / "in_order/train.beton", manifest, samples, 2 * MB)
     write_again(folder / "shuffled/train.beton", manifest, [samples[i] for i in random.permutation(300)], 2 * MB)
