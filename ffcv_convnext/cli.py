@@ -190,9 +190,9 @@ def export(argv: Sequence[str]) -> int:
 
 
 def bench(argv: Sequence[str]) -> int:
-    """Measure the loader, the conversion or start-up beside their peers, interleaved in one run."""
+    """Measure the loader (cold: from a file not in memory), the conversion or start-up beside their peers."""
     parser = _parser("bench", bench)
-    parser.add_argument("what", choices=["loader", "convert", "startup"])
+    parser.add_argument("what", choices=["loader", "cold", "convert", "startup"])
     parser.add_argument("--data_path", type=Path, help="an ImageFolder, of which train/ is used")
     parser.add_argument(
         "--photographs", type=Path, metavar="DIR", help="pictures to make one of (default: some at hand)"

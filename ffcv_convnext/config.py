@@ -53,11 +53,26 @@ class DataConfig:
         "error",
         "a training sample that cannot be decoded stops the run, or the next good one of its batch takes its place",
     )
+    order: Literal["random", "quasi_random"] = setting(
+        "random",
+        "order of the training samples: any after any, or, for files larger than memory, shuffled inside windows of "
+        "pages that are drawn anew each epoch; the file must have been written shuffled",
+    )
+    shuffle_window_mb: int = setting(
+        2048,
+        "window of order quasi_random, MB of the file: twice as much memory a node keeps what an epoch reads ahead",
+    )
+    data_cache: Literal["os", "process", "ram"] = setting(
+        "os",
+        "the file mapped, its pages kept by the operating system as far as memory goes; read into buffers of each "
+        "process; or brought into memory whole before the first step, and kept there",
+        free=True,
+    )
     num_workers: int = setting(10, "threads that decode images, per process", free=True)
     batches_ahead: int = setting(3, "micro-batches decoded in advance", free=True)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "update_freq", "num_workers", "batches_ahead"):
+        for name in ("batch_size", "update_freq", "shuffle_window_mb", "num_workers", "batches_ahead"):
             _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: expected at least 1")
         _require(self.input_size >= 32, f"input_size = {self.input_size}: expected at least 32 pixels")
         _require(

@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import cv2
 import numpy as np
@@ -40,8 +39,9 @@ from PIL import Image
 from ffcv_convnext.config import DataConfig
 from ffcv_convnext.data import ConversionOptions, SampleLoader, convert
 from ffcv_convnext.data.decoders import CenterCropDecoder, CropDecoder, RandomCropDecoder, WorkerScratch
-from ffcv_convnext.data.images import restart_interval
 from ffcv_convnext.data.jpeg import OK, REASONS
+from ffcv_convnext.data.planes import restart_interval
+from ffcv_convnext.data.storage import MappedFile, Stored
 
 Bytes = NDArray[np.uint8]
 PAGE, PATTERN, SIZE = mmap.PAGESIZE, 0xA5, 32
@@ -97,25 +97,30 @@ class Bench:
             )
         return sizes
 
-    def decode(self, samples: list[int], state: tuple[Any, ...]) -> tuple[Bytes, NDArray[np.int32]]:
-        """Images (n, SIZE, SIZE, 3) and status (n,) as views."""
+    def decode(self, samples: list[int], stored: Stored, draws: tuple[int, int]) -> tuple[Bytes, NDArray[np.int32]]:
+        """Images (n, SIZE, SIZE, 3) and status (n,) as views.   draws: seed, epoch."""
         num = len(samples)
         images = self.images.last(num * SIZE * SIZE * 3).reshape(num, SIZE, SIZE, 3)
         status = self.status.last(num * 4).view(np.int32)
         status[:] = -1
-        batch = SimpleNamespace(samples=np.array(samples), status=status)
-        self.loader._decode(batch, (images, np.empty((num, 1), np.int64)), slice(0, num), state)
+        data = SimpleNamespace(wait=lambda: stored)
+        batch = SimpleNamespace(
+            samples=np.array(samples), status=status, data=data, draws=np.array(draws, dtype=np.uint64)
+        )
+        self.loader._decode(batch, (images, np.empty((num, 1), np.int64)), slice(0, num))
         for guarded in (*self.scratch, self.images, self.status):
             guarded.check()
         return images, status
 
-    def decode_one(self, sample: int, num_bytes: int, state: tuple[Any, ...], fill: int) -> tuple[Bytes, int]:
+    def decode_one(
+        self, sample: int, num_bytes: int, stored: Stored, draws: tuple[int, int], fill: int
+    ) -> tuple[Bytes, int]:
         """Image and status, with scratch as for a file that holds nothing else, all its bytes equal to `fill`."""
         self.decoder.metadata, self.decoder.most_bytes = self.metadata[sample : sample + 1], num_bytes
         self.place_scratch()
         for memory in self.loader.scratch.memory:
             memory.view(np.uint8)[:] = fill
-        images, status = self.decode([sample], state)
+        images, status = self.decode([sample], stored, draws)
         return images[0].copy(), int(status[0])
 
     def close(self) -> None:
@@ -334,13 +339,13 @@ def attack_images(betons: list[Path], num: int, seed: int, first: int, seen: Cou
         content[start:] = np.frombuffer(jpeg, np.uint8)
         seen["mutated" if jpeg != original else "unmutated"] += 1
         for bench in benches[which]:
-            _, pointers, sizes, *rest = bench.loader.file.state(seed, number)
-            sizes = np.where(pointers == start, np.uint64(len(jpeg)), sizes)
-            state = (content, pointers, sizes, *rest)
-            image, status = bench.decode_one(sample, len(jpeg), state, fill=0)
+            stored, draws = mapped(bench.loader).stored, (seed, number)
+            sizes = np.where(stored.addresses == start, np.uint64(len(jpeg)), stored.sizes)
+            stored = stored._replace(content=content, sizes=sizes)
+            image, status = bench.decode_one(sample, len(jpeg), stored, draws, fill=0)
             seen[describe(status)] += 1
             if status == OK:
-                again, _ = bench.decode_one(sample, len(jpeg), state, fill=255)
+                again, _ = bench.decode_one(sample, len(jpeg), stored, draws, fill=255)
                 assert np.array_equal(image, again), f"{number}: pixels that are in no file"
                 seen["mutated, decoded"] += jpeg != original
             else:
@@ -399,10 +404,15 @@ def attack_tables(betons: list[Path], rounds: int, seed: int, seen: Counter[str]
         for decoder in decoders():
             bench = Bench(damaged, decoder)
             bench.place_scratch()
-            _, *rest = bench.loader.file.state(seed, number)
-            _, status = bench.decode(list(range(len(table))), (whole, *rest))
+            stored = mapped(bench.loader).stored._replace(content=whole)
+            _, status = bench.decode(list(range(len(table))), stored, (seed, number))
             seen.update(describe(int(each)) for each in status)
             bench.close()
+
+
+def mapped(loader: SampleLoader) -> MappedFile:
+    assert isinstance(loader.file, MappedFile)
+    return loader.file
 
 
 def describe(status: int) -> str:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_sample_images
 
 from ffcv_convnext.data.decoders import CropDecoder  # noqa: F401  loads ffcv, whose libturbojpeg is used
-from ffcv_convnext.data.images import restart_interval
 from ffcv_convnext.data.jpeg import CORRUPT, NO_JPEG, OK, WRONG_SIZE, addresses, decode_jpeg
+from ffcv_convnext.data.planes import restart_interval
 from ffcv_convnext.data.restart import INTERVAL, MCU_HEIGHT, MCU_WIDTH, cut_jpeg, read_layout
 
 Bytes = NDArray[np.uint8]

@@ -28,8 +28,9 @@ from ffcv_convnext import cli
 from ffcv_convnext.data import ConversionOptions, Manifest, convert, describe_data, verify_data
 from ffcv_convnext.data.info import _bins
 from ffcv_convnext.data.manifest import tables_digest
-from ffcv_convnext.data.tables import in_bytes, read_tables
+from ffcv_convnext.data.tables import read_tables
 from ffcv_convnext.data.verify import NUM_SHOWN
+from ffcv_convnext.files import in_bytes
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ffcv_convnext.bench.cold import bench_cold as bench_cold
     from ffcv_convnext.bench.convert import bench_convert as bench_convert
     from ffcv_convnext.bench.doctor import Diagnosis as Diagnosis
     from ffcv_convnext.bench.doctor import diagnose as diagnose
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Comparison": "rounds",
     "Diagnosis": "doctor",
+    "bench_cold": "cold",
     "bench_convert": "convert",
     "bench_loader": "loader",
     "bench_startup": "startup",

@@ -22,6 +22,8 @@ _HOMES = {
     "TrainLoader": "loader",
     "EvalLoader": "loader",
     "SampleError": "loader",
+    "ReadError": "storage",
+    "num_bytes_in_memory": "storage",
     "SampleLoader": "loader",
     "RandomCropDecoder": "decoders",
     "stock_train_loader": "stock",

@@ -2,7 +2,7 @@
 
 Crop, flip and interpolation of a training sample are drawn from (seed, epoch, sample index), so they do not depend
 on threads, processes or what came before. `draws`, a (2,) uint64 array with seed and epoch, travels in FFCV's
-storage state beside the mapped file and the addresses of the C functions.
+storage state beside the stored data and the addresses of the C functions.
 """
 
 from __future__ import annotations
@@ -76,12 +76,15 @@ def random_crop(draws, sample, height, width, scale, ratio):  # type: ignore[no-
 
 @jit
 def stored_bytes(address, state):  # type: ignore[no-untyped-def]
-    """A sample's data in the mapped file; empty when the table does not know it or it lies outside the file."""
-    file, pointers, sizes = state[0], state[1], state[2]
-    entry = np.searchsorted(pointers, address)
-    if entry == len(pointers) or pointers[entry] != address or address + sizes[entry] > len(file):
-        return file[:0]
-    return file[address : address + sizes[entry]]
+    """A sample's data, see storage.Stored; empty when the table does not know it or it lies outside the content."""
+    content, addresses, sizes, offsets = state[0], state[1], state[2], state[5]
+    entry = np.searchsorted(addresses, address)
+    if entry == len(addresses) or addresses[entry] != address:
+        return content[:0]
+    start, size, end = offsets[entry], sizes[entry], np.uint64(len(content))
+    if start > end or size > end - start:
+        return content[:0]
+    return content[start : start + size]
 
 
 @jit

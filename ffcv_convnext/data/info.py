@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from ffcv_convnext.data.manifest import Manifest, SkippedFile, tables_digest
 from ffcv_convnext.data.restart import HEIGHT, INTERVAL, MCU_HEIGHT, MCU_WIDTH, NUM_COMPONENTS, WIDTH, read_layout
-from ffcv_convnext.data.tables import JPG, RAW, Tables, find_betons, in_bytes, read_tables, shown
+from ffcv_convnext.data.tables import JPG, RAW, Tables, find_betons, read_tables, shown
+from ffcv_convnext.files import in_bytes
 
 NUM_HEADERS = 1000  # images, evenly spread over the file, whose headers are looked at
 _HEADER_BYTES = 1 << 16  # enough for any header but one with a large thumbnail or colour profile in it

@@ -17,12 +17,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ffcv.loader
 import numpy as np
 import torch
-from ffcv.memory_managers import MemoryManager
 from ffcv.pipeline import Compiler, PipelineSpec
 from ffcv.pipeline.graph import Graph
 from ffcv.reader import Reader
@@ -41,8 +40,11 @@ from ffcv_convnext.data.decoders import (
 )
 from ffcv_convnext.data.jpeg import OK, REASONS, addresses
 from ffcv_convnext.data.manifest import Manifest, check_header
-from ffcv_convnext.data.order import Shares, eval_batches
+from ffcv_convnext.data.memory import available_memory, describe_need
+from ffcv_convnext.data.order import QuasiRandom, Shares, eval_batches, is_shuffled
+from ffcv_convnext.data.storage import Fetch, LoadedFile, MappedFile, ReadError, ReadFile, num_bytes_in_memory
 from ffcv_convnext.errors import Failure
+from ffcv_convnext.files import in_bytes
 
 log = logging.getLogger(__name__)
 
@@ -55,42 +57,13 @@ class SampleError(Failure):
     """A stored sample that cannot be decoded; the message names its index, its original file and the reason."""
 
 
-class _MappedFile(MemoryManager):  # type: ignore[misc]
-    """The .beton mapped read-only, with the table that tells how long each sample's data is.
-
-    FFCV's own managers build Python dictionaries of every sample's pages (seconds and some 600 MB for ImageNet), and
-    mark numba's uint8 array type read-only for the whole process. This one does neither.
-    """
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-        order = np.argsort(reader.alloc_table["ptr"], kind="stable")
-        self.pointers = np.ascontiguousarray(reader.alloc_table["ptr"][order])
-        self.sizes = np.ascontiguousarray(reader.alloc_table["size"][order])
-        self.bytes = np.asarray(np.memmap(reader.file_name, dtype=np.uint8, mode="r"))
-        for array in (self.pointers, self.sizes):
-            array.setflags(write=False)
-
-    def state(self, seed: int, epoch: int) -> tuple[NDArray[Any], ...]:
-        """What compiled code gets: file, samples' addresses and lengths, (seed, epoch) to draw from, C functions."""
-        return self.bytes, self.pointers, self.sizes, np.array([seed, epoch], dtype=np.uint64), addresses()
-
-    def schedule_epoch(self, _batches: Any) -> Any:
-        raise AssertionError("FFCV's own iteration is not used")
-
-    @property
-    def state_type(self) -> Any:
-        raise AssertionError("numba infers it")
-
-    def compile_reader(self) -> Any:
-        return stored_bytes
-
-
 @dataclass(slots=True)
 class _Pending:
     """A batch whose chunks are being decoded."""
 
     samples: NDArray[np.int64]
+    data: Fetch
+    draws: NDArray[np.uint64]  # (seed, epoch)
     images: Tensor
     labels: Tensor
     status: NDArray[np.int32]
@@ -113,7 +86,11 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         batches_ahead: int,
         device: torch.device,
         replace_bad: bool = False,
+        data_cache: Literal["os", "process", "ram"] = "os",
+        local_rank: int = 0,
+        num_local: int = 1,
     ) -> None:
+        """local_rank, num_local: of the processes on this node, which share the work of data_cache ram."""
         self.fname = str(beton)
         self.num_workers = num_workers
         self.batches_ahead = batches_ahead
@@ -129,15 +106,19 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
                 f"{beton} has the fields {', '.join(self.reader.handlers)}: expected image, label; "
                 "write it anew with write_ffcv_dataset.py"
             )
-        self.file = _MappedFile(self.reader)
-        decoder.most_bytes = min(int(self.file.sizes.max(initial=0)), self.file.bytes.size)  # a damaged table says more
+        tables = beton, self.reader.metadata["f0"]["data_ptr"], self.reader.alloc_table
+        self.file: MappedFile | ReadFile
+        if data_cache == "ram":
+            self.file = LoadedFile(*tables, local_rank, num_local)
+        else:
+            self.file = (MappedFile if data_cache == "os" else ReadFile)(*tables)
+        decoder.most_bytes = self.file.most_bytes
+        self.functions = addresses()
         specs = {
             "image": PipelineSpec("image", decoder=decoder),
             "label": PipelineSpec("label", decoder=LabelDecoder()),
         }
-        self.graph = Graph(
-            specs, self.reader.handlers, {"image": 0, "label": 1}, self.reader.metadata, self.file.compile_reader()
-        )
+        self.graph = Graph(specs, self.reader.handlers, {"image": 0, "label": 1}, self.reader.metadata, stored_bytes)
         queries, _ = self.graph.collect_requirements()
         self.image_memory, self.label_memory = queries["operation"].values()
         Compiler.set_enabled(False)  # our operations are compiled already, and kept between processes
@@ -152,11 +133,13 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
 
     def _compile(self, what: str) -> None:
         """Compile, or load, what the first batch would wait for, by decoding no samples at all."""
-        state, none = self.file.state(0, 0), np.empty(0, np.int64)
+        none = np.empty(0, np.int64)
         images, labels = torch.empty((0, *self.image_memory[0].shape), dtype=torch.uint8), torch.empty((0, 1)).long()
-        batch = _Pending(none, images, labels, np.zeros(0, np.int32), [])
+        draws, status = np.zeros(2, np.uint64), np.zeros(0, np.int32)
+        batch = _Pending(none, self.file.begin(none), draws, images, labels, status, [])
         with announced_compilation(what):
-            self.pool.submit(self._decode, batch, (images.numpy(), labels.numpy()), slice(0, 0), state).result()
+            self.pool.submit(self._decode, batch, (images.numpy(), labels.numpy()), slice(0, 0)).result()
+        batch.data.release()
 
     def __len__(self) -> int:
         return len(self.reader.metadata)
@@ -172,11 +155,13 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         A sample that cannot be decoded raises SampleError, or, with replace_bad, gives way to the next good one of
         its list (from the end on, the first): image and label of that one come twice. A warning names it.
         """
-        state = self.file.state(seed, epoch)
+        self.file.prepare()
+        draws = np.array([seed, epoch], dtype=np.uint64)
         pending: deque[_Pending] = deque()
+        fetched = self.file.fetch(samples)
         try:
-            for indices in samples:
-                pending.append(self._submit(indices, state))
+            for indices, data in fetched:
+                pending.append(self._submit(indices, data, draws))
                 if len(pending) > self.batches_ahead:
                     yield self._finish(pending.popleft())
             while pending:
@@ -184,8 +169,11 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         finally:
             unfinished = [chunk for batch in pending for chunk in batch.chunks if not chunk.cancel()]
             self.is_stuck |= bool(wait(unfinished, 0 if self.is_stuck else _PATIENCE_S).not_done)
+            for batch in pending:
+                batch.data.release()
+            fetched.close()
 
-    def _submit(self, samples: NDArray[np.int64], state: tuple[NDArray[Any], ...]) -> _Pending:
+    def _submit(self, samples: NDArray[np.int64], data: Fetch, draws: NDArray[np.uint64]) -> _Pending:
         pinned = self.device.type == "cuda"
         images_query = self.image_memory[0]
         num = len(samples)
@@ -193,29 +181,26 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
             raise ValueError(f"samples {samples.min()} to {samples.max()}: expected 0 to {len(self) - 1}")
         images = torch.empty((num, *images_query.shape), dtype=torch.uint8, pin_memory=pinned)
         labels = torch.empty((num, 1), dtype=torch.int64, pin_memory=pinned)
-        batch = _Pending(samples, images, labels, np.zeros(num, np.int32), [])
+        batch = _Pending(samples, data, draws, images, labels, np.zeros(num, np.int32), [])
         arrays = images.numpy(), labels.numpy()
         for start in range(0, num, _CHUNK):
-            batch.chunks.append(
-                self.pool.submit(self._decode, batch, arrays, slice(start, min(start + _CHUNK, num)), state)
-            )
+            batch.chunks.append(self.pool.submit(self._decode, batch, arrays, slice(start, min(start + _CHUNK, num))))
         return batch
 
-    def _decode(
-        self, batch: _Pending, arrays: tuple[NDArray[Any], NDArray[Any]], part: slice, state: tuple[NDArray[Any], ...]
-    ) -> None:
+    def _decode(self, batch: _Pending, arrays: tuple[NDArray[Any], NDArray[Any]], part: slice) -> None:
         """Run FFCV's compiled stages on a part of a batch, in a thread of the pool."""
         if not hasattr(self.scratch, "memory"):
             self.scratch.memory = tuple(
                 np.empty(query.shape, query.dtype) for query in self.image_memory if isinstance(query, WorkerScratch)
             )
+        content, places, sizes, offsets = batch.data.wait()
         images, labels = arrays
         stages, _ = self.code
         image_node, label_node = (node.id for node in self.graph.nodes)
         arguments: dict[str, Any] = {
             "batch_indices": batch.samples[part],
             "metadata": self.reader.metadata,
-            "storage_state": state,
+            "storage_state": (content, places, sizes, batch.draws, self.functions, offsets),
             f"memory_{image_node}": (images[part], batch.status[part], self.scratch.memory),
             f"memory_{label_node}": labels[part],
             f"shared_memory_{image_node}": None,
@@ -229,12 +214,15 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         for number, chunk in enumerate(batch.chunks):
             try:
                 chunk.result(_PATIENCE_S)
+            except ReadError:
+                raise
             except Exception as error:  # whatever it is, say where
                 part = batch.samples[number * _CHUNK : (number + 1) * _CHUNK].tolist()
                 self.is_stuck |= not chunk.done()
                 reason = f"nothing came for {_PATIENCE_S:g} s; look after its disk" if self.is_stuck else repr(error)
                 raise SampleError(f"{self.fname}: decoding samples {part} failed: {reason}") from error
         self.wait_s += time.perf_counter() - started
+        batch.data.release()
         self._treat_bad(batch)
         images, labels = batch.images.permute(0, 3, 1, 2), batch.labels[:, 0]
         if self.copy_stream is None:
@@ -270,6 +258,7 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
     def close(self) -> None:
         """End the worker threads; iterations still open must not be used any more."""
         self.pool.shutdown(wait=not self.is_stuck, cancel_futures=True)
+        self.file.close(wait=not self.is_stuck)
 
 
 class _SplitLoader:
@@ -277,7 +266,9 @@ class _SplitLoader:
 
     split: str
 
-    def __init__(self, config: DataConfig, device: torch.device, decoder: CropDecoder) -> None:
+    def __init__(
+        self, config: DataConfig, device: torch.device, decoder: CropDecoder, local_rank: int, num_local: int
+    ) -> None:
         if config.data_path is None:
             raise ValueError("data_path is not set; give the folder with train.beton: --data_path BETON_DIR")
         beton = config.data_path / f"{self.split}.beton"
@@ -287,6 +278,11 @@ class _SplitLoader:
                 f"python write_ffcv_dataset.py --data_path IMAGENET --out_dir {config.data_path} --split {self.split}"
             )
         self.manifest = Manifest.check(beton)
+        files = list(dict.fromkeys(path for path in (beton, beton.with_name("val.beton")) if path.is_file()))
+        in_memory = sum(map(num_bytes_in_memory, files)) if config.data_cache == "ram" else 0
+        need = describe_need(config.data_cache, files, in_memory, available_memory())
+        if self.split == "train":
+            log.info(need)
         self.loader = SampleLoader(
             beton,
             decoder,
@@ -294,6 +290,9 @@ class _SplitLoader:
             batches_ahead=config.batches_ahead,
             device=device,
             replace_bad=self.split == "train" and config.bad_samples == "skip",
+            data_cache=config.data_cache,
+            local_rank=local_rank,
+            num_local=num_local,
         )
         labels = self.loader.reader.metadata["f1"]
         if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
@@ -317,6 +316,10 @@ class _SplitLoader:
         """Seconds the consumer has waited for batches so far."""
         return self.loader.wait_s
 
+    def prepare(self) -> None:
+        """With data_cache ram, bring the file into memory now; the first batch would do it otherwise."""
+        self.loader.file.prepare()
+
     def close(self) -> None:
         self.loader.close()
 
@@ -326,12 +329,37 @@ class TrainLoader(_SplitLoader):
 
     split = "train"
 
-    def __init__(self, config: DataConfig, device: torch.device, *, seed: int, rank: int = 0, world: int = 1) -> None:
-        super().__init__(config, device, RandomCropDecoder(config))
+    def __init__(
+        self,
+        config: DataConfig,
+        device: torch.device,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        local_rank: int = 0,
+        num_local: int = 1,
+    ) -> None:
+        super().__init__(config, device, RandomCropDecoder(config), local_rank, num_local)
         self.shares = Shares(config.batch_size, config.update_freq, world)
         self.seed = seed
         self.rank = rank
         self.steps_per_epoch = self.shares.num_steps(self.num_samples)
+        self.quasi_random = self._quasi_random(config) if config.order == "quasi_random" else None
+
+    def _quasi_random(self, config: DataConfig) -> QuasiRandom:
+        """Raises ValueError when the file lies in class order, which windows of it would not undo."""
+        rows, page_size = self.loader.reader.metadata, int(self.loader.reader.page_size)
+        addresses = rows["f0"]["data_ptr"]
+        quasi_random = QuasiRandom.of(addresses, page_size, config.shuffle_window_mb * 10**6)
+        windows, pages = quasi_random.num_windows, len(quasi_random.offsets)
+        if windows > 1 and not is_shuffled(rows["f1"][np.argsort(addresses)]):
+            raise ValueError(
+                f"order = quasi_random: {self.loader.fname} is in class order, so a window would hold few classes; "
+                "write it shuffled, which is the default of write_ffcv_dataset.py --overwrite, or use --order random"
+            )
+        log.info("order quasi_random: %d windows of about %s", windows, in_bytes(page_size * pages / windows))
+        return quasi_random
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[Batch]]:
         """Yield, for each optimiser step of the epoch from `first_step` on, its micro-batches of this rank.
@@ -339,7 +367,12 @@ class TrainLoader(_SplitLoader):
         Each is images (batch_size, 3, input_size, input_size) uint8 channels_last and labels (batch_size,) int64 on
         the device. A step's micro-batches must be used up before the next step is asked for.
         """
-        samples = self.shares.micro_batches(self.num_samples, self.seed, epoch, self.rank, first_step)
+        samples = self.shares.micro_batches(
+            self.num_samples, self.seed, epoch, self.rank, first_step, self.quasi_random
+        )
+        if self.quasi_random is not None and isinstance(self.loader.file, MappedFile):
+            positions = self.shares.positions(self.num_samples, self.rank, first_step)
+            samples = self._reading_pages(samples, self.quasi_random.pages_ahead(self.seed, epoch, positions))
         batches = self.loader.batches(samples, self.seed, epoch)
         try:
             for _ in range(first_step, self.steps_per_epoch):
@@ -347,14 +380,33 @@ class TrainLoader(_SplitLoader):
         finally:
             batches.close()  # type: ignore[attr-defined]
 
+    def _reading_pages(
+        self, samples: Iterator[NDArray[np.int64]], pages: Iterator[NDArray[np.int64]]
+    ) -> Iterator[NDArray[np.int64]]:
+        """Pass micro-batches on and have the next window's pages read meanwhile."""
+        file = self.loader.file
+        assert isinstance(file, MappedFile)
+        for indices, offsets in zip(samples, pages, strict=True):
+            file.announce(offsets, np.full(len(offsets), int(self.loader.reader.page_size)))
+            yield indices
+
 
 class EvalLoader(_SplitLoader):
     """Evaluation batches of one rank; over all ranks each image comes exactly once."""
 
     split = "val"
 
-    def __init__(self, config: DataConfig, device: torch.device, *, rank: int = 0, world: int = 1) -> None:
-        super().__init__(config, device, CenterCropDecoder(config))
+    def __init__(
+        self,
+        config: DataConfig,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        local_rank: int = 0,
+        num_local: int = 1,
+    ) -> None:
+        super().__init__(config, device, CenterCropDecoder(config), local_rank, num_local)
         self.samples = eval_batches(self.num_samples, config.batch_size, rank, world)
 
     def __iter__(self) -> Iterator[Batch]:

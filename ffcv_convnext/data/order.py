@@ -13,7 +13,73 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_convnext.rng import permutation
+from ffcv_convnext.rng import Stream, permutation
+
+
+@dataclass(frozen=True, slots=True)
+class QuasiRandom:
+    """The order for files larger than memory: FFCV's word for a shuffle that reads page after page.
+
+    An epoch permutes the file's pages and cuts them into windows; inside a window the samples are permuted. So only a
+    window has to be in memory at a time, and the next one can be read in whole pages. As the order is one list for all
+    ranks, they work in the same window, and `Shares` cuts it as it cuts a full shuffle.
+    """
+
+    pages: NDArray[np.int64]  # (n,) the page that holds a sample, numbered without gaps
+    offsets: NDArray[np.int64]  # (num_pages,) where a page begins in the file
+    num_windows: int
+
+    @classmethod
+    def of(cls, addresses: NDArray[np.uint64], page_size: int, window_bytes: int) -> QuasiRandom:
+        """addresses: (n,) of the samples in the file.   page_size: of that file, bytes.
+
+        Windows hold `window_bytes` at most, but one page at least.
+        """
+        numbers, pages = np.unique(addresses // np.uint64(page_size), return_inverse=True)
+        num_windows = -(-len(numbers) // max(1, window_bytes // page_size))
+        return cls(pages, numbers.astype(np.int64) * page_size, num_windows)
+
+    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """(n,) the samples as an epoch takes them: the full shuffle, sorted by window."""
+        shuffled = permutation(len(self.pages), seed, epoch)
+        window = np.empty(len(self.offsets), np.int32)
+        for number, pages in enumerate(self._windows(seed, epoch)):
+            window[pages] = number
+        return shuffled[np.argsort(window[self.pages[shuffled]], kind="stable")]
+
+    def _windows(self, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+        return np.array_split(permutation(len(self.offsets), seed, epoch, Stream.PAGES), self.num_windows)
+
+    def pages_ahead(self, seed: int, epoch: int, positions: Iterator[int]) -> Iterator[NDArray[np.int64]]:
+        """For each of some rising positions in the epoch's order, where the pages begin that should be read by now.
+
+        The next window is read in step with the use of the present one; each page comes once. What would be due
+        before the first position is left out: it is wanted sample by sample, or at once.
+        """
+        windows = self._windows(seed, epoch)
+        samples_in = np.bincount(self.pages, minlength=len(self.offsets))
+        begins = np.cumsum([0, *(int(samples_in[pages].sum()) for pages in windows)])  # in the order
+        ends = np.cumsum([len(pages) for pages in windows])  # in the list of pages
+        due_at_begin = np.append(ends, ends[-1])  # when a window begins, its own pages have been read
+        sequence = self.offsets[np.concatenate(windows)]
+        done = None
+        for position in positions:
+            due = int(np.interp(position, begins, due_at_begin))
+            done = due if done is None else done
+            yield sequence[done:due]
+            done = max(done, due)
+
+
+def is_shuffled(labels: NDArray[np.int64]) -> bool:
+    """Whether neighbours differ in their labels about as often as in a random order, or in class after class.
+
+    labels: (n,) in the order of the file.
+    """
+    if len(labels) < 2:
+        return True
+    shares = np.unique(labels, return_counts=True)[1] / len(labels)
+    changes_of_a_random_order = (len(labels) - 1) * (1 - float(np.sum(shares**2)))
+    return int(np.count_nonzero(np.diff(labels))) >= changes_of_a_random_order / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +108,27 @@ class Shares:
         return num_samples // self.global_batch
 
     def micro_batches(
-        self, num_samples: int, seed: int, epoch: int, rank: int, first_step: int = 0
+        self,
+        num_samples: int,
+        seed: int,
+        epoch: int,
+        rank: int,
+        first_step: int = 0,
+        quasi_random: QuasiRandom | None = None,
     ) -> Iterator[NDArray[np.int64]]:
         """A rank's micro-batches of an epoch from optimiser step `first_step` (counted in the epoch) on.
 
         Each is (batch_size,) int64 sample indices; update_freq of them in a row belong to one step.
         """
-        order = permutation(num_samples, seed, epoch)
+        order = quasi_random.order(seed, epoch) if quasi_random else permutation(num_samples, seed, epoch)
+        for start in self.positions(num_samples, rank, first_step):
+            yield order[start : start + self.batch_size]
+
+    def positions(self, num_samples: int, rank: int, first_step: int = 0) -> Iterator[int]:
+        """Where a rank's micro-batches begin in the order of an epoch, from optimiser step `first_step` on."""
         for step in range(first_step, self.num_steps(num_samples)):
             for m in range(rank, self.update_freq * self.world, self.world):
-                start = step * self.global_batch + m * self.batch_size
-                yield order[start : start + self.batch_size]
+                yield step * self.global_batch + m * self.batch_size
 
 
 def eval_batches(num_samples: int, batch_size: int, rank: int, world: int) -> list[NDArray[np.int64]]:

@@ -21,7 +21,6 @@ from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderT
 from numpy.typing import NDArray
 
 from ffcv_convnext.data.manifest import AGAIN
-from ffcv_convnext.files import in_bytes as in_bytes
 
 JPG, RAW = int(IMAGE_MODES["jpg"]), int(IMAGE_MODES["raw"])
 UNKNOWN = -1  # as a length or an owner: the allocation table has no entry for the sample's address

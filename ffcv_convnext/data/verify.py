@@ -31,11 +31,11 @@ from ffcv_convnext.data.tables import (
     UnreadableTables,
     damaged_pages,
     find_betons,
-    in_bytes,
     read_tables,
     shown,
 )
 from ffcv_convnext.data.writer import _Progress
+from ffcv_convnext.files import in_bytes
 
 NUM_SHOWN = 20  # bad samples of a file on the page; the JSON has all
 _CHUNK = 32  # images a thread decodes before it looks for more work

@@ -20,24 +20,26 @@ class Processes:
     world: int
     local_rank: int
     device: torch.device
+    num_local: int = 1  # processes on this node
 
     @classmethod
     def from_environment(cls, device: Literal["auto", "cuda", "cpu"]) -> Processes:
-        """What torchrun says in RANK, WORLD_SIZE and LOCAL_RANK; without it, one process.
+        """What torchrun says in RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without it, one process.
 
         Raises ValueError when cuda is asked for and there are too few devices.
         """
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         num_devices = torch.cuda.device_count()
         if device == "cpu" or (device == "auto" and num_devices == 0):
-            return cls(rank, world, local_rank, torch.device("cpu"))
+            return cls(rank, world, local_rank, torch.device("cpu"), num_local)
         if local_rank >= num_devices:
             raise ValueError(
                 f"device = {device}: this machine has {num_devices} CUDA devices, process {local_rank} needs one more; "
                 "start fewer processes with torchrun --nproc_per_node, or use --device cpu"
             )
-        return cls(rank, world, local_rank, torch.device("cuda", local_rank))
+        return cls(rank, world, local_rank, torch.device("cuda", local_rank), num_local)
 
     @property
     def is_main(self) -> bool:

@@ -63,6 +63,8 @@ def train(config: Config) -> dict[str, Any]:
             run = build_run(config, processes, train_loader, val_loader)
             with closing(run.log):
                 _resume(run)
+                train_loader.prepare()
+                val_loader.prepare()
                 scores: dict[str, Any] = {"epochs": config.schedule.epochs, **fit(run)}
                 run.log.done(scores)
         log.info("finished: %s", ", ".join(f"{key} {value:.4g}" for key, value in scores.items()))
@@ -91,7 +93,13 @@ def _joined(processes: Processes) -> Iterator[None]:
 @contextmanager
 def _loaders(config: Config, processes: Processes) -> Iterator[tuple[TrainLoader, EvalLoader]]:
     train_loader = data.TrainLoader(
-        config.data, processes.device, seed=config.run.seed, rank=processes.rank, world=processes.world
+        config.data,
+        processes.device,
+        seed=config.run.seed,
+        rank=processes.rank,
+        world=processes.world,
+        local_rank=processes.local_rank,
+        num_local=processes.num_local,
     )
     with closing(train_loader), closing(_val_loader(config, processes)) as val_loader:
         if val_loader.manifest.classes != train_loader.manifest.classes:
@@ -109,6 +117,8 @@ def _val_loader(config: Config, processes: Processes) -> EvalLoader:
         processes.device,
         rank=processes.rank if shared else 0,
         world=processes.world if shared else 1,
+        local_rank=processes.local_rank,
+        num_local=processes.num_local,
     )
 
 
