@@ -10,9 +10,10 @@ PYTHON_IN_VENV := .venv/bin/python
 UV := $(firstword $(wildcard .venv/bin/uv) uv)
 DIGITS := demo_data/digits/ORIGIN.txt
 BETON := $(addprefix demo_data/beton/,train.beton train.json val.beton val.json)
-PYTEST := $(PYTHON_IN_VENV) -m pytest -m "not gpu and not slurm" --cov=ffcv_convnext
+PYTEST := $(PYTHON_IN_VENV) -m pytest
+ORDINARY := -m "not gpu and not slurm and not slow" --cov=ffcv_convnext
 
-.PHONY: help setup demo test lint format types coverage requirements clean
+.PHONY: help setup demo test slow lint format types coverage requirements clean
 
 help:  ## list these commands
 	@sed -nE 's/^([a-z]+):.*  ## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -31,8 +32,11 @@ $(DIGITS): scripts/digits_to_folder.py | setup
 $(BETON) &: $(DIGITS) | setup
 	$(PYTHON_IN_VENV) write_ffcv_dataset.py --data_path demo_data/digits --out_dir demo_data/beton --split all --overwrite
 
-test: lint types  ## lint, types, and every test that needs neither a GPU nor Slurm; coverage must reach 90 %
-	$(PYTEST) --cov-report=term --cov-fail-under=90
+test: lint types  ## lint, types, and the tests that need neither a GPU nor Slurm; coverage must reach 90 %
+	$(PYTEST) $(ORDINARY) --cov-report=term --cov-fail-under=90
+
+slow: | setup  ## the tests that take a minute each: benchmarks from end to end, other processors
+	$(PYTEST) -m "slow and not gpu and not slurm"
 
 lint: | setup  ## ruff: rules and formatting
 	$(PYTHON_IN_VENV) -m ruff check .
@@ -46,7 +50,7 @@ types: | setup  ## mypy, strict
 	$(PYTHON_IN_VENV) -m mypy
 
 coverage: | setup  ## the tests again, with the lines they miss as pages in htmlcov/
-	$(PYTEST) --cov-report=html --cov-report=term-missing
+	$(PYTEST) $(ORDINARY) --cov-report=html --cov-report=term-missing
 
 requirements: | setup  ## renew the pins in requirements.txt from pyproject.toml
 	bash scripts/pin.sh "$(UV)"

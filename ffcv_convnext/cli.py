@@ -264,14 +264,22 @@ def verify(argv: Sequence[str]) -> int:
     parser.add_argument("data", type=Path, help="folder with train.beton and val.beton (or one of them), or a .beton")
     parser.add_argument("--num_workers", type=int, metavar="N", help="threads that decode (default one a core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found there, as an object")
+    parser.add_argument(
+        "--repair", action="store_true", help="make damaged pages anew from the original files, where those are there"
+    )
     parser.epilog = "Exit status: 0 all is good, 1 something is bad, 2 wrong usage."
     options = parser.parse_args(argv)
     if options.json and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
         raise ValueError(f"--json {options.json}: expected a file in a folder that exists")
-    from ffcv_convnext.data import verify_data
+    from ffcv_convnext.data import repair_data, verify_data
 
     verification = verify_data(options.data, options.num_workers)
     print(verification.format())
+    if options.repair and not verification.good:
+        for page in repair_data(options.data, options.num_workers or 1):
+            print(page.format())
+        verification = verify_data(options.data, options.num_workers)
+        print(f"after the repair: {verification.summary()}")
     if options.json:
         write_atomically(options.json, (verification.to_json() + "\n").encode())
     return 0 if verification.good else EXIT_FAILURE

@@ -170,12 +170,13 @@ def test_a_first_compilation_is_announced_and_kept_for_later_starts_however_many
     results = [ended(process) for process in first]
     for _, news in results:
         lines = news.splitlines()
-        assert len(lines) == 3, news
+        assert len(lines) == 4, news
         assert re.fullmatch(r"compiling the decoder of train\.beton for this processor, .* once; kept in .*", lines[0])
         assert re.fullmatch(r"compiled the decoder of train\.beton in \d+\.\d s", lines[1])
-        assert lines[2] == "loaders are built", "the first batch does not wait for the compiler"
+        assert lines[2].startswith("data_cache = os: train.beton and val.beton take ")
+        assert lines[3] == "loaders are built", "the first batch does not wait for the compiler"
     again = ended(python(READ, str(beton_dir), "train", NUMBA_CACHE_DIR=str(tmp_path)))
-    assert again[1].splitlines() == ["loaders are built"]
+    assert [line.partition(" =")[0] for line in again[1].splitlines()] == ["data_cache", "loaders are built"]
     assert {again[0]} == {checksum for checksum, _ in results}
 
 
@@ -314,8 +315,10 @@ def test_training_on_a_bad_file_ends_at_once_with_one_line(
     values = {**small_settings, "data_path": own, "output_dir": tmp_path / "run"}
     capsys.readouterr()
     assert run_command("train", [word for name, value in values.items() for word in (f"--{name}", str(value))]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *news, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
+    assert all(each.startswith("data_cache = os: ") for each in news), "of the other file, which is good"
+    assert len(news) == (split == "val")
     assert str(own / split) in line
     assert re.search(REFUSALS[harm], line), line
     assert not list((tmp_path / "run").glob("*.jsonl")), "no step was taken"

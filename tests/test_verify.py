@@ -161,6 +161,47 @@ def test_a_single_flipped_bit_is_found_where_no_decoder_stumbles(own_dir: Path, 
     assert run("verify", own_dir / "train.beton")[0] == 0
 
 
+def test_damaged_pages_are_repaired_when_asked_for(own_dir: Path, run: Run) -> None:
+    beton = own_dir / "train.beton"
+    before = beton.read_bytes()
+    damage = Damage(beton)
+    damage.image(17)[100:900] = 0
+    damage.image(60)[-1] ^= 4
+    assert run("verify", own_dir)[0] == 1
+    assert beton.read_bytes() != before
+    status, page, _ = run("verify", own_dir, "--repair")
+    assert status == 0
+    assert f"{beton}: page 0 repaired from the original files" in page
+    assert page.splitlines()[-1] == "after the repair: good: train.beton and val.beton, 100 samples"
+    assert beton.read_bytes() == before
+
+
+def test_what_cannot_be_repaired_is_left_with_a_reason(own_dir: Path, tmp_path: Path, run: Run) -> None:
+    beton = own_dir / "train.beton"
+    Damage(beton).image(17)[100:900] = 0
+    damaged = beton.read_bytes()
+    manifest = Manifest.check(beton)
+    originals = Path(shutil.copytree(manifest.source, tmp_path / "originals"))
+    moved = dataclasses.replace(manifest, source=str(originals))
+    moved.write(Manifest.path_for(beton))
+    original = moved.original_file(beton, 3)
+    assert original is not None
+    original.write_bytes(next(path for path in originals.rglob("*.JPEG") if path != original).read_bytes())
+    _, page, _ = run("verify", beton, "--repair")
+    assert re.search(r"page 0 left as it is: (\S+ is not what sample 3 was made from|made from its 80 files)", page)
+    original.unlink()
+    status, page, _ = run("verify", beton, "--repair")
+    assert status == 1
+    assert f"page 0 left as it is: {original}: No such file or directory" in page
+    Manifest.files_path_for(beton).unlink()
+    assert "left as it is: the list of original files is missing" in run("verify", beton, "--repair")[1]
+    assert beton.read_bytes() == damaged
+    Damage(beton).rows[7, 1] += 1
+    status, _, stderr = run("verify", beton, "--repair")
+    assert status == 2
+    assert "header or sample table differ from the manifest's hash" in stderr
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -560,7 +560,7 @@ def test_an_exception_in_a_worker_comes_back_with_its_traceback() -> None:
 def test_progress_without_a_terminal_is_a_plain_line_now_and_then(
     own_folder: Path, tmp_path: Path, write: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ffcv_convnext.data.writer.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("ffcv_convnext.data.progress.PLAIN_SECONDS", 0.0)
     status, stderr = write(own_folder, tmp_path / "out", "--split", "train", "--num_workers", "1")
     assert status == 0
     assert "\r" not in stderr

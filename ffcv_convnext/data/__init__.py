@@ -30,6 +30,7 @@ _HOMES = {
     "write_stock_beton": "stock",
     "read_tables": "tables",
     "verify_data": "verify",
+    "repair_data": "repair",
     "describe_data": "info",
 }
 _LIGHT = {"manifest", "writer", "joining", "order"}  # import neither ffcv nor torch, which take seconds

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ffcv_convnext.data.planes import reencode, restart_interval, shrunk_size
-from ffcv_convnext.data.turbojpeg import Subsampling, factors, read_header
+from ffcv_convnext.data.turbojpeg import MAX_JPEG_SIDE, Subsampling, factors, read_header
 
-MAX_JPEG_SIDE = 65500  # libjpeg's limit, just below the 65535 that FFCV's sample table can hold
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 QUALITY_BESIDE_ORIGINALS = 95  # jpeg_quality original: of pictures that have to be encoded nevertheless
 OPAQUE = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -89,10 +88,12 @@ def _find_parts(out_dir: Path, split: Split) -> list[Path]:
 
 
 def _files(part: Path, manifest: Manifest) -> list[str]:
-    content = Manifest.files_path_for(part).read_bytes()
-    if hashlib.sha256(content).hexdigest() != manifest.files_sha256:
-        raise ValueError(f"{Manifest.files_path_for(part)} differs from the manifest's hash; copy the part again")
-    return [os.fsdecode(line) for line in content.split(b"\n")[:-1]]
+    files = manifest.original_files(part)
+    if files is None:
+        raise ValueError(
+            f"{Manifest.files_path_for(part)} is missing or differs from the manifest's hash; copy it again"
+        )
+    return files
 
 
 def _write(

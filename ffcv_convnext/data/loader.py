@@ -158,7 +158,7 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         self.file.prepare()
         draws = np.array([seed, epoch], dtype=np.uint64)
         pending: deque[_Pending] = deque()
-        fetched = self.file.fetch(samples)
+        fetched = self.file.fetch(map(self._checked, samples))
         try:
             for indices, data in fetched:
                 pending.append(self._submit(indices, data, draws))
@@ -173,12 +173,16 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
                 batch.data.release()
             fetched.close()
 
+    def _checked(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Compiled code looks at no bounds."""
+        if len(samples) and not 0 <= samples.min() <= samples.max() < len(self):
+            raise ValueError(f"samples {samples.min()} to {samples.max()}: expected 0 to {len(self) - 1}")
+        return samples
+
     def _submit(self, samples: NDArray[np.int64], data: Fetch, draws: NDArray[np.uint64]) -> _Pending:
         pinned = self.device.type == "cuda"
         images_query = self.image_memory[0]
         num = len(samples)
-        if num and not 0 <= samples.min() <= samples.max() < len(self):  # compiled code looks at no bounds
-            raise ValueError(f"samples {samples.min()} to {samples.max()}: expected 0 to {len(self) - 1}")
         images = torch.empty((num, *images_query.shape), dtype=torch.uint8, pin_memory=pinned)
         labels = torch.empty((num, 1), dtype=torch.int64, pin_memory=pinned)
         batch = _Pending(samples, data, draws, images, labels, np.zeros(num, np.int32), [])
@@ -281,8 +285,6 @@ class _SplitLoader:
         files = list(dict.fromkeys(path for path in (beton, beton.with_name("val.beton")) if path.is_file()))
         in_memory = sum(map(num_bytes_in_memory, files)) if config.data_cache == "ram" else 0
         need = describe_need(config.data_cache, files, in_memory, available_memory())
-        if self.split == "train":
-            log.info(need)
         self.loader = SampleLoader(
             beton,
             decoder,
@@ -297,6 +299,8 @@ class _SplitLoader:
         labels = self.loader.reader.metadata["f1"]
         if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
             raise ValueError(f"{beton}: labels {labels.min()} to {labels.max()} do not fit {self.num_classes} classes")
+        if self.split == "train":
+            log.info(need)
 
     @property
     def num_classes(self) -> int:

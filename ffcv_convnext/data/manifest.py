@@ -147,16 +147,21 @@ class Manifest:
             )
         return manifest
 
-    def original_file(self, beton: Path, sample: int) -> Path | None:
-        """The file a sample was made from, for error messages; None where the list is missing or not of this
-        .beton. Reads the whole list at each call."""
+    def original_files(self, beton: Path) -> list[str] | None:
+        """The files that samples were made from, in their order, relative to `source`; None where the list is missing
+        or not of this .beton."""
         try:
             content = self.files_path_for(beton).read_bytes()
         except OSError:
             return None
-        if hashlib.sha256(content).hexdigest() != self.files_sha256 or not 0 <= sample < self.num_samples:
+        if hashlib.sha256(content).hexdigest() != self.files_sha256:
             return None
-        return Path(self.source) / os.fsdecode(content.split(b"\n")[sample])
+        return [os.fsdecode(line) for line in content.split(b"\n")[:-1]]
+
+    def original_file(self, beton: Path, sample: int) -> Path | None:
+        """The file a sample was made from, for error messages; None where it is not known. Reads the whole list."""
+        files = self.original_files(beton)
+        return None if files is None or not 0 <= sample < len(files) else Path(self.source) / files[sample]
 
 
 def check_header(beton: Path) -> None:

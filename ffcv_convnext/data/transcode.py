@@ -25,9 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffcv_convnext.data.compiling import jit
-from ffcv_convnext.data.images import MAX_JPEG_SIDE
 from ffcv_convnext.data.planes import restart_interval
-from ffcv_convnext.data.turbojpeg import library
+from ffcv_convnext.data.turbojpeg import MAX_JPEG_SIDE, library
 
 _MAX_PIXELS = 178_956_970  # as many as Pillow opens: a short file that claims more is a decompression bomb
 

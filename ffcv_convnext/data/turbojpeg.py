@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 Subsampling = Literal["420", "422", "444"]
 Plane = NDArray[np.uint8]
+MAX_JPEG_SIDE = 65500  # libjpeg's limit, just below the 65535 that FFCV's sample table can hold
 
 # TJSAMP_*: how many pixels share a chroma sample, across and down.
 _FACTORS = {"444": (1, 1), "422": (2, 1), "420": (2, 2), "grey": (1, 1), "440": (1, 2), "411": (4, 1)}

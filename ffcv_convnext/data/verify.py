@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ffcv_convnext.data.jpeg import NO_JPEG, OK, OUTSIDE_FILE, REASONS, UNKNOWN_MODE, addresses, decode_jpeg
 from ffcv_convnext.data.manifest import AGAIN, Manifest
+from ffcv_convnext.data.progress import ProgressBar
 from ffcv_convnext.data.restart import HEIGHT, WIDTH, read_layout
 from ffcv_convnext.data.tables import (
     JPG,
@@ -34,7 +35,6 @@ from ffcv_convnext.data.tables import (
     read_tables,
     shown,
 )
-from ffcv_convnext.data.writer import _Progress
 from ffcv_convnext.files import in_bytes
 
 NUM_SHOWN = 20  # bad samples of a file on the page; the JSON has all
@@ -301,7 +301,7 @@ def _decode_all(tables: Tables, num_workers: int, reasons: Reasons) -> int:
     chunks = [samples[start : start + _CHUNK].tolist() for start in range(0, len(samples), _CHUNK)]
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="verify")
     name = f"{tables.path.parent.name}/{tables.path.name}"
-    with open(tables.path, "rb", buffering=0) as file, _Progress(len(samples), name) as progress:
+    with open(tables.path, "rb", buffering=0) as file, ProgressBar(len(samples), name) as progress:
         try:
             decode = _Decoder(tables, file.fileno())
             for chunk, answers in zip(chunks, pool.map(decode, chunks), strict=True):

@@ -14,7 +14,6 @@ import os
 import shutil
 import signal
 import stat
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,13 +26,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
-from tqdm import tqdm
 
 from ffcv_convnext import __version__
 from ffcv_convnext.data.folder import LAYOUT, ImageFolder, list_classes, scan
-from ffcv_convnext.data.images import MAX_JPEG_SIDE, EncodedImage, Encoding, Rejected, encode_files
+from ffcv_convnext.data.images import EncodedImage, Encoding, Rejected, encode_files
 from ffcv_convnext.data.manifest import Manifest, SkippedFile, Split, encode_file_list, tables_digest
-from ffcv_convnext.data.turbojpeg import Subsampling
+from ffcv_convnext.data.progress import ProgressBar
+from ffcv_convnext.data.turbojpeg import MAX_JPEG_SIDE, Subsampling
 from ffcv_convnext.data.workers import WorkerDied, Workers
 from ffcv_convnext.data.workplace import Page, Progress, Workplace, workplace
 from ffcv_convnext.errors import Failure
@@ -49,7 +48,6 @@ logger = logging.getLogger(__name__)
 MIN_PAGE_BYTES = 8 << 20  # FFCV's default
 MAX_PAGE_BYTES = 64 << 20  # a loader that does without the page cache holds several pages in memory
 BYTES_A_PIXEL = 3  # raw; JPEG of pure noise at quality 100 stays below
-PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
 ESTIMATE_FILES = 48  # encoded in advance, to tell how much room is needed
 
 
@@ -380,7 +378,7 @@ class _Writing:
     def _samples(self, answers: Iterable[list[EncodedImage | Rejected]]) -> Iterator[tuple[EncodedImage, int]]:
         """A picture is settled when the next one is asked for."""
         name = f"{self.options.out_dir.name}/{self.shown_as.name}"
-        with _Progress(len(self.plan.files), name, self.num_files) as progress:
+        with ProgressBar(len(self.plan.files), name, self.num_files) as progress:
             for images in answers:
                 for image in images:
                     if isinstance(image, EncodedImage):
@@ -486,45 +484,3 @@ def publish(place: Workplace, out_dir: Path) -> None:
             os.close(descriptor)
     except OSError as error:
         raise Failure(f"{out_dir / beton.name} cannot be put in place: {error.strerror} ({error.filename2})") from error
-
-
-class _Progress:
-    """A bar on a terminal, elsewhere a line on stderr every ten seconds; both with images/s and time left."""
-
-    def __init__(self, total: int, name: str, done: int = 0) -> None:
-        self.bar = tqdm(
-            total=total,
-            initial=done,
-            desc=name,
-            unit=" images",
-            smoothing=0.05,
-            file=sys.stderr,
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
-        )
-        self.name, self.total, self.initial, self.done = name, total, done, done
-        self.started = self.said = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def add(self, number: int) -> None:
-        self.done += number
-        self.bar.update(number)
-        now = time.monotonic()
-        if self.bar.disable and now - self.said >= PLAIN_SECONDS:
-            self.said = now
-            text = tqdm.format_meter(
-                self.done,
-                self.total,
-                now - self.started,
-                initial=self.initial,
-                prefix=self.name,
-                unit=" images",
-                ncols=0,
-            )
-            sys.stderr.write(text.strip() + "\n")
-            sys.stderr.flush()
