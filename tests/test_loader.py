@@ -29,7 +29,7 @@ from ffcv_convnext.config import DataConfig  # noqa: E402
 from ffcv_convnext.data import ConversionOptions, EvalLoader, SampleError, TrainLoader, convert  # noqa: E402
 from ffcv_convnext.data.decoders import CenterCropDecoder, RandomCropDecoder, random_crop  # noqa: E402
 from ffcv_convnext.data.loader import SampleLoader  # noqa: E402
-from ffcv_convnext.data.manifest import Manifest
+from ffcv_convnext.data.manifest import Manifest  # noqa: E402
 from ffcv_convnext.data.order import Shares  # noqa: E402
 from ffcv_convnext.rng import Stream, sample_words, uniform  # noqa: E402
 

@@ -21,50 +21,67 @@ from typing import Any
 import numpy as np
 from ffcv.fields import IntField, RGBImageField
 from ffcv.fields.rgb_image import IMAGE_MODES
-from ffcv.memory_allocator import MemoryAllocator
 from ffcv.types import ALLOC_TABLE_TYPE
 from ffcv.writer import DatasetWriter
 
 from ffcv_convnext.data.images import EncodedImage, Encoding
 from ffcv_convnext.data.workplace import Page, Row
 
+_MODES = {mode: int(IMAGE_MODES[mode]) for mode in ("jpg", "raw")}
 
-class _Pages(MemoryAllocator):  # type: ignore[misc]
-    """FFCV's allocator for a single writer: every byte of a page is written, or an OSError says why not.
 
-    The stock one ignores short writes, so a disk that fills up inside a page leaves a damaged file in silence.
+class _Pages:
+    """The part of the file where pictures lie: in pages of one size, a picture never across two of them.
+
+    Laid out as by FFCV's MemoryAllocator. That one ignores short writes, so a disk that fills up inside a page leaves a
+    damaged file in silence; here every byte is written, or an OSError says why not.
     """
 
     def __init__(self, path: str, start: int, page_size: int, first: int, written: Callable[[int], None]) -> None:
-        """first: number of the first page to write.   written: gets the CRC of each page once it is on the disk."""
-        super().__init__(path, start, page_size)
-        self.next_page_allocated.value = first
+        """start: where the tables before the pages end.   first: number of the first page to write.
+        written: gets the CRC of each page once it is on the disk."""
+        self.path = path
+        self.page_size = page_size
+        self.start = -(-start // page_size) * page_size
+        self.number = first
+        self.page = bytearray(page_size)
+        self.used = 0  # bytes of the page in work
         self.written = written
 
     def __enter__(self) -> _Pages:
-        self.fp = open(self.fname, "r+b", buffering=0)
+        self.file = open(self.path, "r+b", buffering=0)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         try:
-            if kind is None:
-                self.flush_page()
+            if kind is None and self.used:
+                self._flush()
         finally:
-            self.fp.close()
+            self.file.close()
 
-    def flush_page(self) -> None:
-        if self.my_page < 0:
-            return
-        self.fp.seek(self.offset + self.my_page * self.page_size)
-        rest = memoryview(self.page_data)
+    def append(self, data: bytes) -> int:
+        """The address at which the data will lie; it is at most a page long."""
+        if self.used + len(data) > self.page_size:
+            self._flush()
+        address = self.num_bytes
+        self.page[self.used : self.used + len(data)] = data
+        self.used += len(data)
+        return address
+
+    def _flush(self) -> None:
+        self.file.seek(self.start + self.number * self.page_size)
+        rest = memoryview(self.page)
         while rest:
-            rest = rest[self.fp.write(rest) :]
-        self.written(zlib.crc32(self.page_data))
+            rest = rest[self.file.write(rest) :]
+        self.number += 1
+        self.used = 0
+        self.written(zlib.crc32(self.page))
+        self.page = bytearray(self.page_size)
 
     @property
     def num_bytes(self) -> int:
-        """Size of the file up to the end of the page in work."""
-        return int(self.offset + (self.my_page + 1) * self.page_size)
+        """Size of the file up to the end of the last picture."""
+        return self.start + self.number * self.page_size + self.used
 
 
 class BetonWriter(DatasetWriter):  # type: ignore[misc]
@@ -99,18 +116,16 @@ class BetonWriter(DatasetWriter):  # type: ignore[misc]
     def keep_pages(self, pages: Sequence[Page]) -> int:
         """Go on after these pages, which an earlier writer of the same capacity left in the file, as far as they are
         whole. Returns how many are."""
-        start = _Pages(self.fname, self.data_region_start, self.page_size, 0, self._no_page).offset
         with open(self.fname, "rb") as file:
-            file.seek(start)
+            file.seek(self._pages(lambda _crc32: None).start)
             for page in pages:
                 if zlib.crc32(file.read(self.page_size)) != page.crc32:  # power failed before it reached the disk
                     break
                 self.pages.append(page)
         return len(self.pages)
 
-    @staticmethod
-    def _no_page(_crc32: int) -> None:
-        raise AssertionError
+    def _pages(self, written: Callable[[int], None]) -> _Pages:
+        return _Pages(self.fname, self.data_region_start, self.page_size, len(self.pages), written)
 
     def write(self, samples: Iterable[tuple[EncodedImage, int]], on_page: Callable[[Page], None]) -> int:
         """Write (picture, label) pairs in their order, sync the file to the disk, and return how many samples it has.
@@ -118,8 +133,6 @@ class BetonWriter(DatasetWriter):  # type: ignore[misc]
         on_page: called after each page that was written; a sample that it lacks has not been asked for, or is the last
         one that was.   Raises OSError when the file cannot be written.
         """
-        table = np.zeros(self.num_samples, dtype=self.metadata_type)
-        images, labels = (table[name] for name in self.metadata_type.names)
         rows: list[Row] = []  # of the page in work
 
         def written(crc32: int) -> None:
@@ -128,29 +141,26 @@ class BetonWriter(DatasetWriter):  # type: ignore[misc]
             rows = []
             on_page(self.pages[-1])
 
-        allocations, number = [], 0
-        pages = _Pages(self.fname, self.data_region_start, self.page_size, len(self.pages), written)
+        with self._pages(written) as pages:
+            for image, label in samples:
+                pages.append(image.data)
+                rows.append((_MODES[image.mode], image.width, image.height, label, len(image.data)))
+                self.num_bytes = pages.num_bytes
+        allocations = []
+        table = np.zeros(self.num_samples, dtype=self.metadata_type)
+        images, labels = (table[name] for name in self.metadata_type.names)
+        number = 0
         for index, page in enumerate(self.pages):
-            address = int(pages.offset) + index * self.page_size
+            address = pages.start + index * self.page_size
             for mode, width, height, label, size in page.rows:
                 images[number], labels[number] = (mode, width, height, address), label
                 allocations.append((number, address, size))
                 address += size
                 number += 1
-        with pages:
-            for image, label in samples:
-                pages.set_current_sample(number)
-                address, memory = pages.malloc(len(image.data))
-                memory[:] = np.frombuffer(image.data, dtype=np.uint8)
-                mode = int(IMAGE_MODES[image.mode])
-                images[number], labels[number] = (mode, image.width, image.height, address), label
-                rows.append((mode, image.width, image.height, label, len(image.data)))
-                number += 1
-                self.num_bytes = pages.num_bytes
         self.header["num_samples"] = number
         self.metadata_sm = SimpleNamespace(buf=table[:number].tobytes())  # where the stock finalize looks for it
-        os.truncate(self.fname, pages.offset + len(self.pages) * self.page_size)  # of an earlier, longer attempt
-        self.finalize(allocations + pages.allocations)
+        os.truncate(self.fname, pages.start + len(self.pages) * self.page_size)  # of an earlier, longer attempt
+        self.finalize(allocations)
         table_bytes = os.path.getsize(self.fname) - int(self.header["alloc_table_ptr"])
         if table_bytes != number * ALLOC_TABLE_TYPE.itemsize:  # stock finalize swallows whatever is raised in it
             raise InterruptedError(EINTR, "interrupted while writing the allocation table")

@@ -54,7 +54,7 @@ def scan(source: Path, classes: Sequence[str], *, all_classes: bool) -> ImageFol
         found = _images_below(source / name) if name in present else []
         if not found:
             empty.append(name)
-        files += [os.path.relpath(path, source) for path in found]
+        files += [path[len(str(source)) + 1 :] for path in found]
         labels += [label] * len(found)
     if not files:
         raise FileNotFoundError(f"{source} holds no images ({', '.join(IMAGE_EXTENSIONS)}); {LAYOUT}")

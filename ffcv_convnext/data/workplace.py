@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import os
@@ -32,6 +31,17 @@ class Progress:
     num_originals: int  # of the page: pictures with the coefficients of their files
     skipped: list[tuple[str, str]]  # since the page before: path, reason
 
+    def to_line(self) -> str:
+        """A line of JSON."""
+        return json.dumps([self.page.crc32, self.page.rows, self.num_files, self.num_originals, self.skipped]) + "\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Progress:
+        """Raises ValueError for a line that was cut off."""
+        crc32, rows, num_files, num_originals, skipped = json.loads(line)
+        page = Page(crc32, [tuple(row) for row in rows])
+        return cls(page, num_files, num_originals, [(path, reason) for path, reason in skipped])
+
 
 class Workplace:
     """The folder of one unfinished .beton, held under a lock (see `workplace`).
@@ -56,12 +66,9 @@ class Workplace:
         found: list[Progress] = []
         for line in lines:
             try:
-                entry = json.loads(line)
+                found.append(Progress.from_line(line))
             except ValueError:  # cut off, or the nothing behind the last line
                 break
-            page = Page(entry["page"]["crc32"], [tuple(row) for row in entry["page"]["rows"]])
-            skipped = [(path, reason) for path, reason in entry["skipped"]]
-            found.append(Progress(page, entry["num_files"], entry["num_originals"], skipped))
         return found
 
     def begin(self, identity: str, kept: Sequence[Progress] = ()) -> None:
@@ -69,14 +76,13 @@ class Workplace:
         if not kept:
             for path in self.folder.iterdir():
                 path.unlink()
-        lines = [json.dumps(identity), *(json.dumps(dataclasses.asdict(entry)) for entry in kept)]
         fresh = self.folder / "pages.new"
-        fresh.write_text("".join(line + "\n" for line in lines))
+        fresh.write_text("".join([json.dumps(identity) + "\n", *(entry.to_line() for entry in kept)]))
         fresh.replace(self.journal)
 
     def append(self, entry: Progress) -> None:
         with open(self.journal, "a") as file:
-            file.write(json.dumps(dataclasses.asdict(entry)) + "\n")
+            file.write(entry.to_line())
 
     @property
     def num_pages(self) -> int:

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 MIN_PAGE_BYTES = 8 << 20  # FFCV's default
 MAX_PAGE_BYTES = 64 << 20  # a loader that does without the page cache holds several pages in memory
 BYTES_A_PIXEL = 3  # raw; JPEG of pure noise at quality 100 stays below
-ESTIMATE_FILES = 48  # encoded in advance, to tell how much room is needed
+ESTIMATE_FILES = 24  # encoded in advance, to tell how much room is needed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +133,8 @@ class _Plan:
 
     def tasks(self) -> list[tuple[str, bool]]:
         """What workers are to encode."""
-        return [(str(self.folder.source / file), jpeg) for file, jpeg in zip(self.files, self.compress, strict=True)]
+        source = str(self.folder.source)
+        return [(os.path.join(source, file), jpeg) for file, jpeg in zip(self.files, self.compress, strict=True)]
 
 
 def convert(options: ConversionOptions, say: Say = logger.info) -> list[Manifest]:
