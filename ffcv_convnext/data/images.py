@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
@@ -134,6 +133,9 @@ def encode(pixels: NDArray[np.uint8], encoding: Encoding) -> EncodedImage:
     The markers let a reader decode a crop alone (restart.py); any other reader takes no notice of them.
     Raises ImageError for a picture that does not fit the format.
     """
+    import cv2  # JPEGs do without; it would cost each worker's start
+
+    cv2.setNumThreads(1)  # the conversion runs a process per core already
     height, width, _ = pixels.shape
     _check_side(width, height)
     success, jpeg = cv2.imencode(
@@ -194,7 +196,6 @@ def _check_side(width: int, height: int) -> None:
 
 def encode_files(files: Sequence[tuple[str, bool]], encoding: Encoding) -> list[EncodedImage | Rejected]:
     """Every (path, compress) as a picture, or the reason why not: one unreadable file never costs its neighbours."""
-    cv2.setNumThreads(1)  # the conversion runs a process per core already
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow on odd EXIF and large pictures: nothing a user could act on
         return [_encode_file(path, encoding, compress) for path, compress in files]

@@ -7,7 +7,6 @@ one by one where the picture is too large, and encoded.
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 from PIL import Image
 
@@ -97,6 +96,8 @@ def _resize(plane: Plane, covered: tuple[float, float], wanted: tuple[float, flo
     needed = int(np.ceil(box[0] - 1e-6)), int(np.ceil(box[1] - 1e-6))
     plane = _extend(plane[: min(height, needed[1]), : min(width, needed[0])], needed)
     if scale in ((2, 1), (1, 2), (2, 2)):  # chroma subsampled further: the mean, as libjpeg does it
+        import cv2  # few JPEGs need it, and it would cost each worker's start
+
         small = cv2.resize(plane, size, interpolation=cv2.INTER_AREA)
     else:
         limits = (0, 0, min(box[0], needed[0]), min(box[1], needed[1]))
