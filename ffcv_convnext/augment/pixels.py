@@ -15,8 +15,15 @@ _LUMA_16 = (19595, 38470, 7471)  # ITU-R 601 in 16-bit fixed point: how PIL make
 def lookup(pixels: Tensor, tables: Tensor) -> Tensor:
     """Each value replaced by its entry. tables: (n, 1 or 3, 256) uint8, for an image or each of its channels."""
     num, channels, _ = tables.shape
-    first = torch.arange(num * channels, device=pixels.device).mul_(256).view(num, 1, 1, channels)
-    return torch.take(tables, first + pixels)
+    places = _places(num, channels, pixels)
+    return tables.reshape(-1).index_select(0, places.view(-1)).view(pixels.shape)
+
+
+def _places(num: int, channels: int, pixels: Tensor) -> Tensor:
+    """(n, H, 3 W) int32: where each value's entry stands in tables (n, channels, 256)."""
+    first = torch.arange(num * channels, dtype=torch.int32, device=pixels.device).mul_(256).view(num, 1, channels)
+    places = pixels.flatten(2).int()
+    return places.add_(first.repeat(1, 1, places.shape[2] // channels))  # three at the end would be a slow broadcast
 
 
 def autocontrast_tables(pixels: Tensor) -> Tensor:
@@ -32,8 +39,7 @@ def autocontrast_tables(pixels: Tensor) -> Tensor:
 def equalize_tables(pixels: Tensor) -> Tensor:
     """(n, 3, 256) uint8: tables that give each channel a flat histogram."""
     num = len(pixels)
-    first = torch.arange(num * 3, device=pixels.device).mul_(256).view(num, 1, 1, 3)
-    places = (first + pixels).view(-1)
+    places = _places(num, 3, pixels).view(-1).long()
     counts = torch.zeros(num * 3 * 256, dtype=torch.int64, device=pixels.device)
     counts = counts.scatter_add_(0, places, torch.ones_like(places)).view(num, 3, 256)
     values = torch.arange(256, device=pixels.device)
@@ -45,15 +51,15 @@ def equalize_tables(pixels: Tensor) -> Tensor:
 
 
 def gray(pixels: Tensor) -> Tensor:
-    """(n, H, W, 1) int32 brightness, rounded to 0..255."""
-    red, green, blue = (weight * channel.int() for weight, channel in zip(_LUMA_16, pixels.unbind(-1), strict=True))
-    return ((red + green + blue + (1 << 15)) >> 16)[..., None]
+    """(n, H, W) int32 brightness, rounded to 0..255."""
+    red, green, blue = (channel.int().mul_(weight) for weight, channel in zip(_LUMA_16, pixels.unbind(-1), strict=True))
+    return red.add_(green).add_(blue).add_(1 << 15) >> 16
 
 
 def mean_gray(pixels: Tensor) -> Tensor:
-    """(n, 1, 1, 1) float32: the mean of an image's gray, rounded to 0..255."""
+    """(n,) float32: the mean of an image's gray, rounded to 0..255."""
     level = gray(pixels)
-    mean = level.sum((1, 2, 3), keepdim=True).double() / level[0].numel()
+    mean = level.sum((1, 2)).double() / level[0].numel()
     return (mean + 0.5).floor().float()
 
 
@@ -67,10 +73,21 @@ def smooth(pixels: Tensor) -> Tensor:
     return result
 
 
-def blend(base: Tensor, pixels: Tensor, factors: Tensor) -> Tensor:
-    """base + factor (pixels - base), cut off towards 0 as PIL does. factors: (n, 1, 1, 1) float32, 1: the pixels."""
-    base = base.float()
-    return (pixels.float() - base).mul_(factors).add_(base).clamp_(0, 255).to(torch.uint8)
+def blend(base: Tensor, values: Tensor, factors: Tensor) -> Tensor:
+    """base + factor (values - base), cut off towards 0 as PIL does: uint8 of the values' shape, n first.
+
+    base: of that shape, or (n,), one level an image.   factors: (n,) float32, 1: the values as they are.
+    """
+    shape = (-1, *(1,) * (values.ndim - 1))
+    base = base.float() if base.ndim > 1 else base.view(shape)
+    mixed = values.float().sub_(base).mul_(factors.view(shape)).add_(base)
+    return mixed.clamp_(0, 255).int().to(torch.uint8)
+
+
+def blend_gray(pixels: Tensor, factors: Tensor) -> Tensor:
+    """blend with the image's own gray."""
+    base = gray(pixels).float()
+    return torch.stack([blend(base, channel, factors) for channel in pixels.unbind(-1)], -1)
 
 
 def gaussian_blur(pixels: Tensor, weights: Tensor) -> Tensor:
@@ -112,16 +129,18 @@ def affine(pixels: Tensor, matrices: Tensor, fill: Tensor, *, bicubic: bool) -> 
     x, y = a * xs + b * ys + c, d * xs + e * ys + f
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     left, top = x.sub_(0.5).floor(), y.sub_(0.5).floor()
-    along_x, along_y = (x - left).float()[..., None], (y - top).float()[..., None]
+    along_x, along_y = (x - left).float(), (y - top).float()
+    left, top = left.int(), top.int()
     taps = range(-1, 3) if bicubic else range(2)
-    columns = [(left.long() + tap).clamp_(0, width - 1) for tap in taps]
-    first = torch.arange(num, device=pixels.device).mul_(height * width)[:, None, None]
-    packed = _pack(pixels)
+    columns = [(left + tap).clamp_(0, width - 1) for tap in taps]
+    first = torch.arange(num, dtype=torch.int32, device=pixels.device).mul_(height * width)[:, None, None]
+    packed = _pack(pixels).view(-1)
     rows = []
     for tap in taps:
-        start = (top.long() + tap).clamp_(0, height - 1).mul_(width).add_(first)
-        rows.append(_interpolate([_to_float(torch.take(packed, start + column)) for column in columns], along_x))
-    return _unpack(torch.where(inside, _to_packed(_interpolate(rows, along_y)), _pack(fill)))
+        start = (top + tap).clamp_(0, height - 1).mul_(width).add_(first)
+        fetched = (packed.index_select(0, (start + column).view(-1)).view(inside.shape) for column in columns)
+        rows.append(_interpolate([_planes(each) for each in fetched], along_x))
+    return _unpack(torch.where(inside, _from_planes(_interpolate(rows, along_y)), _pack(fill)))
 
 
 def _shift_rows(packed: Tensor, shifts: Tensor, fill: Tensor, *, bicubic: bool) -> Tensor:
@@ -129,24 +148,27 @@ def _shift_rows(packed: Tensor, shifts: Tensor, fill: Tensor, *, bicubic: bool) 
     width = packed.shape[2]
     columns = torch.arange(width, device=packed.device)
     whole = shifts.floor()
-    along = (shifts - whole).float()[..., None, None]
+    along = (shifts - whole).float()[..., None]
     source = columns + whole.long()[..., None]
     taps = range(-1, 3) if bicubic else range(2)
-    values = [_to_float(packed.gather(2, (source + tap).clamp_(0, width - 1))) for tap in taps]
+    values = [_planes(packed.gather(2, (source + tap).clamp_(0, width - 1))) for tap in taps]
     position = columns + 0.5 + shifts[..., None]
     inside = (position >= 0) & (position < width)
-    return torch.where(inside, _to_packed(_interpolate(values, along)), fill)
+    return torch.where(inside, _from_planes(_interpolate(values, along)), fill)
 
 
 def _interpolate(values: list[Tensor], along: Tensor) -> Tensor:
-    """Linear between two, cubic (Keys 1981, a = -1) between four, in the form that leaves equal values exact."""
+    """Linear between two, cubic (Keys 1981, a = -1) between four, in the form that leaves equal values exact.
+
+    values: (3, n, H, W) float32 each.   along: (n, H, W or 1), in [0, 1).
+    """
     if len(values) == 2:
         first, second = values
         return (second - first).mul_(along).add_(first)
     before, first, second, after = values
     step, ahead = first - before, second - after
-    cubic = (step + (after - second)).mul_(along)
-    cubic.add_(ahead - 2 * step).mul_(along)
+    cubic = (step - ahead).mul_(along)
+    cubic.add_(ahead).sub_(step, alpha=2).mul_(along)
     return cubic.add_(second - before).mul_(along).add_(first)
 
 
@@ -159,10 +181,11 @@ def _unpack(packed: Tensor) -> Tensor:
     return packed[..., None].view(torch.uint8)[..., :3]
 
 
-def _to_float(packed: Tensor) -> Tensor:
-    """(...) int32 -> (..., 4) float32; the fourth channel is idle."""
-    return packed[..., None].view(torch.uint8).float()
+def _planes(packed: Tensor) -> Tensor:
+    """(n, H, W) int32 -> (3, n, H, W) float32."""
+    return torch.stack([(packed & 255).float(), (packed >> 8 & 255).float(), (packed >> 16).float()])
 
 
-def _to_packed(values: Tensor) -> Tensor:
-    return values.clamp_(0, 255).to(torch.uint8).view(torch.int32).squeeze(-1)
+def _from_planes(planes: Tensor) -> Tensor:
+    red, green, blue = planes.clamp_(0, 255).int().unbind(0)
+    return red | green << 8 | blue << 16

@@ -217,14 +217,22 @@ def apply_policy(images: Tensor, draws: PolicyDraws) -> Tensor:
     for name, rows, params in plan.parts():
         at_a_time = _IMAGES_AT_A_TIME if images.device.type == "cpu" else max(1, len(rows))
         for some, their in zip(rows.split(at_a_time), params.split(at_a_time), strict=True):
-            pixels[some] = _FAMILIES[name](pixels[some], their, plan.fill)
+            _put(pixels, some, _FAMILIES[name](pixels.index_select(0, some), their, plan.fill))
     result = pixels.permute(0, 3, 1, 2)
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
     return result if channels_last else result.contiguous()
 
 
+def _put(pixels: Tensor, rows: Tensor, values: Tensor) -> None:
+    if pixels.device.type != "cpu":
+        pixels.index_copy_(0, rows, values)
+        return
+    for row, value in zip(rows.tolist(), values, strict=True):  # whole images: index_copy_ goes byte by byte
+        pixels[row] = value
+
+
 def _blend_color(pixels: Tensor, params: Tensor, _: Tensor) -> Tensor:
-    return pil.blend(pil.gray(pixels), pixels, _factors(params))
+    return pil.blend_gray(pixels, _factors(params))
 
 
 def _blend_contrast(pixels: Tensor, params: Tensor, _: Tensor) -> Tensor:
@@ -236,7 +244,7 @@ def _blend_sharpness(pixels: Tensor, params: Tensor, _: Tensor) -> Tensor:
 
 
 def _factors(params: Tensor) -> Tensor:
-    return params[:, 0].float()[:, None, None, None]
+    return params[:, 0].float()
 
 
 def _shifts(params: Tensor, num: int) -> Tensor:
