@@ -142,7 +142,7 @@ def test_what_comes_from_outside_is_filled_where_timm_fills(kind: Kind, interpol
 
 
 def test_wide_operations_are_torchvision_s_at_every_level() -> None:
-    """torchvision turns a shear into an angle and back: positions, so values, differ in the last bit."""
+    """Within 1 of 255, but for a pixel on the very edge: torchvision turns a shear into an angle and back."""
     images = photographs((97, 131))
     space = torchvision_policies.TrivialAugmentWide()._augmentation_space(NUM_WIDE_LEVELS)
     assert list(space) == list(WIDE_OPERATIONS)
@@ -159,7 +159,8 @@ def test_wide_operations_are_torchvision_s_at_every_level() -> None:
             expected = torchvision_policies._apply_op(
                 image, name, -expected_value if signed else expected_value, InterpolationMode.BICUBIC, list(FILL)
             )
-            assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1, (name, level)
+            differs = (np.abs(found.astype(int) - np.asarray(expected)) > 1).any(axis=-1)
+            assert differs.sum() <= 1, (name, level)
 
 
 def test_rounds_follow_one_another_and_images_do_not_mix() -> None:
@@ -274,6 +275,13 @@ def timm_s_draws(text: str, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[
     return result
 
 
+def distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Largest difference of two samples' cumulative distributions."""
+    at = np.concatenate([first, second])
+    shares = [np.searchsorted(np.sort(each), at, side="right") / len(each) for each in (first, second)]
+    return float(np.abs(shares[0] - shares[1]).max())
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -283,7 +291,7 @@ def timm_s_draws(text: str, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[
     ],
 )  # fmt: skip
 def test_operations_and_their_strengths_are_distributed_like_timm_s(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By kind: how often, mean and spread of arguments; and how many operations an image gets."""
+    """By kind: how often, and with which arguments; and how many operations an image gets."""
     theirs = timm_s_draws(text, monkeypatch)
     ours = draw_policy(parse_policy(text), NUM_DRAWS, 1, 1, "bicubic", generator(3))
     counts = np.bincount((ours.kinds > 0).sum(axis=1), minlength=8)
@@ -300,11 +308,9 @@ def test_operations_and_their_strengths_are_distributed_like_timm_s(text: str, m
     for kind, values in arguments.items():
         found = ours.arguments[ours.kinds == kind]
         expected = np.array(values)
-        error = 5 * max(len(values), 25) ** 0.5
-        assert abs(len(found) - len(expected)) < error * 1.5, kind.name
-        spread = max(float(expected.std()), float(found.std()))
-        assert abs(found.mean() - expected.mean()) <= 7 * spread / len(expected) ** 0.5 + 1e-9, kind.name
-        assert found.std() == pytest.approx(expected.std(), rel=0.25, abs=1e-9), kind.name
+        assert abs(len(found) - len(expected)) < 5 * max(len(expected), 25) ** 0.5, kind.name
+        # Kolmogorov and Smirnov's distance; of samples of one distribution it is larger once in 2000 times
+        assert distance(np.round(found, 9), np.round(expected, 9)) < 2.0 * (2 / len(expected)) ** 0.5, kind.name
 
 
 @pytest.mark.parametrize(
