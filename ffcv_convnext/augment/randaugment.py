@@ -324,7 +324,8 @@ class _Plan:
     def parts(self) -> list[tuple[str, Tensor, Tensor]]:
         """Family, images (n,) int64 and parameters (n, 6) float64 or tables (n, 256) uint8; in order."""
         all_rows = self._rows.split([length for _, length in self._lengths]) if self._lengths else ()
-        found, params, tables = [], self._params, self._tables
+        found: list[tuple[str, Tensor, Tensor]] = []
+        params, tables = self._params, self._tables
         for (family, length), rows in zip(self._lengths, all_rows, strict=True):
             if family == "table":
                 found.append((family, rows, tables[:length]))
@@ -337,7 +338,7 @@ class _Plan:
 
 def _table(kind: Kind, argument: float) -> NDArray[np.uint8]:
     """(256,): what becomes of each value."""
-    values = np.arange(256)
+    values: NDArray[Any] = np.arange(256)
     if kind == Kind.INVERT:
         values = 255 - values
     elif kind == Kind.POSTERIZE:
