@@ -18,6 +18,7 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
+from ffcv_convnext.policies import parse_policy
 from ffcv_convnext.settings import Setting, format_value, nearest, setting, to_plain
 
 
@@ -91,20 +92,18 @@ class DataConfig:
         return int(self.input_size / crop_pct)
 
 
-_POLICIES = ("rand", "v0", "v0r", "original", "originalr", "3a", "augmix")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
     """What happens to a batch on the device, and to its targets (paper, Table 5)."""
 
     aa: str = setting(
         "rand-m9-mstd0.5-inc1",
-        "AutoAugment policy in timm's spelling, or none",
+        "policy in timm's spelling: rand-..., v0, v0r, original, originalr, 3a; torchvision's ta_wide; or none",
         aliases={"false": "none", "off": "none"},
     )
     color_jitter: float | None = setting(
-        0.4, "strength of brightness, contrast and saturation jitter; as in timm, it applies only when aa is none"
+        0.4,
+        "strength of brightness, contrast and saturation jitter; as in timm, it applies only when aa is none or has 3a",
     )
     smoothing: float = setting(0.1, "label smoothing")
     mixup: float = setting(0.8, "Mixup's beta parameter; 0 switches it off")
@@ -122,11 +121,8 @@ class AugmentConfig:
     recount: int = setting(1, "erased boxes in an image, at most: 1 to this many")
 
     def __post_init__(self) -> None:
-        _require(
-            self.aa == "none" or self.aa.split("-")[0] in _POLICIES,
-            f"aa = {self.aa}: expected none or a policy of timm's that starts with one of {', '.join(_POLICIES)}, "
-            "e.g. rand-m9-mstd0.5-inc1",
-        )
+        if self.aa != "none":
+            parse_policy(self.aa)  # refuses what is none
         for name in ("smoothing", "mixup_prob", "mixup_switch_prob", "reprob"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"{name} = {value}: expected a number in [0, 1]")
@@ -140,6 +136,11 @@ class AugmentConfig:
             self.color_jitter is None or 0 <= self.color_jitter <= 1,
             f"color_jitter = {self.color_jitter}: expected a number in [0, 1] or none",
         )
+
+    @property
+    def jitters(self) -> bool:
+        """Whether colours are jittered."""
+        return bool(self.color_jitter) and (self.aa == "none" or "3a" in self.aa)
 
     @property
     def mixes(self) -> bool:

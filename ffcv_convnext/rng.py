@@ -33,6 +33,7 @@ class Stream(IntEnum):
     STORED_ORDER = 11  # of a .beton's samples
     COMPRESSION = 12  # which of them are stored as JPEG
     PAGES = 13  # order of a .beton's pages in an epoch, for order quasi_random
+    POLICY = 14  # operations and magnitudes of RandAugment and its relatives
 
 
 def philox_rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any, constants: Any) -> tuple[Any, Any, Any, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from typing import Any
 
@@ -428,26 +427,3 @@ def test_with_everything_off_a_batch_is_normalised_and_its_labels_are_one_hot() 
     inputs, targets = plain(uint8_images(), labels(), step=0, micro_batch=0)
     assert torch.equal(inputs, normalise(uint8_images()))
     assert torch.equal(targets, torch.eye(NUM_CLASSES)[labels()])
-
-
-@pytest.mark.parametrize(("aa", "num_warnings"), [("rand-m9-mstd0.5-inc1", 1), ("none", 0)])
-def test_a_policy_that_is_not_there_yet_is_warned_about_once(
-    aa: str, num_warnings: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        augment = augmentation(aa=aa)
-        for step in range(3):
-            augment(uint8_images(), labels(), step=step, micro_batch=0)
-    assert len(caplog.records) == num_warnings
-    assert all(aa in record.getMessage() for record in caplog.records)
-
-
-def test_colour_jitter_applies_only_without_a_policy() -> None:
-    off = {"reprob": 0.0, "mixup": 0.0, "cutmix": 0.0}
-    images = uint8_images()
-    with_policy, _ = augmentation(aa="rand-m9", **off)(images, labels(), step=0, micro_batch=0)
-    without, _ = augmentation(aa="none", **off)(images, labels(), step=0, micro_batch=0)
-    zero, _ = augmentation(aa="none", color_jitter=0.0, **off)(images, labels(), step=0, micro_batch=0)
-    assert torch.equal(with_policy, normalise(images))
-    assert torch.equal(zero, normalise(images))
-    assert not torch.equal(without, normalise(images))

@@ -22,7 +22,7 @@ PACKAGE = "ffcv_convnext"
 
 # A module imports from floors below its own, or from its own folder.
 FLOORS = [
-    {"", "errors", "files", "rng", "settings"},  # "" is the package itself: its version
+    {"", "errors", "files", "policies", "rng", "settings"},  # "" is the package itself: its version
     {"config", "signals"},
     {"data", "augment", "models"},
     {"training"},

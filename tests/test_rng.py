@@ -113,5 +113,6 @@ def test_streams_have_numbers_of_their_own() -> None:
     assert {stream.name: int(stream) for stream in Stream} == {
         "ORDER": 1, "CROP": 2, "FLIP": 3, "INTERPOLATION": 4, "SUBSET": 5, "MIX": 6, "ERASING": 7, "COLOR_JITTER": 8,
         "NETWORK": 9, "INITIALISATION": 10, "STORED_ORDER": 11, "COMPRESSION": 12, "PAGES": 13,
+        "POLICY": 14,
     }  # fmt: skip
     assert permutation(8, seed=0, epoch=0).tolist() == permutation(8, seed=0, epoch=0, stream=1).tolist()

@@ -1,8 +1,6 @@
-"""The recipe's augmentation of a batch that is already on the device: jitter, normalise, erase, mix, soft targets."""
+"""The recipe's augmentation of a batch on the device: policy, jitter, normalise, erase, mix, soft targets."""
 
 from __future__ import annotations
-
-import logging
 
 import numpy as np
 import torch
@@ -11,10 +9,10 @@ from torch import Tensor
 from ffcv_convnext.augment.erasing import draw_boxes, erase
 from ffcv_convnext.augment.mix import apply_mix, draw_mix
 from ffcv_convnext.augment.ops import color_jitter, normalise
+from ffcv_convnext.augment.randaugment import Interpolation, apply_policy, draw_policy
 from ffcv_convnext.config import AugmentConfig
+from ffcv_convnext.policies import parse_policy
 from ffcv_convnext.rng import Stream, step_seed
-
-log = logging.getLogger(__name__)
 
 
 class TrainAugment:
@@ -24,14 +22,23 @@ class TrainAugment:
     micro-batch falls to. Decisions are drawn on the host and noise on the device; the host never waits.
     """
 
-    def __init__(self, config: AugmentConfig, *, num_classes: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: AugmentConfig,
+        *,
+        num_classes: int,
+        seed: int,
+        device: torch.device,
+        interpolation: Interpolation = "bicubic",
+    ) -> None:
+        """interpolation: of the policy's geometric operations; random: either, for each operation of each image."""
         self.config = config
         self.num_classes = num_classes
         self.seed = seed
         self.generator = torch.Generator(device)
-        self.jitter = config.color_jitter if config.aa == "none" and config.color_jitter else None
-        if config.aa != "none":
-            log.warning("aa = %s: RandAugment on the device is not there yet; training goes on without it", config.aa)
+        self.interpolation = interpolation
+        self.policy = None if config.aa == "none" else parse_policy(config.aa)
+        self.jitter = config.color_jitter if config.jitters else None
 
     def __call__(self, images: Tensor, labels: Tensor, *, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
         """Augment one micro-batch.
@@ -41,6 +48,11 @@ class TrainAugment:
         Returns float32 images, normalised, in the same memory format, and targets (N, num_classes) float32.
         """
         config = self.config
+        if self.policy is not None:
+            height, width = images.shape[2:]
+            policy_draws = self._draws(step, micro_batch, Stream.POLICY)
+            drawn = draw_policy(self.policy, len(images), height, width, self.interpolation, policy_draws)
+            images = apply_policy(images, drawn)
         if self.jitter is not None:
             jitter_draws = self._draws(step, micro_batch, Stream.COLOR_JITTER)
             inputs = normalise(color_jitter(images, self.jitter, jitter_draws))

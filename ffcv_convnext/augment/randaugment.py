@@ -1,0 +1,385 @@
+"""RandAugment, AutoAugment and TrivialAugment on a batch: each image draws its own operations and strengths.
+
+What an operation does to the pixels is what timm does with PIL; how strong a magnitude is, is timm's too (for ta_wide
+torchvision's). Draws are made on the host, in float64, and sent along; so the host knows which images an operation is
+for, computes it for those only, and never waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ffcv_convnext.augment import pixels as pil
+from ffcv_convnext.augment.mix import to_device
+from ffcv_convnext.augment.ops import IMAGENET_MEAN
+from ffcv_convnext.policies import FULL_MAGNITUDE, NUM_WIDE_LEVELS, Policy
+
+Interpolation = Literal["bicubic", "bilinear", "random"]
+FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)  # colour of what a geometric operation uncovers
+_IMAGES_AT_A_TIME = 2  # on a CPU: intermediate results then stay in its caches
+
+
+class Kind(IntEnum):
+    """What is done to the pixels. The comment names its argument."""
+
+    IDENTITY = 0
+    AUTO_CONTRAST = 1
+    EQUALIZE = 2
+    INVERT = 3
+    POSTERIZE = 4  # bits that are kept; 0: black
+    SOLARIZE = 5  # values from here on are inverted
+    SOLARIZE_ADD = 6  # added to values below 128
+    BRIGHTNESS = 7  # factor: 0 black, 1 as it is
+    COLOR = 8  # factor: 0 gray, 1 as it is
+    CONTRAST = 9  # factor: 0 the mean gray, 1 as it is
+    SHARPNESS = 10  # factor: 0 smoothed, 1 as it is
+    GAUSSIAN_BLUR = 11  # standard deviation, pixels
+    SHEAR_X = 12  # pixels left for each pixel down
+    SHEAR_Y = 13  # pixels up for each pixel right
+    TRANSLATE_X = 14  # pixels left
+    TRANSLATE_Y = 15  # pixels up
+    ROTATE = 16  # degrees, counterclockwise
+
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Strength:
+    """What an operation's argument is drawn from, one entry an image."""
+
+    magnitude: Floats  # 0 to 10 where mmax is not set; TrivialAugment: level 0 to 30
+    sign: Floats  # -1 or 1
+    uniform: Floats  # in [0, 1)
+    size: int  # the image's extent along the operation's axis, pixels
+
+
+def _signed(nominal: float) -> Callable[[Strength], Floats]:
+    return lambda s: s.sign * (s.magnitude / FULL_MAGNITUDE * nominal)
+
+
+def _factor(s: Strength) -> Floats:
+    return s.magnitude / FULL_MAGNITUDE * 1.8 + 0.1
+
+
+def _factor_increasing(s: Strength) -> Floats:
+    return np.maximum(0.1, 1.0 + s.sign * (s.magnitude / FULL_MAGNITUDE * 0.9))
+
+
+def _bits(s: Strength) -> Floats:
+    return np.floor(s.magnitude / FULL_MAGNITUDE * 4)
+
+
+def _threshold(s: Strength) -> Floats:
+    return np.minimum(256.0, np.floor(s.magnitude / FULL_MAGNITUDE * 256))
+
+
+def _between(low: float, high: float) -> Callable[[Strength], Floats]:
+    return lambda s: np.clip(low + (high - low) * (s.magnitude / FULL_MAGNITUDE), low, high)
+
+
+def _random_radius(s: Strength) -> Floats:
+    largest = 2.0 * _between(0.0, 1.0)(s)
+    return 0.1 + (largest - 0.1) * s.uniform
+
+
+def _none(s: Strength) -> Floats:
+    return np.zeros_like(s.magnitude)
+
+
+def _translation(s: Strength) -> Floats:
+    return _signed(0.45)(s) * s.size
+
+
+# timm's names: the kind and its argument.
+OPERATIONS: dict[str, tuple[Kind, Callable[[Strength], Floats]]] = {
+    "AutoContrast": (Kind.AUTO_CONTRAST, _none),
+    "Equalize": (Kind.EQUALIZE, _none),
+    "Invert": (Kind.INVERT, _none),
+    "Rotate": (Kind.ROTATE, _signed(30.0)),
+    "Posterize": (Kind.POSTERIZE, _bits),
+    "PosterizeIncreasing": (Kind.POSTERIZE, lambda s: 4 - _bits(s)),
+    "PosterizeOriginal": (Kind.POSTERIZE, lambda s: 4 + _bits(s)),
+    "Solarize": (Kind.SOLARIZE, _threshold),
+    "SolarizeIncreasing": (Kind.SOLARIZE, lambda s: 256 - _threshold(s)),
+    "SolarizeAdd": (Kind.SOLARIZE_ADD, lambda s: np.minimum(128.0, np.floor(s.magnitude / FULL_MAGNITUDE * 110))),
+    "Color": (Kind.COLOR, _factor),
+    "ColorIncreasing": (Kind.COLOR, _factor_increasing),
+    "Contrast": (Kind.CONTRAST, _factor),
+    "ContrastIncreasing": (Kind.CONTRAST, _factor_increasing),
+    "Brightness": (Kind.BRIGHTNESS, _factor),
+    "BrightnessIncreasing": (Kind.BRIGHTNESS, _factor_increasing),
+    "Sharpness": (Kind.SHARPNESS, _factor),
+    "SharpnessIncreasing": (Kind.SHARPNESS, _factor_increasing),
+    "ShearX": (Kind.SHEAR_X, _signed(0.3)),
+    "ShearY": (Kind.SHEAR_Y, _signed(0.3)),
+    "TranslateXRel": (Kind.TRANSLATE_X, _translation),
+    "TranslateYRel": (Kind.TRANSLATE_Y, _translation),
+    "Desaturate": (Kind.COLOR, lambda s: np.clip(1.0 - _between(0.5, 1.0)(s), 0.0, 1.0)),
+    "GaussianBlur": (Kind.GAUSSIAN_BLUR, _between(0.1, 2.0)),
+    "GaussianBlurRand": (Kind.GAUSSIAN_BLUR, _random_radius),
+}
+
+
+def _wide(largest: float, start: float = 0.0) -> Callable[[Strength], Floats]:
+    return lambda s: start + s.sign * (s.magnitude / (NUM_WIDE_LEVELS - 1) * largest)
+
+
+# torchvision's TrivialAugmentWide.
+WIDE_OPERATIONS: dict[str, tuple[Kind, Callable[[Strength], Floats]]] = {
+    "Identity": (Kind.IDENTITY, _none),
+    "ShearX": (Kind.SHEAR_X, _wide(0.99)),
+    "ShearY": (Kind.SHEAR_Y, _wide(0.99)),
+    "TranslateX": (Kind.TRANSLATE_X, lambda s: -np.trunc(_wide(32.0)(s))),
+    "TranslateY": (Kind.TRANSLATE_Y, lambda s: -np.trunc(_wide(32.0)(s))),
+    "Rotate": (Kind.ROTATE, _wide(135.0)),
+    "Brightness": (Kind.BRIGHTNESS, _wide(0.99, start=1.0)),
+    "Color": (Kind.COLOR, _wide(0.99, start=1.0)),
+    "Contrast": (Kind.CONTRAST, _wide(0.99, start=1.0)),
+    "Sharpness": (Kind.SHARPNESS, _wide(0.99, start=1.0)),
+    "Posterize": (Kind.POSTERIZE, lambda s: 8 - np.rint(s.magnitude / ((NUM_WIDE_LEVELS - 1) / 6))),
+    "Solarize": (Kind.SOLARIZE, lambda s: 255.0 - s.magnitude / (NUM_WIDE_LEVELS - 1) * 255.0),
+    "AutoContrast": (Kind.AUTO_CONTRAST, _none),
+    "Equalize": (Kind.EQUALIZE, _none),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyDraws:
+    """What was drawn for a micro-batch; one row an image, one column a round.
+
+    kinds: (N, rounds) int64, of Kind.   arguments: (N, rounds) float64.   bicubic: (N, rounds) bool, else bilinear.
+    """
+
+    kinds: NDArray[np.int64]
+    arguments: Floats
+    bicubic: NDArray[np.bool_]
+
+
+def draw_policy(
+    policy: Policy, num: int, height: int, width: int, interpolation: Interpolation, generator: np.random.Generator
+) -> PolicyDraws:
+    """Draw the operations of `num` images and their arguments."""
+    num_sequences = len(policy.sequences)
+    if policy.weights is None:
+        chosen = generator.integers(0, num_sequences, (num, policy.num_draws))
+    else:  # the earliest of exponential clocks that run at these rates: a weighted draw without replacement
+        clocks = generator.exponential(size=(num, num_sequences)) / np.array(policy.weights)
+        chosen = clocks.argsort(axis=1)[:, : policy.num_draws]
+    names = np.array([[step.name for step in steps] for steps in policy.sequences])[chosen].reshape(num, -1)
+    probs = np.array([[step.prob for step in steps] for steps in policy.sequences])[chosen].reshape(num, -1)
+    nominal = np.array([[step.magnitude for step in steps] for steps in policy.sequences])[chosen].reshape(num, -1)
+    shape = names.shape
+    applied = generator.random(shape) < probs
+    sign = np.where(generator.random(shape) < 0.5, -1.0, 1.0)
+    uniform = generator.random(shape)
+    if policy.wide:
+        magnitude = generator.integers(0, NUM_WIDE_LEVELS, shape).astype(np.float64)
+    elif math.isinf(policy.magnitude_std):
+        magnitude = np.clip(generator.random(shape) * nominal, 0, policy.magnitude_max)
+    else:
+        magnitude = np.clip(generator.normal(nominal, policy.magnitude_std), 0, policy.magnitude_max)
+    coin = generator.random(shape) < 0.5
+    bicubic = coin if interpolation == "random" else np.full(shape, interpolation == "bicubic")
+    kinds, arguments = np.zeros(shape, np.int64), np.zeros(shape)
+    for name in np.unique(names[applied]):
+        kind, argument = (WIDE_OPERATIONS if policy.wide else OPERATIONS)[str(name)]
+        at = applied & (names == name)
+        size = height if kind == Kind.TRANSLATE_Y else width
+        kinds[at] = kind
+        arguments[at] = argument(Strength(magnitude[at], sign[at], uniform[at], size))
+    return PolicyDraws(kinds, arguments, bicubic)
+
+
+def apply_policy(images: Tensor, draws: PolicyDraws) -> Tensor:
+    """Apply each image's operations, one round after the other.
+
+    images: (N, 3, H, W) uint8, left untouched.   draws: of N images, made for their height and width.
+    Returns a new tensor of the same shape, dtype and memory format. Raises ValueError for other images.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
+        raise ValueError(f"images are {found}: a policy is for uint8 (N, 3, H, W); use --aa none for others")
+    num, _, height, width = images.shape
+    if len(draws.kinds) != num:
+        raise ValueError(f"{len(draws.kinds)} rows of draws for {num} images")
+    pixels = images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+    plan = _Plan(draws, height, width, images.device)
+    for name, rows, params in plan.parts():
+        at_a_time = _IMAGES_AT_A_TIME if images.device.type == "cpu" else max(1, len(rows))
+        for some, their in zip(torch.split(rows, at_a_time), torch.split(params, at_a_time), strict=True):
+            _put(pixels, some, _FAMILIES[name](pixels.index_select(0, some), their, plan.fill))
+    result = pixels.permute(0, 3, 1, 2)
+    channels_last = images.is_contiguous(memory_format=torch.channels_last)
+    return result if channels_last else result.contiguous()
+
+
+def _put(pixels: Tensor, rows: Tensor, values: Tensor) -> None:
+    if pixels.device.type != "cpu":
+        pixels.index_copy_(0, rows, values)
+        return
+    for row, value in zip(rows.tolist(), values, strict=True):  # whole images: index_copy_ goes byte by byte
+        pixels[row] = value
+
+
+def _blend_color(pixels: Tensor, params: Tensor, _: Tensor) -> Tensor:
+    return pil.blend_gray(pixels, _factors(params))
+
+
+def _blend_contrast(pixels: Tensor, params: Tensor, _: Tensor) -> Tensor:
+    return pil.blend(pil.mean_gray(pixels), pixels, _factors(params))
+
+
+def _blend_sharpness(pixels: Tensor, params: Tensor, _: Tensor) -> Tensor:
+    return pil.blend(pil.smooth(pixels), pixels, _factors(params))
+
+
+def _factors(params: Tensor) -> Tensor:
+    return params[:, 0].float()
+
+
+def _shifts(params: Tensor, num: int) -> Tensor:
+    """(n, num) pixels: slope at the centres of lines 0, 1, ..., and an offset."""
+    lines = torch.arange(num, dtype=torch.float64, device=params.device) + 0.5
+    return params[:, :1] * lines + params[:, 1:2]
+
+
+def _geometric(which: str, *, bicubic: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def apply(pixels: Tensor, params: Tensor, fill: Tensor) -> Tensor:
+        if which == "affine":
+            return pil.affine(pixels, params, fill, bicubic=bicubic)
+        if which == "rows":
+            return pil.shift_rows(pixels, _shifts(params, pixels.shape[1]), fill, bicubic=bicubic)
+        return pil.shift_columns(pixels, _shifts(params, pixels.shape[2]), fill, bicubic=bicubic)
+
+    return apply
+
+
+_FAMILIES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "table": lambda pixels, tables, _: pil.lookup(pixels, tables[:, None]),
+    "autocontrast": lambda pixels, _, __: pil.lookup(pixels, pil.autocontrast_tables(pixels)),
+    "equalize": lambda pixels, _, __: pil.lookup(pixels, pil.equalize_tables(pixels)),
+    "color": _blend_color,
+    "contrast": _blend_contrast,
+    "sharpness": _blend_sharpness,
+    "blur": lambda pixels, weights, _: pil.gaussian_blur(pixels, weights[:, :3].long()),
+    **{
+        f"{which} {word}": _geometric(which, bicubic=word == "bicubic")
+        for which in ("rows", "columns", "affine")
+        for word in ("bicubic", "bilinear")
+    },
+}
+_FAMILY = {
+    **dict.fromkeys((Kind.INVERT, Kind.POSTERIZE, Kind.SOLARIZE, Kind.SOLARIZE_ADD, Kind.BRIGHTNESS), "table"),
+    Kind.AUTO_CONTRAST: "autocontrast",
+    Kind.EQUALIZE: "equalize",
+    Kind.COLOR: "color",
+    Kind.CONTRAST: "contrast",
+    Kind.SHARPNESS: "sharpness",
+    Kind.GAUSSIAN_BLUR: "blur",
+    **dict.fromkeys((Kind.SHEAR_X, Kind.TRANSLATE_X), "rows"),
+    **dict.fromkeys((Kind.SHEAR_Y, Kind.TRANSLATE_Y), "columns"),
+    Kind.ROTATE: "affine",
+}
+
+
+class _Plan:
+    """Which images each family of operations is for, round by round, with parameters: three copies to the device."""
+
+    def __init__(self, draws: PolicyDraws, height: int, width: int, device: torch.device) -> None:
+        rows: list[NDArray[np.int64]] = []
+        params: list[Any] = []
+        tables: list[Any] = []
+        self._lengths: list[tuple[str, int]] = []
+        for kinds, arguments, bicubic in zip(draws.kinds.T, draws.arguments.T, draws.bicubic.T, strict=True):
+            members: dict[str, list[int]] = {}
+            for i in np.flatnonzero(kinds).tolist():
+                family = _FAMILY[Kind(kinds[i])]
+                if family in ("rows", "columns", "affine"):
+                    family += " bicubic" if bicubic[i] else " bilinear"
+                members.setdefault(family, []).append(i)
+            for family, chosen in members.items():
+                self._lengths.append((family, len(chosen)))
+                rows.append(np.array(chosen))
+                for i in chosen:
+                    kind, argument = Kind(kinds[i]), float(arguments[i])
+                    if family == "table":
+                        tables.append(_table(kind, argument))
+                    else:
+                        params.append(_params(kind, argument, height, width))
+        self.fill = to_device(np.array(FILL, np.uint8), device)
+        self._rows = to_device(np.concatenate(rows) if rows else np.zeros(0, np.int64), device)
+        self._params = to_device(np.array(params, np.float64).reshape(-1, 6), device)
+        self._tables = to_device(np.array(tables, np.uint8).reshape(-1, 256), device)
+
+    def parts(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Family, images (n,) int64 and parameters (n, 6) float64 or tables (n, 256) uint8; in order."""
+        all_rows = torch.split(self._rows, [length for _, length in self._lengths]) if self._lengths else ()
+        found: list[tuple[str, Tensor, Tensor]] = []
+        params, tables = self._params, self._tables
+        for (family, length), rows in zip(self._lengths, all_rows, strict=True):
+            if family == "table":
+                found.append((family, rows, tables[:length]))
+                tables = tables[length:]
+            else:
+                found.append((family, rows, params[:length]))
+                params = params[length:]
+        return found
+
+
+def _table(kind: Kind, argument: float) -> NDArray[np.uint8]:
+    """(256,): what becomes of each value."""
+    values: NDArray[Any] = np.arange(256)
+    if kind == Kind.INVERT:
+        values = 255 - values
+    elif kind == Kind.POSTERIZE:
+        bits = min(max(int(argument), 0), 8)
+        values = values & ~(2 ** (8 - bits) - 1)
+    elif kind == Kind.SOLARIZE:
+        values = np.where(values < argument, values, 255 - values)
+    elif kind == Kind.SOLARIZE_ADD:
+        values = np.where(values < 128, np.minimum(255, values + int(argument)), values)
+    else:
+        values = np.clip(values.astype(np.float32) * np.float32(argument), 0, 255)  # cut off by the cast, as in PIL
+    return values.astype(np.uint8)
+
+
+def _params(kind: Kind, argument: float, height: int, width: int) -> tuple[float, ...]:
+    """Six numbers for the operation's family."""
+    if kind in (Kind.SHEAR_X, Kind.SHEAR_Y):
+        return argument, 0.0, 0.0, 0.0, 0.0, 0.0
+    if kind in (Kind.TRANSLATE_X, Kind.TRANSLATE_Y):
+        return 0.0, argument, 0.0, 0.0, 0.0, 0.0
+    if kind == Kind.GAUSSIAN_BLUR:
+        return *_box_weights(argument), 0.0, 0.0, 0.0
+    if kind == Kind.ROTATE:  # around the centre, from the output to the input
+        angle = -math.radians(argument % 360.0)
+        cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+        x, y = width / 2, height / 2
+        return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
+    return argument, 0.0, 0.0, 0.0, 0.0, 0.0
+
+
+def _box_weights(sigma: float) -> tuple[float, float, float]:
+    """Weights in 1 / 2^24 of the box, whose ends are fractions of pixels, that three times over has this deviation.
+
+    Source: Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering".
+    """
+    variance = np.float32(sigma) * np.float32(sigma) / np.float32(3)
+    length = np.float32(math.sqrt(12.0 * variance + 1.0))
+    whole = math.floor((length - 1.0) / 2.0)
+    assert whole <= 1, "five pixels hold the box of a deviation up to 2.8"
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    radius = np.float32(whole + part)
+    inner = int(np.float32(1 << 24) / np.float32(radius * 2 + 1))
+    outer = ((1 << 24) - (2 * int(radius) + 1) * inner) // 2
+    return (inner, inner, outer) if int(radius) == 1 else (inner, outer, 0)
