@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from skimage import data
+from sklearn.datasets import load_sample_images
 from timm.data import auto_augment as timm_policies
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -57,7 +57,7 @@ TIMM_OPS: dict[Kind, Any] = {
 
 def photographs(size: tuple[int, int]) -> list[Image.Image]:
     """Two photographs, and a picture almost without contrast, two of whose channels have a single value."""
-    found = [Image.fromarray(image).resize(size) for image in (data.astronaut(), data.coffee())]
+    found = [Image.fromarray(image).resize(size) for image in load_sample_images().images]
     flat = np.full((size[1], size[0], 3), (90, 91, 30), np.uint8)
     flat[: size[1] // 3, :, 0] = 94
     return [*found, Image.fromarray(flat)]
