@@ -70,7 +70,7 @@ def test_decoding_at_half_the_size_costs_little(photograph: Image.Image, origina
 
 
 def shrunk(image: Image.Image, original: str) -> tuple[float, float]:
-    """How near a JPEG of the picture, shrunk to 500 pixels, is to the same shrunk by Pillow: ours, area averaging; dB."""
+    """How near a JPEG of the picture at 500 pixels is to what Pillow shrinks: ours, and by area averaging; dB."""
     import cv2
 
     source = jpeg(image, quality=92, subsampling=SUBSAMPLINGS[original])
