@@ -226,6 +226,22 @@ def ending_like_ctrl_c() -> Iterator[None]:
             signal.signal(stop, handler)
 
 
+@contextmanager
+def _stops_deferred() -> Iterator[None]:
+    """A signal to stop that arrives inside takes effect at the end: libraries swallow exceptions while they load."""
+    caught: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if in_main else ()
+    previous = {stop: signal.signal(stop, lambda number, _frame: caught.append(number)) for stop in stops}
+    try:
+        yield
+    finally:
+        for stop, handler in previous.items():
+            signal.signal(stop, handler)
+    if caught:
+        signal.raise_signal(caught[0])
+
+
 def _make_plan(split: Split, folder: ImageFolder, options: ConversionOptions, say: Say) -> _Plan:
     """Choose the images, their order and their encoding, all from the seed."""
     chosen = np.arange(len(folder.files))
@@ -416,10 +432,11 @@ class _Writing:
 
 def open_writer(path: Path, encoding: Encoding, capacity: int) -> BetonWriter:
     """FFCV is imported here, once work has begun."""
-    from ffcv_convnext.data.importing import importing_ffcv
+    with _stops_deferred():
+        from ffcv_convnext.data.importing import importing_ffcv
 
-    with importing_ffcv():
-        from ffcv_convnext.data.beton import BetonWriter
+        with importing_ffcv():
+            from ffcv_convnext.data.beton import BetonWriter
     return BetonWriter(path, encoding, capacity)
 
 
