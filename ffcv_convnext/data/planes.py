@@ -21,7 +21,7 @@ from ffcv_convnext.data.turbojpeg import (
     read_header,
 )
 
-_GAP = 1.2  # a picture is decoded at 1.2 times its final size or more; that costs 0.4 dB at most
+_GAP = 1.2  # a picture is decoded at 1.2 times its final size or more; that costs 0.4 dB on average
 
 
 def shrunk_size(width: int, height: int, max_resolution: int | None) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import mmap
 import os
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -88,7 +89,7 @@ def _read_parts(descriptor, starts, lengths, places, content, functions):  # typ
     return len(starts)
 
 
-class _SampleFile:
+class _SampleFile(ABC):
     """An open .beton with the table that tells how long each sample's data is."""
 
     def __init__(self, beton: Path, samples: NDArray[np.uint64], table: NDArray[Any]) -> None:
@@ -137,10 +138,11 @@ class _SampleFile:
             for _, unused in ahead:
                 unused.release()
 
+    @abstractmethod
     def begin(self, samples: NDArray[np.int64]) -> Fetch:
-        raise NotImplementedError
+        """Set the samples' data on its way."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027  only one kind has something to do
         """What has to be done once, before the first batch."""
 
     def close(self, *, wait: bool = True) -> None:  # noqa: ARG002
