@@ -516,17 +516,24 @@ def add_setting_flags(parser: argparse.ArgumentParser, groups: Mapping[str, type
             )
 
 
-def config_from_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-    """Parse a command line whose parser has `add_flags`' flags. Unknown flags raise ValueError with the nearest."""
+def settings_from_args(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[dict[str, Any], argparse.Namespace]:
+    """The settings a command line states, unparsed, and everything it says; the parser has `add_flags`' flags.
+
+    Unknown flags raise ValueError with the nearest.
+    """
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].lstrip("-").split("=")[0]
         known = [flag[2:] for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
         raise ValueError(f"command line: nobody declared '{unknown[0]}'{nearest(name, known)}")
-    overrides = {}
-    for name in SETTINGS:
-        if hasattr(namespace, name):
-            overrides[name] = getattr(namespace, name)
+    return {name: getattr(namespace, name) for name in SETTINGS if hasattr(namespace, name)}, namespace
+
+
+def config_from_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
+    """The config a command line asks for, and everything it says; raises as `settings_from_args` does."""
+    overrides, namespace = settings_from_args(parser, argv)
     return load_config(*namespace.config, overrides=overrides), namespace
 
 

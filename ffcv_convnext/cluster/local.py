@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ffcv_convnext.cluster.attempts import MAX_FAILURES, is_worth_another_try
+from ffcv_convnext.cluster.records import LOCAL
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import EXIT_FAILURE, Interrupted
 from ffcv_convnext.files import write_atomically
@@ -48,13 +49,17 @@ def choose_devices(wanted: int | None, device: str) -> list[str]:
     return gpus if wanted is None else gpus[:wanted]
 
 
+def log_of(job_dir: Path, name: str, seed: int, rank: int = 0) -> Path:
+    """The file of what a run's process prints."""
+    return job_dir / FOLDER / f"{name}_seed{seed}_{rank}.log"
+
+
 @dataclass(slots=True)
 class LocalRun:
     """One run and its processes."""
 
     name: str
     config: Config
-    command: tuple[str, ...]
     code: Path  # snapshot to run
     job_dir: Path
     devices: Sequence[str] = ()
@@ -68,13 +73,12 @@ class LocalRun:
         return self.config.run.output_dir
 
     def log(self, rank: int) -> Path:
-        """What a process prints."""
-        return self.job_dir / FOLDER / f"{self.name}_seed{self.config.run.seed}_{rank}.log"
+        return log_of(self.job_dir, self.name, self.config.run.seed, rank)
 
     def start(self, devices: Sequence[str]) -> None:
         """Start a process on each device."""
         self.devices, self.kill_at, self.status = devices, None, 0
-        settings = self.job_dir / FOLDER / f"{self.name}_seed{self.config.run.seed}.yaml"
+        settings = self.log(0).with_suffix(".yaml")
         settings.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(settings, self.config.to_yaml().encode())
         with socket.socket() as probe:
@@ -169,7 +173,7 @@ def run_all(
                     say(f"finished {run.folder}")
                 elif stop.requested:
                     say(f"stopped {run.folder}")
-                elif is_worth_another_try(run.folder, f"local-{os.getpid()}", run.status):
+                elif is_worth_another_try(run.folder, f"{LOCAL}{os.getpid()}", run.status):
                     say(f"{run.folder} ended with exit status {run.status} before it was done; started again")
                     waiting.insert(0, run)
                 else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from ffcv_convnext.files import read_lines
 
 SUBMISSIONS = "submissions.jsonl"
+LOCAL = "local-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,7 +18,7 @@ class Submission:
     """One run handed to the scheduler."""
 
     time: str
-    job: str  # its id; tasks of an array are 17_0, 17_1, ...
+    job: str  # its id; tasks of an array are 17_0, 17_1, ...; LOCAL and a process for what runs on this machine
     name: str  # of the config
     seed: int
     folder: str  # the run folder
@@ -25,6 +27,10 @@ class Submission:
     code: str  # the snapshot it runs
     commit: str
     command: list[str]
+
+    @property
+    def is_local(self) -> bool:
+        return self.job.startswith(LOCAL)
 
 
 def write_submissions(job_dir: Path, submissions: list[Submission]) -> None:
@@ -35,3 +41,16 @@ def write_submissions(job_dir: Path, submissions: list[Submission]) -> None:
 def read_submissions(job_dir: Path) -> list[Submission]:
     """In the order they were made; [] where nothing was."""
     return [Submission(**entry) for entry in read_lines(job_dir / SUBMISSIONS)]
+
+
+def holder(folder: Path) -> str | None:
+    """The process that trains in a run folder at this moment, in words; None when there is none."""
+    try:
+        with open(folder / ".lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip()
+    except FileNotFoundError:
+        pass
+    return None

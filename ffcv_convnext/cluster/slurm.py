@@ -15,7 +15,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 SIGNAL_DELAY_S = 120  # the loop finishes its step and saves in it; --slurm_signal USR2@300 for more
 DEFAULT_NGPUS = 8
+ENDED = {  # squeue lists a job in these states for some minutes
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
+}  # fmt: skip
 FOLDER = "slurm"  # in job_dir: submitit's files, and what the tasks print
 
 
@@ -150,11 +154,22 @@ def submit(executor: submitit.SlurmExecutor, jobs: Sequence[TrainingJob]) -> lis
     import submitit
 
     try:
-        with submitit.helpers.clean_env():  # a job submitted from a job inherits nothing from it
+        with _outside_of_jobs():
             return [str(job.job_id) for job in executor.submit_array(jobs)]
     except submitit.core.utils.FailedJobError as error:
         words = [line for line in str(error).splitlines() if "sbatch" in line]
         raise Failure(f"nothing submitted: {words[-1] if words else error}") from None
+
+
+@contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """What is submitted from inside a job inherits nothing from it but where the cluster is."""
+    import submitit
+
+    place = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    with submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext():
+        os.environ.update(place)
+        yield
 
 
 def check_slurm(cluster: ClusterConfig) -> None:
@@ -176,15 +191,19 @@ def check_slurm(cluster: ClusterConfig) -> None:
             )
 
 
-def states(jobs: Sequence[str]) -> dict[str, str]:
+def states(jobs: Iterable[str]) -> dict[str, str]:
     """Of those jobs that are still in the queue: id -> PENDING, RUNNING, REQUEUED, COMPLETING, ..."""
     wanted = set(jobs)
     if not wanted:
         return {}
     lines = _ask("squeue", "--noheader", "--me", "--array", "--states=all", "--format=%i %T").splitlines()
     found = dict(line.split() for line in lines)
-    ended = {"CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
-    return {job: state for job, state in found.items() if job in wanted and state not in ended | {"DEADLINE"}}
+    return {job: found[job] for job in wanted & found.keys() if found[job] not in ENDED}
+
+
+def log_of_job(job_dir: Path, job: str) -> Path:
+    """The file of what rank 0 of a job, its batch script and srun say on stderr."""
+    return job_dir / FOLDER / f"{job}_0_log.err"
 
 
 def cancel(jobs: Sequence[str]) -> None:

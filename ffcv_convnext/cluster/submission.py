@@ -14,7 +14,7 @@ import yaml
 from ffcv_convnext.cluster import slurm
 from ffcv_convnext.cluster.here import run_config
 from ffcv_convnext.cluster.local import LocalRun, choose_devices, run_all
-from ffcv_convnext.cluster.records import Submission, read_submissions, write_submissions
+from ffcv_convnext.cluster.records import LOCAL, Submission, holder, read_submissions, write_submissions
 from ffcv_convnext.cluster.settings import ClusterConfig, flat
 from ffcv_convnext.config import Config
 from ffcv_convnext.snapshot import source_commit, take_snapshot
@@ -103,7 +103,26 @@ def submit_run(config: Config, cluster: ClusterConfig, *, command: Sequence[str]
     if config.run.output_dir is None:
         config = config.replace(output_dir=cluster.job_dir)
     task = plan_task(Path(config.flat()["output_dir"]).name, config, num_processes(cluster, config))
-    return submit_tasks([task], cluster, command=command, dry_run=dry_run, say=say)
+    tasks = unfinished([task], cluster.job_dir, say)
+    return submit_tasks(tasks, cluster, command=command, dry_run=dry_run, say=say) if tasks else 0
+
+
+def unfinished(tasks: Sequence[Task], job_dir: Path, say: Say) -> list[Task]:
+    """The runs that are neither finished nor on their way; says why others are left out."""
+    jobs = {s.folder: s.job for s in read_submissions(job_dir) if not s.is_local}  # the latest of each
+    folders = [str(task.folder) for task in tasks]
+    queue = slurm.states(job for folder, job in jobs.items() if folder in folders)
+    wanted = []
+    for task, folder in zip(tasks, folders, strict=True):
+        if (task.folder / "done").exists() and task.config.run.auto_resume and not task.config.run.eval:
+            say(f"{folder} is finished; nothing to do")
+        elif state := queue.get(jobs.get(folder, "")):
+            say(f"{folder} is on its way: job {jobs[folder]} is {state}; not submitted again")
+        elif process := holder(task.folder):
+            say(f"{folder} is on its way: {process}; not submitted again")
+        else:
+            wanted.append(task)
+    return wanted
 
 
 def submit_tasks(
@@ -115,14 +134,15 @@ def submit_tasks(
     say: Say,
     max_parallel: int | None = None,
 ) -> int:
-    """Submit runs of the same size, as one array if there are several; what is done or queued is left out.
+    """Submit runs of the same size, as one array if there are several.
 
     command: of the user, for the run folders.   max_parallel: runs at the same time.
     Returns 0, or, where it computed here, what the first run that failed ended with.
     """
     assert cluster.job_dir is not None
     job_dir = cluster.job_dir.absolute()
-    on_slurm = cluster.executor == "slurm"
+    on_slurm, device = cluster.executor == "slurm", tasks[0].config.run.device
+    world = num_processes(cluster, tasks[0].config)
     if on_slurm and not dry_run:
         slurm.check_slurm(cluster)
     warning = check_job_dir(job_dir)
@@ -130,54 +150,51 @@ def submit_tasks(
         say(warning)
     for line in sorted({line for task in tasks if (line := _recipe_warning(task))}):
         say(line)
-    if dry_run:
-        _print_plan(tasks, cluster, max_parallel, say)
-        return 0
-    tasks = [task for task in tasks if _is_wanted(task, job_dir, say)]
-    if not tasks:
-        return 0
-    world = num_processes(cluster, tasks[0].config)
-    if cluster.executor == "debug":
+    if cluster.executor == "debug" and not dry_run:
         return max(run_config(task.config) for task in tasks)
-    code = take_snapshot(_made(job_dir / CODE))
-    if cluster.executor == "local":
-        runs = [LocalRun(task.name, task.config, tuple(command), code, job_dir) for task in tasks]
-        devices = choose_devices(None, tasks[0].config.run.device)
-        return run_all(runs, devices=devices, world=world, max_parallel=max_parallel, say=say)
-    executor = _executor(tasks, cluster, code, max_parallel)
-    ids = slurm.submit(executor, [slurm.TrainingJob(task.config.flat(), list(command)) for task in tasks])
-    commit = source_commit()
-    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    write_submissions(
-        job_dir,
-        [
-            Submission(
-                time=now,
-                job=job,
-                name=task.name,
-                seed=task.config.run.seed,
-                folder=str(task.folder),
-                world=world,
-                epochs=task.config.schedule.epochs,
-                code=str(code),
-                commit=commit,
-                command=list(command),
-            )
-            for job, task in zip(ids, tasks, strict=True)
-        ],
-    )
-    for job, task in zip(ids, tasks, strict=True):
-        say(f"submitted job {job}: {task.folder}, {world} processes; what it prints is in {job_dir / slurm.FOLDER}")
-    return 0
+    code = job_dir / CODE / "SNAPSHOT" if dry_run else take_snapshot(job_dir / CODE)
+    if on_slurm:
+        executor = slurm.build_executor(cluster, code=code, gpus=device != "cpu", max_parallel=max_parallel)
+    if dry_run:
+        if on_slurm:
+            say(slurm.sbatch_script(executor, len(tasks)))
+        say(f"# cluster\n{yaml.safe_dump(flat(cluster), sort_keys=False)}")
+        for task in tasks:
+            say(f"# {task.folder}\n{task.config.to_yaml()}")
+        return 0
+    if on_slurm:
+        ids = slurm.submit(executor, [slurm.TrainingJob(task.config.flat(), list(command)) for task in tasks])
+    else:
+        ids = [f"{LOCAL}{os.getpid()}"] * len(tasks)
+    _record(tasks, ids, job_dir, code=code, world=world, command=command)
+    if on_slurm:
+        for job, task in zip(ids, tasks, strict=True):
+            say(f"submitted job {job}: {task.folder}, {world} processes; what it prints is in {job_dir / slurm.FOLDER}")
+        return 0
+    runs = [LocalRun(task.name, task.config, code, job_dir) for task in tasks]
+    return run_all(runs, devices=choose_devices(None, device), world=world, max_parallel=max_parallel, say=say)
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _executor(tasks: Sequence[Task], cluster: ClusterConfig, code: Path, max_parallel: int | None):  # type: ignore[no-untyped-def]
-    return slurm.build_executor(cluster, code=code, gpus=tasks[0].config.run.device != "cpu", max_parallel=max_parallel)
+def _record(
+    tasks: Sequence[Task], ids: Sequence[str], job_dir: Path, *, code: Path, world: int, command: Sequence[str]
+) -> None:
+    now, commit = time.strftime("%Y-%m-%dT%H:%M:%S%z"), source_commit()
+    submissions = [
+        Submission(
+            time=now,
+            job=job,
+            name=task.name,
+            seed=task.config.run.seed,
+            folder=str(task.folder),
+            world=world,
+            epochs=task.config.schedule.epochs,
+            code=str(code),
+            commit=commit,
+            command=list(command),
+        )
+        for job, task in zip(ids, tasks, strict=True)
+    ]
+    write_submissions(job_dir, submissions)
 
 
 def _recipe_warning(task: Task) -> str | None:
@@ -188,26 +205,3 @@ def _recipe_warning(task: Task) -> str | None:
         f"warning: the global batch is {batch}, but lr = {schedule.lr:g} is meant for {schedule.recipe_batch} "
         f"(recipe_batch): set --global_batch {schedule.recipe_batch}, or scale lr and set recipe_batch"
     )
-
-
-def _print_plan(tasks: Sequence[Task], cluster: ClusterConfig, max_parallel: int | None, say: Say) -> None:
-    """The sbatch script, where there is one, and the resolved settings."""
-    assert cluster.job_dir is not None
-    if cluster.executor == "slurm":
-        code = cluster.job_dir.absolute() / CODE / "SNAPSHOT"
-        say(slurm.sbatch_script(_executor(tasks, cluster, code, max_parallel), len(tasks)))
-    say(f"# cluster\n{yaml.safe_dump(flat(cluster), sort_keys=False)}")
-    for task in tasks:
-        say(f"# {task.folder}\n{task.config.to_yaml()}")
-
-
-def _is_wanted(task: Task, job_dir: Path, say: Say) -> bool:
-    """Whether a run is neither finished nor on its way already; says so if it is."""
-    if (task.folder / "done").exists() and task.config.run.auto_resume:
-        say(f"{task.folder} is finished; nothing to do")
-        return False
-    jobs = [s.job for s in read_submissions(job_dir) if s.folder == str(task.folder)]
-    for job, state in (slurm.states(jobs) if jobs else {}).items():
-        say(f"{task.folder} is on its way already: job {job} is {state}; nothing submitted (scancel {job} to stop it)")
-        return False
-    return True
