@@ -50,7 +50,7 @@ def holder(folder: Path) -> str | None:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return file.read().strip()
+                return file.read().strip() or "a process that has just started"
     except FileNotFoundError:
         pass
     return None

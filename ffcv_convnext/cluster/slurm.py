@@ -10,13 +10,15 @@ callable continues the same run folder.
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,42 +155,56 @@ def submit(executor: submitit.SlurmExecutor, jobs: Sequence[TrainingJob]) -> lis
     """
     import submitit
 
+    chosen = {n: v for n, v in os.environ.items() if n == "SLURM_CONF" or n.startswith("SBATCH_")}  # by the user
     try:
-        with _outside_of_jobs():
+        with (
+            submitit.helpers.clean_env(),  # a job submitted from a job inherits nothing from it
+            redirect_stderr(io.StringIO()),  # where submitit repeats sbatch's words
+        ):
+            os.environ.update(chosen)
             return [str(job.job_id) for job in executor.submit_array(jobs)]
     except submitit.core.utils.FailedJobError as error:
-        words = [line for line in str(error).splitlines() if "sbatch" in line]
-        raise Failure(f"nothing submitted: {words[-1] if words else error}") from None
-
-
-@contextmanager
-def _outside_of_jobs() -> Iterator[None]:
-    """What is submitted from inside a job inherits nothing from it but where the cluster is."""
-    import submitit
-
-    place = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
-    with submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext():
-        os.environ.update(place)
-        yield
+        words = [line.strip() for line in str(error).splitlines() if line.strip().startswith("sbatch: ")]
+        raise Failure(
+            f"nothing submitted: {'; '.join(dict.fromkeys(words)) or error}. Change the option it names; --dry_run "
+            "shows the script"
+        ) from None
 
 
 def check_slurm(cluster: ClusterConfig) -> None:
-    """Raises ValueError where there is no Slurm, or no such partition."""
+    """Raises ValueError where there is no Slurm, no such partition, or a partition that never runs jobs so long."""
     for command in ("sbatch", "srun", "squeue", "scontrol", "sinfo"):
         if shutil.which(command) is None:
             raise ValueError(
                 f"there is no {command} on this machine; submit from a login node of the cluster, or compute here with "
                 "--executor local"
             )
-    if cluster.partition is None:
-        return
-    partitions = sorted({name.rstrip("*") for name in _ask("sinfo", "--noheader", "--format=%P").split()})
-    for name in cluster.partition.split(","):
-        if name not in partitions:
+    lines = _ask("sinfo", "--noheader", "--format=%P %l").splitlines()  # the default has a star: main* 1-00:00:00
+    limits = {name: _minutes(limit) for name, limit in map(str.split, lines)}
+    default = [name.rstrip("*") for name in limits if name.endswith("*")]
+    limits = {name.rstrip("*"): limit for name, limit in limits.items()}
+    chosen = default if cluster.partition is None else cluster.partition.split(",")
+    for name in chosen:
+        if name not in limits:
             raise ValueError(
-                f"partition = {name}: this cluster has none of that name{nearest(name, partitions)}; "
-                f"there are: {', '.join(partitions)}"
+                f"partition = {name}: this cluster has none of that name{nearest(name, limits)}; "
+                f"there are: {', '.join(sorted(limits))}"
             )
+    longest = max((limits[name] for name in chosen), default=math.inf)
+    if cluster.timeout_minutes > longest and cluster.qos is None and "time" not in cluster.sbatch:  # a qos may allow it
+        raise ValueError(
+            f"timeout = {cluster.timeout:g}: partition {', '.join(chosen)} runs jobs of at most {longest / 60:g} hours; "
+            f"say --timeout {longest / 60:g}: a run goes on in as many jobs as it takes"
+        )
+
+
+def _minutes(limit: str) -> float:
+    """Slurm's 'infinite', '1-12:00:00', '12:00:00' or '30:00' in minutes."""
+    if limit in ("infinite", "n/a"):
+        return math.inf
+    days, _, clock = limit.rpartition("-")
+    *hours, minutes, seconds = map(int, clock.split(":"))
+    return int(days or 0) * 1440 + sum(hours) * 60 + minutes + seconds / 60
 
 
 def states(jobs: Iterable[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from ffcv_convnext.cluster.local import LocalRun, choose_devices, run_all
 from ffcv_convnext.cluster.records import LOCAL, Submission, holder, read_submissions, write_submissions
 from ffcv_convnext.cluster.settings import ClusterConfig, flat
 from ffcv_convnext.config import Config
+from ffcv_convnext.errors import complain
 from ffcv_convnext.snapshot import source_commit, take_snapshot
 
 if TYPE_CHECKING:
@@ -146,10 +147,10 @@ def submit_tasks(
     if on_slurm and not dry_run:
         slurm.check_slurm(cluster)
     warning = check_job_dir(job_dir)
-    if warning and on_slurm and cluster.nodes > 1:
-        say(warning)
+    if warning and on_slurm:
+        complain(warning, 0)
     for line in sorted({line for task in tasks if (line := _recipe_warning(task))}):
-        say(line)
+        complain(line, 0)
     if cluster.executor == "debug" and not dry_run:
         return max(run_config(task.config) for task in tasks)
     code = job_dir / CODE / "SNAPSHOT" if dry_run else take_snapshot(job_dir / CODE)

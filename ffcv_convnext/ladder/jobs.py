@@ -85,8 +85,9 @@ def budget(tasks: Sequence[Task], world: int, images_per_s: float | None, *, par
     lanes = [0.0] * min(parallel or len(tasks), len(tasks))
     for duration in hours:  # each run begins where one ends first
         lanes[lanes.index(min(lanes))] += duration
+    speed = " to ".join(dict.fromkeys(f"{rate:,.0f}" for rate in (min(rates), max(rates))))
     return (
-        f"{text}; at {min(rates):,.0f} to {max(rates):,.0f} images/s a run ({source}): {sum(hours):,.1f} h one after "
+        f"{text}; at {speed} images/s a run ({source}): {sum(hours):,.1f} h one after "
         f"the other, {max(lanes):,.1f} h with {len(lanes)} at a time, {world * sum(hours):,.0f} GPU-hours (training "
         "only, without queueing and evaluation)"
     )

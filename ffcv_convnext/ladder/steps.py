@@ -75,7 +75,9 @@ def select_steps(folder: Path, only: str | None = None, *, kernel_sizes: bool = 
     only: names, numbers and ranges of numbers, e.g. '05..08,convnext_tiny'; None: all.
     Raises ValueError when a part of it fits no step.
     """
-    steps = [*read_ladder(folder), *read_released(folder), *(read_ladder(folder / "kernel_sizes") * kernel_sizes)]
+    steps = [*read_ladder(folder), *read_released(folder)]
+    if kernel_sizes:
+        steps += read_ladder(folder / "kernel_sizes")
     if only is None:
         return steps
     chosen: set[str] = set()
