@@ -18,7 +18,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -92,11 +92,19 @@ def processes_of(folder: Path) -> dict[int, str]:
     return found
 
 
+def tails(files: Iterable[Path], lines: int = 25) -> str:
+    """The last lines of text files, each under its name."""
+    ends = [(path.name, path.read_text(errors="replace").splitlines()[-lines:]) for path in files]
+    return "\n".join(line for name, end in ends for line in (f"--- {name}", *end))
+
+
 @dataclass
 class TwoNodes:
     """Use as a context; leaving it ends every daemon and job, and removes the folder."""
 
-    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="two-nodes-")))  # a socket's path is short
+    folder: Path = field(
+        default_factory=lambda: Path(tempfile.mkdtemp(prefix="two-nodes-"))
+    )  # a socket's path is short
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -155,7 +163,9 @@ class TwoNodes:
         self._daemon("slurmctld", "-D", "-c")
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node, name=f"slurmd-{node}")
-        self._wait_for(lambda: self.ask("sinfo", "-h", "-N", "-p", "main", "-o", "%T") == "idle\nidle", "two idle nodes")
+        self._wait_for(
+            lambda: self.ask("sinfo", "-h", "-N", "-p", "main", "-o", "%T") == "idle\nidle", "two idle nodes"
+        )
 
     def _daemon(self, *command: str, name: str | None = None) -> None:
         """Start in a session of its own: a Ctrl-C in the terminal is for pytest, which then stops it."""
@@ -173,19 +183,12 @@ class TwoNodes:
         for name, daemon in self.daemons.items():
             assert daemon.poll() is None, f"{name} ended with status {daemon.returncode}\n{self.logs()}"
 
-    def logs(self, lines: int = 15) -> str:
-        """The ends of the daemons' logs."""
-        tails = [
-            "\n".join([f"--- {path.name}", *path.read_text(errors="replace").splitlines()[-lines:]])
-            for path in sorted(self.folder.glob("*.log"))
-        ]
-        return "\n".join(tails)
+    def logs(self) -> str:
+        return tails(sorted(self.folder.glob("*.log")))
 
     def ask(self, *command: str) -> str:
         """A Slurm command's output; empty when it fails."""
-        result = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=60, check=False
-        )
+        result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
         return result.stdout.strip()
 
     def tell(self, *command: str) -> str:
@@ -216,17 +219,13 @@ class TwoNodes:
         return wait_until(ended, seconds, lambda: f"an end of {self.describe(job_id)}")
 
     def describe(self, job_id: str) -> str:
-        """The job's record and the ends of its output, for a failure's message."""
+        """How the job stands and the ends of its output, for a failure's message."""
         record = self.job(job_id)
-        folder = Path(record.get("StdOut", "/nowhere")).parent
-        return "\n".join([f"job {job_id}: {record}", *tails(folder)])
+        facts = [f"{key} {record[key]}" for key in ("JobState", "Reason", "Restarts", "ExitCode", "NodeList")]
+        output = {path for key in ("StdOut", "StdErr") for path in Path(record[key]).parent.glob(f"*{job_id}*")}
+        return f"job {job_id}: {', '.join(facts)}\n{tails(sorted(path for path in output if path.is_file()))}"
 
     def cancel_all(self, seconds: float = 30) -> None:
         """Cancel every job and wait until its processes are gone."""
         self.ask("scancel", "--user", getpass.getuser())
         wait_until(lambda: not self.queue(), seconds, lambda: f"an empty queue: {self.queue()}\n{self.logs()}")
-
-
-def tails(folder: Path, lines: int = 25) -> Iterator[str]:
-    for path in sorted(folder.glob("*.out")) + sorted(folder.glob("*.err")):
-        yield "\n".join([f"--- {path.name}", *path.read_text(errors="replace").splitlines()[-lines:]])
