@@ -7,10 +7,8 @@ line on stderr; anything else keeps its traceback.
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,13 +16,8 @@ from typing import NoReturn
 
 from ffcv_convnext import __version__
 from ffcv_convnext.config import add_flags, config_from_args
-from ffcv_convnext.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, Failure, Interrupted
+from ffcv_convnext.errors import EXIT_FAILURE, EXIT_USAGE, complain, exit_status
 from ffcv_convnext.files import write_atomically
-from ffcv_convnext.signals import stopping_at_once
-
-USAGE_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PACKAGE = Path(__file__).resolve().parent
 
 
 class _Parser(argparse.ArgumentParser):
@@ -132,19 +125,19 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def train(argv: Sequence[str]) -> int:
-    """Train a network, continue a run, or evaluate a checkpoint."""
+    """Train a network, continue a run, or evaluate a checkpoint; with --job_dir, as a job on a cluster."""
+    from ffcv_convnext.cluster import add_cluster_flags, cluster_from_args, run_config, split_slurm_options, submit_run
+
     parser = _parser("train", train)
     add_flags(parser)
-    config, _ = config_from_args(parser, argv)
-    with stopping_at_once():  # the imports take seconds
-        from ffcv_convnext.training import evaluate_only
-        from ffcv_convnext.training import train as train_run
-
-        if config.run.eval:
-            evaluate_only(config)
-        else:
-            train_run(config)
-    return 0
+    add_cluster_flags(parser)
+    rest, sbatch = split_slurm_options(argv)
+    config, options = config_from_args(parser, rest)
+    cluster = cluster_from_args(options, sbatch)
+    if cluster.job_dir is None:
+        return run_config(config)
+    command = [sys.argv[0], *argv]
+    return submit_run(config, cluster, command=command, dry_run=options.dry_run, say=partial(print, flush=True))
 
 
 def ladder(argv: Sequence[str]) -> int:
@@ -323,33 +316,7 @@ def _parser(name: str, command: Callable[..., int]) -> argparse.ArgumentParser:
 
 def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; argv defaults to the process's."""
-    try:
-        return COMMANDS[name](sys.argv[1:] if argv is None else argv)
-    except Interrupted as error:
-        return _say(str(error), EXIT_INTERRUPTED)
-    except Failure as error:
-        return _say(f"error: {error}", EXIT_FAILURE)
-    except USAGE_ERRORS as error:
-        if not _raised_by_us(error):
-            raise
-        return _say(f"error: {error}", EXIT_USAGE)
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        return _say(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}; make room", EXIT_FAILURE)
-    except KeyboardInterrupt:
-        return _say("interrupted", 130)
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    """Whether our own code raised it on purpose: a ValueError from inside torch keeps its traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and PACKAGE in Path(frames[-1].filename).resolve().parents
-
-
-def _say(line: str, status: int) -> int:
-    print(line, file=sys.stderr)
-    return status
+    return exit_status(lambda: COMMANDS[name](sys.argv[1:] if argv is None else argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -362,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if arguments[0] not in COMMANDS:
-        return _say(f"error: no command '{arguments[0]}'; there are: {', '.join(COMMANDS)}", EXIT_USAGE)
+        return complain(f"error: no command '{arguments[0]}'; there are: {', '.join(COMMANDS)}", EXIT_USAGE)
     return run_command(arguments[0], arguments[1:])
 
 

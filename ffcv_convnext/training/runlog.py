@@ -14,7 +14,6 @@ import logging
 import os
 import platform
 import socket
-import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +25,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ffcv_convnext.config import Config, differences, load_config
-from ffcv_convnext.files import write_atomically
+from ffcv_convnext.files import read_lines, write_atomically
+from ffcv_convnext.snapshot import source_commit
 from ffcv_convnext.training.distributed import Processes
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def describe_machine(processes: Processes) -> dict[str, Any]:
         "processes": processes.world,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "cpu_cores": os.cpu_count(),
-        "git": _git_commit(),
+        "git": source_commit(),
         "versions": versions,
         "command": sys.argv,
     }
@@ -142,19 +142,6 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]} CPU" if names else platform.machine()
-
-
-def _git_commit() -> str:
-    """The commit this package's source is at, with a mark when it was changed since."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown: not a git checkout"
 
 
 class RunLog:
@@ -293,17 +280,6 @@ class RunLog:
             self.tensorboard.add_scalar(key, value, step)
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a last line that a kill cut short is left out."""
-    entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
 
 
 def _keep_lines(path: Path, wanted: Any) -> None:
