@@ -149,8 +149,10 @@ def submit(executor: submitit.SlurmExecutor, jobs: Sequence[TrainingJob]) -> lis
     """
     import submitit
 
+    chosen = {n: v for n, v in os.environ.items() if n == "SLURM_CONF" or n.startswith("SBATCH_")}  # by the user
     try:
         with submitit.helpers.clean_env():  # a job submitted from a job inherits nothing from it
+            os.environ.update(chosen)
             return [str(job.job_id) for job in executor.submit_array(jobs)]
     except submitit.core.utils.FailedJobError as error:
         words = [line for line in str(error).splitlines() if "sbatch" in line]
