@@ -149,7 +149,8 @@ def run_all(
     if not devices[0]:
         devices = [""] * world * (max_parallel or 1)
     at_once = min(len(devices) // world, max_parallel or len(runs))
-    waiting, running, result = list(runs), [], 0
+    waiting, result = list(runs), 0
+    running: list[LocalRun] = []
     free = list(devices)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals())

@@ -193,8 +193,8 @@ def check_slurm(cluster: ClusterConfig) -> None:
     longest = max((limits[name] for name in chosen), default=math.inf)
     if cluster.timeout_minutes > longest and cluster.qos is None and "time" not in cluster.sbatch:  # a qos may allow it
         raise ValueError(
-            f"timeout = {cluster.timeout:g}: partition {', '.join(chosen)} runs jobs of at most {longest / 60:g} hours; "
-            f"say --timeout {longest / 60:g}: a run goes on in as many jobs as it takes"
+            f"timeout = {cluster.timeout:g}: partition {', '.join(chosen)} runs jobs of at most {longest / 60:g} "
+            f"hours; say --timeout {longest / 60:g}: a run goes on in as many jobs as it takes"
         )
 
 
