@@ -16,7 +16,8 @@ from ffcv_convnext.training import read_lines
 from slurm.two_nodes import TwoNodes, processes_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-TWO_BY_TWO = ("--nodes", "2", "--ngpus", "2", "--cpus_per_task", "2")
+ONE_HOUR = ("--timeout", "1")  # what the partition allows
+TWO_BY_TWO = ("--nodes", "2", "--ngpus", "2", "--cpus_per_task", "2", *ONE_HOUR)
 
 
 def command_line(
@@ -51,6 +52,10 @@ class Job:
     def steps(self) -> int:
         """Optimiser steps in the log."""
         return max((entry["step"] for entry in read_lines(self.folder / "steps.jsonl")), default=0)
+
+    def output(self, rank: int) -> str:
+        """What a rank printed in all of the job's starts."""
+        return "".join((self.folder / "slurm" / f"{self.id}_{rank}_log.{end}").read_text() for end in ("out", "err"))
 
     def wait_for_step(self, step: int, seconds: float = 120) -> None:
         def there() -> bool:
