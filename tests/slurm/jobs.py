@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ffcv_convnext.training import read_lines
+from ffcv_convnext.files import read_lines
 from slurm.two_nodes import ENDED, TwoNodes, processes_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]

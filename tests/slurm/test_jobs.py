@@ -81,7 +81,9 @@ def preempt(job: Job) -> None:
 
 
 @pytest.mark.parametrize(
-    ("disturb", "tasks"), [(requeue, TWO_BY_TWO), (lose_a_node, TWO_BY_ONE), (preempt, TWO_BY_ONE)]
+    ("disturb", "tasks"),
+    [(requeue, TWO_BY_TWO), (lose_a_node, TWO_BY_ONE), (preempt, TWO_BY_ONE)],
+    ids=["requeue", "lost node", "pre-emption"],
 )
 def test_a_job_that_slurm_requeues_goes_on_within_its_epoch(
     disturb: Callable[[Job], None],
@@ -173,6 +175,7 @@ def test_a_cancelled_run_goes_on_with_other_processes_and_its_micro_batches_stay
             "as it takes",
         ),
     ],
+    ids=["partition", "time"],
 )
 def test_what_slurm_would_never_run_is_not_submitted(
     flags: tuple[str, str], complaint: str, cluster: TwoNodes, settings: dict[str, Any], tmp_path: Path
