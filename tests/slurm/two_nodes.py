@@ -100,11 +100,12 @@ def tails(files: Iterable[Path], lines: int = 25) -> str:
 
 @dataclass
 class TwoNodes:
-    """Use as a context; leaving it ends every daemon and job, and removes the folder."""
+    """Use as a context; leaving it ends every daemon and job, and removes the folder.
 
-    folder: Path = field(
-        default_factory=lambda: Path(tempfile.mkdtemp(prefix="two-nodes-"))
-    )  # a socket's path is short
+    folder: empty, its path short, as a socket's must be; by default a new one among the temporary files.
+    """
+
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="two-nodes-")))
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -163,9 +164,8 @@ class TwoNodes:
         self._daemon("slurmctld", "-D", "-c")
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node, name=f"slurmd-{node}")
-        self._wait_for(
-            lambda: self.ask("sinfo", "-h", "-N", "-p", "main", "-o", "%T") == "idle\nidle", "two idle nodes"
-        )
+        states = ("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T")
+        self._wait_for(lambda: self.ask(*states).split() == ["idle", "idle"], "two idle nodes")
 
     def _daemon(self, *command: str, name: str | None = None) -> None:
         """Start in a session of its own: a Ctrl-C in the terminal is for pytest, which then stops it."""
