@@ -59,6 +59,12 @@ class DataConfig:
         "order of the training samples: any after any, or, for files larger than memory, shuffled inside windows of "
         "pages that are drawn anew each epoch; the file must have been written shuffled",
     )
+    repeated_aug: int = setting(
+        1,
+        "copies of a sample in a global batch, each cropped and augmented anew, among as many samples fewer; true: 3, "
+        "DeiT's; 1, 0 or none: off",
+        aliases={"true": "3", "false": "1", "off": "1", "none": "1", "0": "1"},
+    )
     shuffle_window_mb: int = setting(
         2048,
         "window of order quasi_random, MB of the file: twice as much memory a node keeps what an epoch reads ahead",
@@ -73,7 +79,7 @@ class DataConfig:
     batches_ahead: int = setting(3, "micro-batches decoded in advance", free=True)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "update_freq", "shuffle_window_mb", "num_workers", "batches_ahead"):
+        for name in ("batch_size", "update_freq", "repeated_aug", "shuffle_window_mb", "num_workers", "batches_ahead"):
             _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: expected at least 1")
         _require(self.input_size >= 32, f"input_size = {self.input_size}: expected at least 32 pixels")
         _require(
