@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ffcv_convnext import __version__
-from ffcv_convnext.config import add_flags, config_from_args
+from ffcv_convnext.config import Config, add_flags, config_from_args
 from ffcv_convnext.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, Failure, Interrupted
 from ffcv_convnext.files import write_atomically
 from ffcv_convnext.signals import stopping_at_once
@@ -286,18 +286,54 @@ def verify(argv: Sequence[str]) -> int:
 
 
 def data(argv: Sequence[str]) -> int:
-    """Look into .beton files: what they hold (data info)."""
+    """Look into .beton files: what they hold (data info), what a run makes of them (data preview)."""
     parser = _parser("data", data)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     describing = "classes, sizes, encoding and origin of the images, without decoding them"
     info = actions.add_parser("info", help=describing, description=f"Print {describing}.", allow_abbrev=False)
     info.add_argument("data", type=Path, help="folder with train.beton and val.beton (or one of them), or a .beton")
     info.add_argument("--json", action="store_true", help="print an object instead of a page")
+    seeing = "training images as the network sees them at any step of a run"
+    preview = actions.add_parser("preview", help=seeing, description=f"Draw {seeing}.", allow_abbrev=False)
+    flag = preview.add_argument
+    flag("--out", type=Path, required=True, metavar="FILE", help="picture to write: .png or .jpg")
+    flag("--epoch", type=int, default=0, metavar="N", help="epoch of the run, from 0 (default 0)")
+    flag("--step", type=int, default=0, metavar="N", help="optimiser step in the epoch, from 0 (default 0)")
+    flag("--num", type=int, metavar="N", help="images, from the first of the step's global batch on (default 18)")
+    flag(
+        "--raw",
+        type=_true_or_false,
+        default=False,
+        metavar="BOOL",
+        help="each beside its crop before the augmentation (default false)",
+    )
+    add_flags(preview)
+    preview.usage = (
+        "%(prog)s [--config YAML ...] --out FILE [--epoch N --step N --num N --raw BOOL] [--SETTING VALUE ...]"
+    )
+    if argv[:1] == ["preview"]:
+        return _preview(*config_from_args(preview, argv[1:]))
     options = parser.parse_args(argv)
     from ffcv_convnext.data import describe_data
 
     described = describe_data(options.data)
     print(described.to_json() if options.json else described.format())
+    return 0
+
+
+def _preview(config: Config, options: argparse.Namespace) -> int:
+    from ffcv_convnext.preview import preview
+
+    line = preview(
+        config,
+        options.out,
+        config_names=tuple(map(str, options.config)),
+        epoch=options.epoch,
+        step=options.step,
+        num=options.num,
+        raw=options.raw,
+    )
+    print(line)
     return 0
 
 

@@ -27,7 +27,7 @@ FLOORS = [
     {"data", "augment", "models"},
     {"training"},
     {"bench"},
-    {"cluster", "ladder", "report"},
+    {"cluster", "ladder", "preview", "report"},
     {"cli"},
 ]
 FLOOR_OF = {unit: height for height, units in enumerate(FLOORS) for unit in units}

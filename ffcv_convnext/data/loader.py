@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice, tee
@@ -375,7 +375,7 @@ class TrainLoader(_SplitLoader):
         """What `steps` takes, micro-batch by micro-batch: (batch_size,) index + copy * COPY, see order.py."""
         return self.shares.micro_batches(self.num_samples, self.seed, epoch, self.rank, first_step, self.quasi_random)
 
-    def steps(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[Batch]]:
+    def steps(self, epoch: int, first_step: int = 0) -> Generator[Iterator[Batch], None, None]:
         """Yield, for each optimiser step of the epoch from `first_step` on, its micro-batches of this rank.
 
         Each is images (batch_size, 3, input_size, input_size) uint8 channels_last and labels (batch_size,) int64 on

@@ -122,7 +122,8 @@ def _val_loader(config: Config, processes: Processes) -> EvalLoader:
     )
 
 
-def _num_classes(config: ModelConfig, in_data: int) -> int:
+def num_classes_of_head(config: ModelConfig, in_data: int) -> int:
+    """As many as the settings say, or as the data has. Raises ValueError where the data has more than the settings."""
     if config.nb_classes is not None and config.nb_classes < in_data:
         raise ValueError(f"nb_classes = {config.nb_classes}: the data has {in_data} classes; leave it out, or raise it")
     return config.nb_classes or in_data
@@ -171,7 +172,7 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
 def build_run(config: Config, processes: Processes, train_loader: TrainLoader, val_loader: EvalLoader) -> Run:
     """All parts of a run at its beginning: nothing is restored yet."""
     assert config.run.output_dir is not None
-    num_classes = _num_classes(config.model, train_loader.num_classes)
+    num_classes = num_classes_of_head(config.model, train_loader.num_classes)
     learner = build_learner(config, processes, num_classes=num_classes, steps_per_epoch=train_loader.steps_per_epoch)
     parameters = sum(p.numel() for p in learner.network.parameters())
     facts = {
@@ -294,7 +295,7 @@ def evaluate_only(config: Config) -> dict[str, float]:
     setup_logging(None, processes)
     path, content = _weights_to_evaluate(config)
     with _joined(processes), closing(_val_loader(config, processes)) as val_loader:
-        network = _network(config, _num_classes(config.model, val_loader.num_classes), processes.device)
+        network = _network(config, num_classes_of_head(config.model, val_loader.num_classes), processes.device)
         counted_by = processes if config.run.dist_eval else replace(processes, rank=0, world=1)
         scores: dict[str, float] = {}
         for part, ending in (("model", ""), ("ema", "_ema")):
