@@ -238,4 +238,4 @@ def _shortened(text: str, ending: str, width: int) -> str:
 
     if _FONT.getlength(text + ending) <= width:
         return text + ending
-    return keeping(bisect(range(1, len(text)), width, key=lambda num: _FONT.getlength(keeping(num))))
+    return keeping(bisect(range(1, len(text)), float(width), key=lambda num: _FONT.getlength(keeping(num))))
