@@ -297,15 +297,15 @@ def affine(pixels: Tensor, matrix: Tensor, fill: Fill, *, bicubic: bool) -> Tens
     padded = _padded_words(pixels)
     start = place.top.clamp_(-1, height - 1).add_(1).mul_(width + 4).add_(place.left.clamp_(-1, width - 1)).add_(1)
     shares_x = weights(place.along_x, bicubic=bicubic)
-    total, line = (torch.empty((3, height, width), device=pixels.device) for _ in range(2))
-    plane, words, part = torch.empty_like(total[0]), torch.empty_like(start), torch.empty_like(start)
+    total, line, planes = torch.empty((3, 3, height, width), device=pixels.device).unbind(0)
+    parts = torch.empty((3, height, width), dtype=torch.int32, device=pixels.device)
+    masks = torch.tensor([0xFF, 0xFFFF, 0xFFFFFF], dtype=torch.int32, device=pixels.device)[:, None, None]
     first = 0 if bicubic else 1
     for i, share_y in enumerate(weights(place.along_y, bicubic=bicubic), first):
         for j, share_x in enumerate(shares_x, first):
-            torch.index_select(padded[i * (width + 4) + j :], 0, start.view(-1), out=words.view(-1))
-            for channel, mask in enumerate((255, 65535, None)):  # red; red + 256 green; and + 65536 blue
-                plane.copy_(words if mask is None else torch.bitwise_and(words, mask, out=part))
-                _add_product(line[channel], plane, share_x, first=j == first)
+            words = padded[i * (width + 4) + j :].index_select(0, start.view(-1)).view(start.shape)
+            planes.copy_(torch.bitwise_and(words, masks, out=parts))  # red; red + 256 green; and + 65536 blue
+            _add_product(line, planes, share_x, first=j == first)
         _add_product(total, line, share_y, first=i == first)
     red, green, blue = total
     blue.sub_(green).mul_(1 / 65536)
