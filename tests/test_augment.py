@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,8 @@ from ffcv_convnext.augment import TrainAugment, normalise, soft_targets
 from ffcv_convnext.augment.erasing import ErasingDraws, draw_erasing, erase, erase_everywhere, noise
 from ffcv_convnext.augment.mix import MixDraws, draw_mix, mix_everywhere, mix_targets, mixed
 from ffcv_convnext.augment.ops import IMAGENET_MEAN, IMAGENET_STD, color_jitter, draw_jitter, normalised_planes
-from ffcv_convnext.config import AugmentConfig
+from ffcv_convnext.config import AugmentConfig, ModelConfig
+from ffcv_convnext.models import build_model
 
 CPU = torch.device("cpu")
 NUM, NUM_CLASSES, HEIGHT, WIDTH = 8, 10, 24, 36
@@ -459,23 +462,159 @@ def test_soft_targets_give_the_loss_of_timm_s_label_smoothing(smoothing: float) 
 # --- the whole ---------------------------------------------------------------------------------------------------
 
 
-def augmentation(seed: int = 0, **settings: Any) -> TrainAugment:
+def augmentation(
+    seed: int = 0, compile: bool = False, dtype: torch.dtype = torch.float32, **settings: Any
+) -> TrainAugment:
     config = AugmentConfig(**{"aa": "none", "reprob": 0.5, **settings})
-    return TrainAugment(config, num_classes=NUM_CLASSES, seed=seed, device=CPU)
+    return TrainAugment(config, num_classes=NUM_CLASSES, seed=seed, device=CPU, compile=compile, dtype=dtype)
 
 
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be compiled runs as it is written."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What would be compiled is made a graph, but no machine code, which takes long."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("uncompiled")
+@WAYS
 @MODES
 @pytest.mark.parametrize("jitter", [None, 0.4])
-def test_a_batch_keeps_its_shape_and_memory_format_and_the_input_stays(mode: str, jitter: float | None) -> None:
-    images = uint8_images()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_a_batch_keeps_its_shape_and_the_input_stays(
+    mode: str, jitter: float | None, dtype: torch.dtype, everywhere: bool, memory_format: torch.memory_format
+) -> None:
+    images = uint8_images().contiguous(memory_format=memory_format)
     before = images.clone()
-    inputs, targets = augmentation(mixup_mode=mode, color_jitter=jitter)(images, labels(), step=3, micro_batch=1)
+    augment = augmentation(mixup_mode=mode, color_jitter=jitter, dtype=dtype, compile=everywhere)
+    inputs, targets = augment(images, labels(), step=3, micro_batch=1)
     assert torch.equal(images, before)
     assert inputs.shape == images.shape
-    assert inputs.dtype == torch.float32
+    assert inputs.dtype == dtype
     assert inputs.is_contiguous(memory_format=torch.channels_last)
+    assert not inputs.requires_grad
     assert targets.shape == (NUM, NUM_CLASSES)
+    assert targets.dtype == torch.float32
     assert torch.allclose(targets.sum(1), torch.ones(NUM), atol=1e-6)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@MODES
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"color_jitter": None},
+        {"color_jitter": None, "remode": "rand", "recount": 3, "smoothing": 0},
+        {"color_jitter": 0.4, "remode": "const", "cutmix": 0},
+        {"color_jitter": 0.4, "recount": 2, "cutmix_minmax": (0.3, 0.6), "mixup": 0},
+        {"color_jitter": None, "reprob": 0, "mixup": 0, "cutmix": 0},
+    ],
+)
+def test_image_by_image_and_everywhere_are_the_same(mode: str, settings: dict[str, Any]) -> None:
+    one_by_one, everywhere = (augmentation(mixup_mode=mode, compile=each, **settings) for each in (False, True))
+    for step in range(8):
+        found, targets = one_by_one(uint8_images(), labels(), step=step, micro_batch=0)
+        same, same_targets = everywhere(uint8_images(), labels(), step=step, micro_batch=0)
+        assert torch.allclose(found, same, rtol=1e-6, atol=1e-6 if settings.get("color_jitter") is None else 1e-5)
+        assert torch.allclose(targets, same_targets, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("traced")
+@MODES
+def test_what_is_compiled_is_one_graph_for_all_steps_and_draws(mode: str) -> None:
+    """fullgraph refuses a second graph; a run's first call makes it, and Mixup, CutMix and no mixing share it."""
+    augment = augmentation(mixup_mode=mode, compile=True, mixup_prob=0.7, reprob=0.1)
+    augment(uint8_images(), labels(), step=0, micro_batch=0)
+    kinds = set()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in [*range(1, 12), 10**6]:
+            inputs, _ = augment(uint8_images(), labels(), step=step, micro_batch=step % 3)
+            assert torch.isfinite(inputs).all()
+            draws = augment.draw(NUM, HEIGHT, WIDTH, step=step, micro_batch=step % 3)
+            assert draws.mix is not None
+            assert draws.erasing is not None
+            kinds.add((bool(is_cut(draws.mix)[0]), bool(draws.mix.lam[0] < 1), bool(draws.erasing.boxes.any())))
+    assert {kind[:2] for kind in kinds} == {(True, True), (False, True), (False, False)}
+    assert {kind[2] for kind in kinds} == {True, False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        ({"color_jitter": None, "mixup_mode": "batch"}, 2e-6),
+        ({"color_jitter": 0.4, "mixup_mode": "pair", "remode": "rand", "recount": 2}, 1e-5),
+        ({"aa": "rand-m9-mstd0.5-inc1", "mixup_mode": "elem"}, 1.01 / (255 * min(IMAGENET_STD))),  # a level of 255
+    ],
+)
+def test_compiled_is_the_same_as_eager(settings: dict[str, Any], tolerance: float) -> None:
+    eager, compiled = (augmentation(compile=each, **settings) for each in (False, True))
+    for step in range(6):
+        with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+            inputs, targets = compiled(uint8_images(), labels(), step=step, micro_batch=0)
+        expected, expected_targets = eager(uint8_images(), labels(), step=step, micro_batch=0)
+        assert inputs.stride() == expected.stride()
+        assert float((inputs - expected).abs().max()) < tolerance
+        assert torch.allclose(targets, expected_targets, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inputs_are_computed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
+    found, targets = augmentation(dtype=dtype)(uint8_images(), labels(), step=5, micro_batch=0)
+    exact, same_targets = augmentation()(uint8_images(), labels(), step=5, micro_batch=0)
+    assert torch.equal(found, exact.to(dtype))
+    assert torch.equal(targets, same_targets)
+
+
+def test_the_loss_under_autocast_is_the_same_with_inputs_in_autocast_s_type() -> None:
+    torch.manual_seed(0)
+    network = build_model(ModelConfig(resnet_layers=(1, 1, 1, 1), resnet_embed_dim=8, resnet_stem="patch_embed"), 10)
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs, targets = augmentation(dtype=dtype)(uint8_images(), labels(), step=0, micro_batch=0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses.append(SoftTargetCrossEntropy()(network(inputs), targets))
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("mode", ["batch", "elem", "pair"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_batch_is_what_torchvision_and_timm_make_of_it_for_the_same_draws(
+    mode: str, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    augment = augmentation(mixup_mode=mode, smoothing=smoothing, color_jitter=None, reprob=0)
+    images = F.normalize(uint8_images().float() / 255, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    for step in range(6):
+        inputs, targets = augment(uint8_images(), labels(), step=step, micro_batch=0)
+        draws = augment.draw(NUM, HEIGHT, WIDTH, step=step, micro_batch=0).mix
+        assert draws is not None
+        expected, expected_targets = mixed_by_timm(images, draws, mode, smoothing, monkeypatch)
+        assert torch.allclose(inputs, expected, atol=4e-6)
+        assert torch.allclose(targets, expected_targets, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [
+        (torch.zeros((4, 1, 32, 32), dtype=torch.uint8), r"uint8 \(4, 1, 32, 32\)"),
+        (torch.zeros((4, 4, 32, 32), dtype=torch.uint8), r"uint8 \(4, 4, 32, 32\)"),
+        (torch.zeros((4, 32, 32, 3), dtype=torch.uint8), r"uint8 \(4, 32, 32, 3\)"),
+        (torch.zeros((3, 32, 32), dtype=torch.uint8), r"uint8 \(3, 32, 32\)"),
+        (torch.zeros((4, 3, 32, 32)), r"float32 \(4, 3, 32, 32\)"),
+    ],
+)
+@pytest.mark.parametrize("aa", ["none", "rand-m9-mstd0.5-inc1"])
+def test_images_of_other_than_three_colours_are_refused(images: Tensor, found: str, aa: str) -> None:
+    with pytest.raises(ValueError, match=rf"^images are {found}: augmentation is for uint8 \(N, 3, H, W\), of red,"):
+        augmentation(aa=aa)(images, labels(4), step=0, micro_batch=0)
 
 
 @MODES

@@ -97,7 +97,7 @@ def erase(image: Tensor, index: int, draws: ErasingDraws) -> None:
             patch.copy_(torch.stack(noise(draws.key, rows + torch.arange(left, right)), -1))
 
 
-def erase_everywhere(planes: Planes, boxes: Tensor, colours: Tensor, key: Tensor | None) -> Planes:
+def erase_everywhere(planes: Planes, boxes: Tensor, colours: Tensor, key: Tensor | None = None) -> Planes:
     """What erase does, for all images at once and in static shapes.
 
     planes: the channels, left untouched.   boxes, colours, key: those of ErasingDraws, on the planes' device.
