@@ -72,7 +72,7 @@ def color_jitter(images: Tensor, steps: Tensor, factors: Tensor) -> Tensor:
         red, green, blue = (weight * plane for weight, plane in zip(_LUMA, planes, strict=True))
         gray = red + green + blue
         base = torch.where(step == 2, gray, torch.where(step == 1, gray.mean((1, 2), keepdim=True), 0.0))
-        planes = [torch.lerp(base, plane, factor).clamp(0, 255) for plane in planes]
+        planes = [torch.lerp(base, plane, factor).clamp_(0, 255) for plane in planes]
     return torch.stack(planes, -1).permute(0, 3, 1, 2)
 
 
