@@ -29,10 +29,10 @@ def normalise(images: Tensor) -> Tensor:
     if not images.is_contiguous(memory_format=torch.channels_last):
         scale, shift = to_device(constants, images.device)[:, :, None, None]
         return torch.addcmul(shift, images.float(), scale)
-    width = images.shape[3]
-    scale, shift = to_device(np.tile(constants, width), images.device)  # three values at the end: a slow broadcast
-    rows = images.permute(0, 2, 3, 1).flatten(2).float()
-    return torch.addcmul(shift, rows, scale).unflatten(2, (width, 3)).permute(0, 3, 1, 2)
+    pixels = images.permute(0, 2, 3, 1)
+    scale, shift = to_device(np.tile(constants, pixels.shape[2]), images.device)  # three values: a slow broadcast
+    rows = torch.addcmul(shift, pixels.flatten(2).float(), scale)
+    return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
 
 def normalised_planes(images: Tensor) -> Planes:

@@ -77,7 +77,7 @@ class TrainAugment:
         self.kinds = policy_kinds(self.policy) if self.policy else frozenset()
         self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
         if compile:
-            self._compiled = torch.compile(self._everywhere, fullgraph=True, dynamic=False, isolate_recompiles=True)
+            self._compiled = torch.compile(self._everywhere, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor, *, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:

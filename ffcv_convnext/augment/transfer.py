@@ -24,7 +24,7 @@ def all_to_device(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[
     arrays = [np.asarray(array, order="C") for array in arrays]
     flat = [array.reshape(-1).view(np.uint8) for array in arrays]
     packed = np.concatenate([np.pad(each, (0, -len(each) % _ALIGNMENT)) for each in flat] or [np.zeros(0, np.uint8)])
-    places = to_device(packed, device).split([len(each) + -len(each) % _ALIGNMENT for each in flat])
+    places = torch.split(to_device(packed, device), [len(each) + -len(each) % _ALIGNMENT for each in flat])
     return [
         place[: array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
         for array, place in zip(arrays, places, strict=True)
