@@ -6,16 +6,20 @@ bytes costs a tenth of one that gathers or interleaves, so values are computed, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R 601 in 16-bit fixed point: how PIL makes an image gray
 NUDGE = 2.0**-12  # added before fractions are cut off: rounding leaves no whole number just below itself
 
 Fill = tuple[int, int, int]
+Floats = NDArray[np.float64]
+_T = TypeVar("_T", Tensor, Floats)
 
 
 def invert(pixels: Tensor) -> Tensor:
@@ -139,8 +143,8 @@ def _blend(base: Tensor | float, values: Tensor, factor: float) -> Tensor:
 
 
 def _to_bytes(values: Tensor) -> Tensor:
-    """float32, overwritten -> uint8: fractions are cut off, as in PIL. By way of int16, which is faster."""
-    return values.clamp_(0, 255).to(torch.int16).to(torch.uint8)
+    """float32 -> uint8: fractions are cut off, as in PIL. By way of int16, which is faster."""
+    return values.to(torch.int16).clamp_(0, 255).to(torch.uint8)
 
 
 def _planes(pixels: Tensor) -> Tensor:
@@ -168,63 +172,96 @@ def gaussian_blur(pixels: Tensor, weights: Tensor) -> Tensor:
     return pixels
 
 
-def shift_rows(pixels: Tensor, shifts: Tensor, fill: Fill, *, bicubic: bool) -> Tensor:
-    """Row i moved left by shifts[i] pixels. shifts: (H,) float64.   fill: colour of what comes from outside."""
+def translate(pixels: Tensor, shift: float, axis: int, fill: Fill, *, bicubic: bool) -> Tensor:
+    """Moved up (axis 0) or left (axis 1) by `shift` pixels. fill: colour of what comes from outside."""
+    size = pixels.shape[axis]
+    result = torch.empty_like(pixels)
+    result.flatten(1).copy_(_row_of(fill, pixels))
+    first = math.ceil(-0.5 - shift)  # of the lines that come from inside
+    begin, end = max(0, first), min(size, first + size)
+    if begin >= end:
+        return result
+    whole = math.floor(shift)
+    shares = weights(np.array(shift - whole), bicubic=bicubic)
+    start, stop = begin + whole + 1 - len(shares) // 2, end + whole + len(shares) // 2  # the lines that are read
+    inner = pixels.narrow(axis, max(0, start), min(size, stop) - max(0, start))
+    edges = pixels.narrow(axis, 0, 1), pixels.narrow(axis, size - 1, 1)
+    taken = torch.cat([*[edges[0]] * -start, inner, *[edges[1]] * (stop - size)], axis).float()
+    moved = taken.narrow(axis, 0, end - begin) * float(shares[0])
+    for i, share in enumerate(shares[1:], 1):
+        moved.add_(taken.narrow(axis, i, end - begin), alpha=float(share))
+    result.narrow(axis, begin, end - begin).copy_(_to_bytes(moved.add_(NUDGE)))
+    return result
+
+
+def shear_rows(pixels: Tensor, slope: float, fill: Fill, *, bicubic: bool) -> Tensor:
+    """Each row moved left by `slope` pixels for each pixel down to its centre. fill: colour of what is outside."""
     height, width, _ = pixels.shape
-    whole = shifts.floor()
+    shifts = (np.arange(height) + 0.5) * slope
+    whole = np.floor(shifts)
     margin, padded = width + 2, width + 4  # pixels before the first row and after the last; a row and two on each side
     store = pixels.new_zeros((2 * margin + height * padded) * 3)
     rows = store[3 * margin : -3 * margin].view(height, padded, 3)
     rows[:, 2:-2] = pixels
     rows[:, :2], rows[:, -2:] = pixels[:, :1], pixels[:, -1:]
-    starts = torch.arange(height, device=pixels.device) * padded + margin + 1 + whole.long().clamp_(-margin, margin - 4)
+    starts = margin + 1 + np.arange(height) * padded + np.clip(whole, -margin, margin - 4)
     taken = _windows(store, 3 * starts, 3 * (width + 3)).float()
-    shares = weights((shifts - whole)[:, None].float(), bicubic=bicubic)
-    first = 0 if bicubic else 3
-    result = taken[:, first : first + 3 * width] * shares[0]
-    for i, share in enumerate(shares[1:], 1):
-        result.addcmul_(taken[:, first + 3 * i : first + 3 * (i + width)], share)
-    outside = torch.tensor(fill, dtype=torch.uint8, device=pixels.device).repeat(width)
-    inside = torch.full_like(outside, 255)
-    zeros = torch.zeros_like(outside)
-    begin = 3 * (width - (-0.5 - shifts).ceil().long().clamp_(-width, width))
-    moved = _to_bytes(result.add_(NUDGE))
-    moved &= _windows(torch.cat([zeros, inside, zeros]), begin, 3 * width)
-    moved |= _windows(torch.cat([outside, zeros, outside]), begin, 3 * width)
+    moved = _sum_of_taps(taken, 1, 3, (shifts - whole)[:, None], bicubic=bicubic)
+    inside = torch.full((3 * width,), 255, dtype=torch.uint8, device=pixels.device)
+    outside, none = _row_of(fill, pixels), torch.zeros_like(inside)
+    begins = 3 * (width - np.clip(np.ceil(-0.5 - shifts), -width, width))
+    moved &= _windows(torch.cat([none, inside, none]), begins, 3 * width)
+    moved |= _windows(torch.cat([outside, none, outside]), begins, 3 * width)
     return moved.view(pixels.shape)
 
 
-def _windows(store: Tensor, starts: Tensor, length: int) -> Tensor:
-    """(n, length): pieces of a store, (size,)."""
-    return store.as_strided((len(store) - length + 1, length), (1, 1)).index_select(0, starts)
-
-
-def shift_columns(pixels: Tensor, shifts: Tensor, fill: Fill, *, bicubic: bool) -> Tensor:
-    """Column j moved up by shifts[j] pixels. shifts: (W,) float64."""
+def shear_columns(pixels: Tensor, slope: float, fill: Fill, *, bicubic: bool) -> Tensor:
+    """Each column moved up by `slope` pixels for each pixel right to its centre. fill: colour of what is outside."""
     height, width, _ = pixels.shape
-    device = pixels.device
-    whole = shifts.floor()
-    taps = 4 if bicubic else 2
-    lines = torch.arange(height + taps - 1, dtype=torch.int32, device=device) - (taps // 2 - 1)
-    places = lines[:, None] + _thrice(whole.int())
-    places.clamp_(0, height - 1).mul_(3 * width).add_(torch.arange(3 * width, dtype=torch.int32, device=device))
-    taken = pixels.view(-1).index_select(0, places.view(-1)).view(places.shape).float()
-    shares = weights(_thrice((shifts - whole).float()), bicubic=bicubic)
-    result = taken[:height] * shares[0]
-    for i, share in enumerate(shares[1:], 1):
-        result.addcmul_(taken[i : i + height], share)
-    begin = (-0.5 - shifts).ceil().clamp_(-height, height).short()
-    depth = torch.arange(height, dtype=torch.int16, device=device)[:, None] - _thrice(begin)
-    outside = ((height - 1 - depth).bitwise_or_(depth) >> 15).to(torch.uint8)  # 255, where either is negative, or 0
-    moved = _to_bytes(result.add_(NUDGE))
+    shifts = ((np.arange(width) + 0.5) * slope).repeat(3)  # of each channel of a column
+    whole = np.floor(shifts)
+    far = min(math.ceil(abs(slope) * width), height) + 2
+    store = torch.cat([pixels[:1].expand(far, -1, -1), pixels, pixels[-1:].expand(far + 1, -1, -1)]).flatten(1)
+    first = np.arange(3 * width) + 3 * width * (far - 1 + np.clip(whole, -far + 1, far - 1))
+    height_read = height + 3
+    lines = store.as_strided((height_read, store.numel() - 3 * width * (height_read - 1)), (3 * width, 1))
+    taken = lines.gather(1, _index(first, pixels).expand(height_read, -1)).float()
+    moved = _sum_of_taps(taken, 0, 1, shifts - whole, bicubic=bicubic)
+    begins = np.clip(np.ceil(-0.5 - shifts), -height, height).astype(np.int16)
+    depth = torch.arange(height, dtype=torch.int16, device=pixels.device)[:, None] - _tensor(begins, pixels)
+    outside = ((height - 1 - depth).bitwise_or_(depth) >> 15).to(torch.uint8)  # 255 where either is negative, or 0
     moved &= outside.bitwise_not()
-    moved |= outside.bitwise_and_(torch.tensor(fill, dtype=torch.uint8, device=device).repeat(width))
+    moved |= outside.bitwise_and_(_row_of(fill, pixels))
     return moved.view(pixels.shape)
 
 
-def _thrice(columns: Tensor) -> Tensor:
-    """(W,) -> (3 W,): for each channel of a column."""
-    return columns.repeat_interleave(3)
+def _sum_of_taps(taken: Tensor, axis: int, step: int, along: Floats, *, bicubic: bool) -> Tensor:
+    """uint8, shorter by 3 steps along an axis: float32 values one step before, at, and one and two after, weighted."""
+    size = taken.shape[axis] - 3 * step
+    shares = [_tensor(share.astype(np.float32), taken) for share in weights(along, bicubic=bicubic)]
+    first = 0 if bicubic else step
+    total = taken.narrow(axis, first, size) * shares[0]
+    for i, share in enumerate(shares[1:], 1):
+        total.addcmul_(taken.narrow(axis, first + i * step, size), share)
+    return _to_bytes(total.add_(NUDGE))
+
+
+def _windows(store: Tensor, starts: Floats, length: int) -> Tensor:
+    """(n, length): pieces of a store, (size,)."""
+    return store.as_strided((len(store) - length + 1, length), (1, 1)).index_select(0, _index(starts, store))
+
+
+def _row_of(fill: Fill, pixels: Tensor) -> Tensor:
+    """(3 W,) uint8."""
+    return _tensor(np.tile(np.array(fill, np.uint8), pixels.shape[1]), pixels)
+
+
+def _index(places: Floats, like: Tensor) -> Tensor:
+    return _tensor(places.astype(np.int64), like)
+
+
+def _tensor(values: NDArray[Any], like: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(like.device)
 
 
 class Places(NamedTuple):
@@ -245,7 +282,7 @@ def places(matrices: Tensor, height: int, width: int) -> Places:
     ys = torch.arange(height, dtype=torch.float64, device=matrices.device)[:, None] + 0.5
     xs = torch.arange(width, dtype=torch.float64, device=matrices.device) + 0.5
     a, b, c, d, e, f = matrices[..., None, None].unbind(-3)
-    x, y = a * xs + b * ys + c, d * xs + e * ys + f
+    x, y = a * xs + (b * ys + c), d * xs + (e * ys + f)
     column, row = x.floor().int(), y.floor().int()
     outside = (column | (width - 1 - column) | row | (height - 1 - row)) >> 31
     x, y = x.sub_(0.5), y.sub_(0.5)
@@ -260,18 +297,16 @@ def affine(pixels: Tensor, matrix: Tensor, fill: Fill, *, bicubic: bool) -> Tens
     padded = _padded_words(pixels)
     start = place.top.clamp_(-1, height - 1).add_(1).mul_(width + 4).add_(place.left.clamp_(-1, width - 1)).add_(1)
     shares_x = weights(place.along_x, bicubic=bicubic)
-    total = torch.zeros((3, height, width), device=pixels.device)
-    line, plane = torch.empty_like(total), torch.empty_like(total[0])
-    words, part = torch.empty_like(start), torch.empty_like(start)
+    total, line = (torch.empty((3, height, width), device=pixels.device) for _ in range(2))
+    plane, words, part = torch.empty_like(total[0]), torch.empty_like(start), torch.empty_like(start)
     first = 0 if bicubic else 1
     for i, share_y in enumerate(weights(place.along_y, bicubic=bicubic), first):
-        line.zero_()
         for j, share_x in enumerate(shares_x, first):
             torch.index_select(padded[i * (width + 4) + j :], 0, start.view(-1), out=words.view(-1))
-            for channel, mask in enumerate((255, 65535, None)):  # red; red + 256 green; + 65536 blue
+            for channel, mask in enumerate((255, 65535, None)):  # red; red + 256 green; and + 65536 blue
                 plane.copy_(words if mask is None else torch.bitwise_and(words, mask, out=part))
-                line[channel].addcmul_(plane, share_x)
-        total.addcmul_(line, share_y)
+                _add_product(line[channel], plane, share_x, first=j == first)
+        _add_product(total, line, share_y, first=i == first)
     red, green, blue = total
     blue.sub_(green).mul_(1 / 65536)
     green.sub_(red).mul_(1 / 256)
@@ -281,6 +316,14 @@ def affine(pixels: Tensor, matrix: Tensor, fill: Fill, *, bicubic: bool) -> Tens
     for plane_found, value in zip(found, fill, strict=True):
         plane_found.bitwise_and_(inside).bitwise_or_(outside & value)
     return _interleaved(found)
+
+
+def _add_product(total: Tensor, values: Tensor, share: Tensor, *, first: bool) -> None:
+    """Into the total, whatever it holds where this is the first."""
+    if first:
+        torch.mul(values, share, out=total)
+    else:
+        total.addcmul_(values, share)
 
 
 def _padded_words(pixels: Tensor) -> Tensor:
@@ -295,10 +338,11 @@ def _padded_words(pixels: Tensor) -> Tensor:
     return padded.view(-1)
 
 
-def weights(along: Tensor, *, bicubic: bool) -> Sequence[Tensor]:
-    """Of two neighbours (linear) or four (cubic: Keys 1981, a = -1). along: float32 in [0, 1), from the middle's first."""
+def weights(along: _T, *, bicubic: bool) -> list[_T]:
+    """Of two neighbours (linear) or four (cubic: Keys 1981, a = -1). along: in [0, 1), from the middle ones' first."""
     back = 1 - along
     if not bicubic:
-        return back, along
-    before, after = back * back * -along, along * along * -back
-    return before, back - before, along - after, after
+        return [back, along]
+    outer = -(along * back)
+    inner = 1 - outer
+    return [outer * back, inner * back, inner * along, outer * along]

@@ -24,11 +24,8 @@ from ffcv_convnext.augment.transfer import to_device
 from ffcv_convnext.policies import FULL_MAGNITUDE, NUM_WIDE_LEVELS, Policy
 
 Interpolation = Literal["bicubic", "bilinear", "random"]
-FILL = (
-    round(255 * IMAGENET_MEAN[0]),
-    round(255 * IMAGENET_MEAN[1]),
-    round(255 * IMAGENET_MEAN[2]),
-)  # colour of what a geometric operation uncovers
+# Colour of what a geometric operation uncovers.
+FILL = round(255 * IMAGENET_MEAN[0]), round(255 * IMAGENET_MEAN[1]), round(255 * IMAGENET_MEAN[2])
 
 
 class Kind(IntEnum):
@@ -236,15 +233,6 @@ def check_images(images: Tensor, num: int) -> None:
         raise ValueError(f"{num} rows of draws for {len(images)} images")
 
 
-def _shear(image: Tensor, argument: float, axis: int) -> Tensor:
-    """Shifts, in pixels, of the centres of lines along an axis."""
-    return (torch.arange(image.shape[axis], dtype=torch.float64, device=image.device) + 0.5) * argument
-
-
-def _shift(image: Tensor, argument: float, axis: int) -> Tensor:
-    return torch.full((image.shape[axis],), argument, dtype=torch.float64, device=image.device)
-
-
 def _rotate(image: Tensor, angle: float, bicubic: bool) -> Tensor:
     height, width, _ = image.shape
     matrix = _matrices(np.array(Kind.ROTATE), np.array(angle), height, width)
@@ -268,10 +256,10 @@ _APPLY: dict[Kind, Callable[[Tensor, float, bool], Tensor]] = {
     Kind.CONTRAST: lambda image, factor, _: pil.contrast(image, factor),
     Kind.SHARPNESS: lambda image, factor, _: pil.sharpness(image, factor),
     Kind.GAUSSIAN_BLUR: _blur,
-    Kind.SHEAR_X: lambda image, slope, cubic: pil.shift_rows(image, _shear(image, slope, 0), FILL, bicubic=cubic),
-    Kind.SHEAR_Y: lambda image, slope, cubic: pil.shift_columns(image, _shear(image, slope, 1), FILL, bicubic=cubic),
-    Kind.TRANSLATE_X: lambda image, by, cubic: pil.shift_rows(image, _shift(image, by, 0), FILL, bicubic=cubic),
-    Kind.TRANSLATE_Y: lambda image, by, cubic: pil.shift_columns(image, _shift(image, by, 1), FILL, bicubic=cubic),
+    Kind.SHEAR_X: lambda image, slope, cubic: pil.shear_rows(image, slope, FILL, bicubic=cubic),
+    Kind.SHEAR_Y: lambda image, slope, cubic: pil.shear_columns(image, slope, FILL, bicubic=cubic),
+    Kind.TRANSLATE_X: lambda image, by, cubic: pil.translate(image, by, 1, FILL, bicubic=cubic),
+    Kind.TRANSLATE_Y: lambda image, by, cubic: pil.translate(image, by, 0, FILL, bicubic=cubic),
     Kind.ROTATE: _rotate,
 }
 
