@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ffcv_convnext.augment import pixels as pil
-from ffcv_convnext.augment.mix import to_device
 from ffcv_convnext.augment.randaugment import (
     BLENDS,
     FILL,
@@ -30,6 +29,7 @@ from ffcv_convnext.augment.randaugment import (
     kind_numbers,
     kind_tables,
 )
+from ffcv_convnext.augment.transfer import all_to_device
 from ffcv_convnext.policies import Policy
 
 _GEOMETRIC = {Kind.SHEAR_X, Kind.SHEAR_Y, Kind.TRANSLATE_X, Kind.TRANSLATE_Y, Kind.ROTATE}
@@ -50,14 +50,15 @@ class PolicyTensors(NamedTuple):
 
 
 def policy_tensors(draws: PolicyDraws, height: int, width: int, device: torch.device) -> PolicyTensors:
-    """draws: of images of this height and width. Four copies to the device, which nothing waits for."""
+    """draws: of images of this height and width. One copy to the device, which nothing waits for."""
     kinds, arguments = draws.kinds.T, draws.arguments.T
-    return PolicyTensors(
-        to_device(kinds.astype(np.int32), device),
-        to_device(np.ascontiguousarray(draws.bicubic.T), device),
-        to_device(kind_numbers(kinds, arguments, height, width), device),
-        to_device(kind_tables(kinds, arguments), device),
-    )
+    arrays = [
+        kinds.astype(np.int32),
+        draws.bicubic.T,
+        kind_numbers(kinds, arguments, height, width),
+        kind_tables(kinds, arguments),
+    ]
+    return PolicyTensors(*all_to_device(arrays, device))
 
 
 def policy_kinds(policy: Policy) -> frozenset[Kind]:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ffcv_convnext.augment import pixels as pil
-from ffcv_convnext.augment.mix import to_device
 from ffcv_convnext.augment.ops import IMAGENET_MEAN
+from ffcv_convnext.augment.transfer import to_device
 from ffcv_convnext.policies import FULL_MAGNITUDE, NUM_WIDE_LEVELS, Policy
 
 Interpolation = Literal["bicubic", "bilinear", "random"]
