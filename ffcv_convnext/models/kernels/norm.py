@@ -80,10 +80,9 @@ def _convolve_and_normalise(
     for r in tl.static_range(ROWS):
         rstd = 1.0 / tl.sqrt_rn(squares[r] / C + eps)
         rstds = rstds + (rstd,)
-        known = exists & (row + r < OUT_H)
         pixel = first_pixel + (row + r) * OUT_W + column
-        tl.store(mean_out + pixel, means[r], mask=known)
-        tl.store(rstd_out + pixel, rstd, mask=known)
+        tl.store(mean_out + pixel, means[r], mask=exists & (row + r < OUT_H))
+        tl.store(rstd_out + pixel, rstd, mask=exists & (row + r < OUT_H))
     tl.debug_barrier()  # the sums are read by other threads than those that wrote them
     for first in range(0, C, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)

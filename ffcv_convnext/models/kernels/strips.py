@@ -44,6 +44,8 @@ def correlate(
     left = column * STRIDE - K // 2
     start = x + image.to(tl.int64)[:, None] * (H * W * C) + channel[None, :]
     known = exists[:, None] & (channel < C)[None, :]
+    # Every strip asks for the taps itself: loaded once, they would reach the threads through shared memory.
+    channel_of_each = tl.zeros_like(row)[:, None] + channel[None, :]
     for j in range(K):
         across = left + j
         visible = known & ((across >= 0) & (across < W * SPREAD) & (across % SPREAD == 0))[:, None]
@@ -52,7 +54,8 @@ def correlate(
             tap = i * K + j
             if FLIP:
                 tap = K * K - 1 - tap
-            taps = taps + (tl.load(weight + tap * C + channel, mask=channel < C, other=0.0).to(tl.float32),)
+            value = tl.load(weight + tap * C + channel_of_each, mask=channel_of_each < C, other=0.0)
+            taps = taps + (value.to(tl.float32),)
         for i in tl.static_range((ROWS - 1) * STRIDE + K):
             down = top + i
             seen = visible & ((down >= 0) & (down < H * SPREAD) & (down % SPREAD == 0))[:, None]
@@ -61,7 +64,7 @@ def correlate(
             updated = ()
             for r in tl.static_range(ROWS):
                 if i >= r * STRIDE and i < r * STRIDE + K:
-                    updated = updated + (tl.fma(value, taps[i - r * STRIDE][None, :], sums[r]),)
+                    updated = updated + (tl.fma(value, taps[i - r * STRIDE], sums[r]),)
                 else:
                     updated = updated + (sums[r],)
             sums = updated
