@@ -180,7 +180,7 @@ def _(g: Tensor, weight: Tensor, stride: int, height: int, width: int, dtype: to
 
 @torch.library.custom_op("ffcv_convnext::depthwise_weight_gradient", mutates_args=())
 def weight_gradient(x: Tensor, g: Tensor, stride: int, kernel_size: int, dtype: torch.dtype) -> Tensor:
-    """d/dweight (C, 1, K, K) for g = d/dout: partial sums of chunks, then their sum."""
+    """d/dweight (C, 1, K, K), in channels_last memory, for g = d/dout: partial sums of chunks, then their sum."""
     x, g = channels_last(x), channels_last(g)
     (n, c, h, w), (out_h, out_w), k = x.shape, g.shape[2:], kernel_size
     rows, channels = 7, 64 if c % 64 == 0 else 32
@@ -196,15 +196,15 @@ def weight_gradient(x: Tensor, g: Tensor, stride: int, kernel_size: int, dtype: 
             x, g, partial, strips, strips_each, h, w, out_h, out_w, c, k, stride,
             ROWS=rows, STRIPS=64 // channels, CHANNELS=channels, COLUMNS=columns, num_warps=1, **OPTIONS,
         )  # fmt: skip
-    return partial.sum(0).t().reshape(c, 1, k, k).to(dtype)
+    return empty((c, 1, k, k), x, dtype).copy_(partial.sum(0).t().view(c, 1, k, k))
 
 
 @weight_gradient.register_fake
-def _(x: Tensor, g: Tensor, stride: int, kernel_size: int, dtype: torch.dtype) -> Tensor:  # noqa: ARG001
-    return x.new_empty((x.shape[1], 1, kernel_size, kernel_size), dtype=dtype)
+def _(x: Tensor, g: Tensor, stride: int, kernel_size: int, dtype: torch.dtype) -> Tensor:
+    return empty((x.shape[1], 1, kernel_size, kernel_size), x, dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, ctx.stride, _ = inputs
     ctx.bias_type = None if bias is None else bias.dtype
     ctx.save_for_backward(x, weight)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,8 +25,8 @@ def channels_last(x: Tensor) -> Tensor:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"the kernels compute on float32, bfloat16 and float16, not on {x.dtype}")
     n, c, h, w = x.shape
-    if n * h * w >= 2**31 or c * h * w >= 2**31:
-        raise ValueError(f"a tensor of shape {tuple(x.shape)}: the kernels count pixels, and an image's values, to 2^31")
+    if max(n, c) * h * w >= 2**31:
+        raise ValueError(f"shape {tuple(x.shape)}: the kernels count pixels, and the values of an image, to 2^31 - 1")
     return x.contiguous(memory_format=torch.channels_last)
 
 

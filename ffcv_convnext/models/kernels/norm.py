@@ -177,11 +177,11 @@ def _forward(
 @_forward.register_fake
 def _(
     x: Tensor,
-    weight: Tensor,  # noqa: ARG001
-    bias: Tensor | None,  # noqa: ARG001
-    gain: Tensor,  # noqa: ARG001
-    offset: Tensor,  # noqa: ARG001
-    eps: float,  # noqa: ARG001
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor,
+    offset: Tensor,
+    eps: float,
     stride: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -210,10 +210,10 @@ def _layer_norm_gradient(
 
 @_layer_norm_gradient.register_fake
 def _(
-    g: Tensor, sums: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor  # noqa: ARG001
+    g: Tensor, sums: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    c = sums.shape[1]
-    return (torch.empty_like(sums), *(g.new_empty((c,), dtype=torch.float32) for _ in range(3)))
+    d_gain = g.new_empty((sums.shape[1],), dtype=torch.float32)
+    return torch.empty_like(sums), d_gain, torch.empty_like(d_gain), torch.empty_like(d_gain)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -81,17 +81,16 @@ def _forward(shortcut: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tenso
 
 
 @_forward.register_fake
-def _(shortcut: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:  # noqa: ARG001
+def _(shortcut: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
     return empty(branch.shape, branch, _result_type(shortcut, branch, gamma))
 
 
 @torch.library.custom_op("ffcv_convnext::branch_gradient", mutates_args=())
-def _branch_gradients(
-    g: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _branch_gradients(g: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """d/dbranch in its data type, and d/dgamma (C,) in float32, empty without gamma."""
     g, branch = channels_last(g), channels_last(branch)
-    (n, c, h, w), pixels = g.shape, g.numel() // g.shape[1]
+    _, c, h, w = g.shape
+    pixels = len(g) * h * w
     channels = min(128, triton.next_power_of_2(c))
     block, blocks = 2048 // channels, triton.cdiv(c, channels)
     pixels_each = triton.cdiv(max(triton.cdiv(pixels * blocks, 2048), 32), block) * block
@@ -107,12 +106,12 @@ def _branch_gradients(
 
 
 @_branch_gradients.register_fake
-def _(g: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def _(g: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     c = 0 if gamma is None else branch.shape[1]
     return empty(branch.shape, branch, branch.dtype), g.new_empty((c,), dtype=torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     shortcut, branch, gamma, keep = inputs
     ctx.shortcut_type = shortcut.dtype
     ctx.save_for_backward(branch, gamma, keep)

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Operations(NamedTuple):
+    """What a `FusedBlock` computes with: the functions below, or the kernels under the same names."""
+
+    depthwise_conv2d: Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
+    depthwise_layer_norm: Callable[[Tensor, Tensor, Tensor | None, int, Tensor, Tensor, float], Tensor]
+    add_branch: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -42,3 +53,6 @@ def add_branch(shortcut: Tensor, branch: Tensor, gamma: Tensor | None, keep: Ten
     if keep is not None:
         branch = branch * keep.view(-1, 1, 1, 1).to(branch.dtype)
     return shortcut + branch
+
+
+TWINS = Operations(depthwise_conv2d, depthwise_layer_norm, add_branch)
