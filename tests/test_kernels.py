@@ -126,6 +126,70 @@ def test_the_kernels_agree_with_their_twins_under_tritons_interpreter(which: str
     run_checks(which, TRITON_INTERPRET="1")
 
 
+def compile_kernel(kernel: Any, architecture: int, warps: int, **args: Any) -> bytes:
+    """Machine code for a GPU that need not be there. args: a type ("*bf16", "i32") or a constant for each argument."""
+    from triton import JITFunction, compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    while not isinstance(kernel, JITFunction):
+        kernel = kernel.fn
+    types = {name: args[name] if isinstance(args[name], str) else "constexpr" for name in kernel.arg_names}
+    constants = {name: value for name, value in args.items() if not isinstance(value, str)}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name].startswith("*")}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    code: bytes = compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["cubin"]
+    return code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_the_kernels_compile_for_gpus_and_keep_their_numbers_in_registers(architecture: int, tmp_path: Path) -> None:
+    triton = pytest.importorskip("triton")
+    from ffcv_convnext.models.kernels import depthwise, norm, residual
+
+    side: dict[str, Any] = {"H": 14, "W": 14, "OUT_H": 14, "OUT_W": 14, "C": 384, "K": 7, "STRIDE": 1}
+    conv: dict[str, Any] = {"x": "*bf16", "weight": "*fp32", "bias": "*fp32", "out": "*bf16", "num_images": "i32"}
+    kernels: list[tuple[Any, int, dict[str, Any]]] = [
+        (depthwise._convolve, config.num_warps, {**conv, **side, **config.kwargs, "SPREAD": 1, "FLIP": False})
+        for config in depthwise.CONFIGS
+    ]
+    strips = {"num_strips": "i32", "strips_each": "i32", "ROWS": 7, "STRIPS": 1, "CHANNELS": 64, "COLUMNS": 7}
+    kernels += [
+        (depthwise._weight_gradient, 1, {"x": "*bf16", "g": "*bf16", "partial": "*fp32", **side, **strips}),
+        (
+            norm._convolve_and_normalise,
+            4,
+            {**conv, **side, "x": "*fp32", "gain": "*fp32", "offset": "*fp32", "sums_out": "*bf16", "eps": "fp32"}
+            | {"mean_out": "*fp32", "rstd_out": "*fp32", "ROWS": 7, "STRIPS": 8, "CHANNELS": 128},
+        ),
+        (
+            norm._norm_gradient,
+            4,
+            {"g": "*bf16", "sums": "*bf16", "mean": "*fp32", "rstd": "*fp32", "gain": "*fp32", "out": "*bf16"}
+            | {"partial": "*fp32", "num_pixels": "i32", "pixels_each": "i32", "C": 384, "PIXELS": 4, "CHANNELS": 512},
+        ),
+        (
+            residual._add,
+            4,
+            {"shortcut": "*fp32", "branch": "*bf16", "gamma": "*fp32", "keep": "*fp32", "out": "*fp32"}
+            | {"VALUES": 14 * 14 * 384, "C": 384, "BLOCK": 1024},
+        ),
+        (
+            residual._branch_gradient,
+            4,
+            {"g": "*fp32", "branch": "*bf16", "gamma": "*fp32", "keep": "*fp32", "out": "*bf16", "partial": "*fp32"}
+            | {"num_pixels": "i32", "pixels_each": "i32", "IMAGE": 196, "C": 384, "PIXELS": 16, "CHANNELS": 128},
+        ),
+    ]
+    for kernel, warps, args in kernels:
+        code = tmp_path / "kernel.cubin"
+        code.write_bytes(compile_kernel(kernel, architecture, warps, **args))
+        usage = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(code)], text=True)
+        assert "STACK:0 " in usage, f"{args}: {usage}"  # what does not fit into registers lies on the stack
+
+
 @pytest.mark.gpu
 def test_the_kernels_agree_with_their_twins_on_a_gpu() -> None:
     run_checks("slow or not slow")
