@@ -291,6 +291,9 @@ class RunConfig:
     )
     channels_last: bool = setting(True, "memory format of images and convolutions", free=True)
     compile: bool = setting(False, "compile the network with torch.compile; evaluation stays eager", free=True)
+    kernels: Literal["torch", "triton"] = setting(
+        "torch", "depthwise convolutions, the norms after them and residual sums: PyTorch's, or ours (CUDA)", free=True
+    )
     model_ema: bool = setting(False, "keep an exponential moving average of the weights")
     model_ema_decay: float = setting(0.9999, "its decay, per optimiser step")
     model_ema_eval: bool = setting(True, "evaluate the averaged weights too, beside the raw ones")
@@ -337,6 +340,10 @@ class Config:
             not (self.augment.mixes and mode == "pair") or size % 2 == 0,
             f"batch_size = {size}: mixup_mode pair needs an even number",
         )
+        if self.run.kernels == "triton":
+            model = self.model.model
+            _require(model == "resnet", f"kernels = triton has no meaning with model = {model}; use --kernels torch")
+            _require(self.run.channels_last, "kernels = triton needs --channels_last true")
         minmax, side = self.augment.cutmix_minmax, self.data.input_size
         _require(
             minmax is None or int(side * minmax[0]) < int(side * minmax[1]),
