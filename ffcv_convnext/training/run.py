@@ -6,6 +6,8 @@ Paths, data, batch arithmetic and combinations of settings are checked before th
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
@@ -138,8 +140,9 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
     torch.manual_seed(step_seed(seed, 0, 0, Stream.INITIALISATION))
     network = _network(config, num_classes, device)
     ema = ModelEmaV3(network, decay=config.run.model_ema_decay) if config.run.model_ema else None
-    model: nn.Module = torch.compile(network) if config.run.compile else network  # type: ignore[assignment]
-    if processes.world > 1:
+    model = compiled(network, config) if compiles(config, device) else network
+    if processes.world > 1:  # around the compiled network: DDP cuts the graph at its buckets, and its own forward,
+        # which is another one in micro-batches that do not reduce, is in no graph
         model = DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
@@ -166,6 +169,33 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
         tracker=LossTracker(processes),
         state=State(),
     )
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether the network is compiled for training.
+
+    Raises ValueError when it shall be and there is no compiler: torch builds C++ for a CPU, C around a GPU's kernels.
+    """
+    choice = config.run.compile
+    if choice == "false" or (choice == "auto" and device.type != "cuda"):
+        return False
+    variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
+    if variable not in os.environ and not any(map(shutil.which, names)):
+        raise ValueError(
+            f"compile = {choice}: torch.compile needs {' or '.join(names)}, or another compiler named in {variable}; "
+            "install one, or use --compile false"
+        )
+    return True
+
+
+def compiled(network: nn.Module, config: Config) -> nn.Module:
+    """`network` behind torch.compile, for batches of one size: parameters, buffers and names stay its own.
+
+    Ours is one graph. A network of timm's may break into several, which is slower and no error.
+    """
+    whole = config.model.model == "resnet"
+    model: nn.Module = torch.compile(network, fullgraph=whole, dynamic=False)  # type: ignore[assignment]
+    return model
 
 
 def build_run(config: Config, processes: Processes, train_loader: TrainLoader, val_loader: EvalLoader) -> Run:
