@@ -59,9 +59,10 @@ def philox_rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any, constant
 PHILOX = (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, MASK, 32)
 
 
-def sample_words(seed: int, epoch: int, samples: Any, stream: int, block: int = 0) -> tuple[Any, Any, Any, Any]:
+def sample_words(seed: Any, epoch: int, samples: Any, stream: int, block: int = 0) -> tuple[Any, Any, Any, Any]:
     """Four random 32-bit words for each sample.
 
+    seed: below 2^64; an int, or, with tensors, an int64 scalar tensor on their device.
     samples: numpy uint64 array or torch int64 tensor of sample indices (any shape). Returns four of the same
     kind and shape. A further `block` gives four more words of the same stream.
     """

@@ -5,6 +5,9 @@ pixels: (n, H, W, 3) uint8, contiguous. Everything stays on its device; nothing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,51 +18,59 @@ _LUMA_16 = (19595, 38470, 7471)  # ITU-R 601 in 16-bit fixed point: how PIL make
 def lookup(pixels: Tensor, tables: Tensor) -> Tensor:
     """Each value replaced by its entry. tables: (n, 1 or 3, 256) uint8, for an image or each of its channels."""
     num, channels, _ = tables.shape
-    places = _places(num, channels, pixels)
-    return tables.reshape(-1).index_select(0, places.view(-1)).view(pixels.shape)
+    entries = _entries(num, channels, pixels)
+    return tables.reshape(-1).index_select(0, entries.view(-1)).view(pixels.shape)
 
 
-def _places(num: int, channels: int, pixels: Tensor) -> Tensor:
+def _entries(num: int, channels: int, pixels: Tensor) -> Tensor:
     """(n, H, 3 W) int32: where each value's entry stands in tables (n, channels, 256)."""
     first = torch.arange(num * channels, dtype=torch.int32, device=pixels.device).mul_(256).view(num, 1, channels)
-    places = pixels.flatten(2).int()
-    return places.add_(first.repeat(1, 1, places.shape[2] // channels))  # three at the end would be a slow broadcast
+    values = pixels.flatten(2).int()
+    return values.add_(first.repeat(1, 1, values.shape[2] // channels))  # three at the end would be a slow broadcast
 
 
-def autocontrast_tables(pixels: Tensor) -> Tensor:
-    """(n, 3, 256) uint8: the least value of a channel becomes 0, the largest 255."""
-    flat = pixels.flatten(1, 2)
-    low, high = flat.amin(1)[..., None].double(), flat.amax(1)[..., None].double()
-    values = torch.arange(256, dtype=torch.float64, device=pixels.device)
-    scale = torch.full_like(low, 255.0) / (high - low)  # infinite where a channel has one value, which then keeps it
-    stretched = torch.where(high > low, values * scale + -low * scale, values)
-    return stretched.clamp_(0, 255).to(torch.uint8)
-
-
-def equalize_tables(pixels: Tensor) -> Tensor:
-    """(n, 3, 256) uint8: tables that give each channel a flat histogram."""
+def histogram(pixels: Tensor) -> Tensor:
+    """(n, 3, 256) int64: how often each value occurs in a channel."""
     num = len(pixels)
-    places = _places(num, 3, pixels).view(-1).long()
+    entries = _entries(num, 3, pixels).view(-1).long()
     counts = torch.zeros(num * 3 * 256, dtype=torch.int64, device=pixels.device)
-    counts = counts.scatter_add_(0, places, torch.ones_like(places)).view(num, 3, 256)
-    values = torch.arange(256, device=pixels.device)
+    return counts.scatter_add_(0, entries, torch.ones_like(entries)).view(num, 3, 256)
+
+
+def autocontrast_tables(counts: Tensor) -> Tensor:
+    """(n, 3, 256) uint8: the least value that occurs in a channel becomes 0, the largest 255."""
+    values = torch.arange(256, device=counts.device)
+    low = torch.where(counts > 0, values, 255).amin(-1, keepdim=True).double()
+    high = torch.where(counts > 0, values, 0).amax(-1, keepdim=True).double()
+    scale = torch.full_like(low, 255.0) / (high - low)  # infinite where a channel has one value, which then keeps it
+    stretched = torch.where(high > low, values * scale + -low * scale, values.double())
+    return stretched.clamp(0, 255).to(torch.uint8)
+
+
+def equalize_tables(counts: Tensor) -> Tensor:
+    """(n, 3, 256) uint8: tables that give each channel a flat histogram."""
+    values = torch.arange(256, device=counts.device)
     last = torch.where(counts > 0, values, 0).amax(-1, keepdim=True)
     step = (counts.sum(-1, keepdim=True) - counts.gather(-1, last)) // 255
     below = counts.cumsum(-1) - counts
     flat = (step // 2 + below) // step.clamp(min=1)
-    return torch.where(step > 0, flat, values).clamp_(0, 255).to(torch.uint8)
+    return torch.where(step > 0, flat, values).clamp(0, 255).to(torch.uint8)
 
 
 def gray(pixels: Tensor) -> Tensor:
     """(n, H, W) int32 brightness, rounded to 0..255."""
-    red, green, blue = (channel.int().mul_(weight) for weight, channel in zip(_LUMA_16, pixels.unbind(-1), strict=True))
-    return red.add_(green).add_(blue).add_(1 << 15) >> 16
+    return luma(*pixels.unbind(-1))
 
 
-def mean_gray(pixels: Tensor) -> Tensor:
-    """(n,) float32: the mean of an image's gray, rounded to 0..255."""
-    level = gray(pixels)
-    mean = level.sum((1, 2)).double() / level[0].numel()
+def luma(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
+    """Brightness, int32, rounded to 0..255."""
+    weighted = [channel.int() * weight for weight, channel in zip(_LUMA_16, (red, green, blue), strict=True)]
+    return weighted[0].add_(weighted[1]).add_(weighted[2]).add_(1 << 15) >> 16
+
+
+def rounded_mean(levels: Tensor) -> Tensor:
+    """(n,) float32: the mean of each image, (n, H, W) int32, rounded."""
+    mean = levels.sum((1, 2)).double() / (levels.shape[1] * levels.shape[2])
     return (mean + 0.5).floor().float()
 
 
@@ -117,30 +128,48 @@ def shift_columns(pixels: Tensor, shifts: Tensor, fill: Tensor, *, bicubic: bool
     return _unpack(_shift_rows(columns, shifts, _pack(fill), bicubic=bicubic).transpose(1, 2).contiguous())
 
 
-def affine(pixels: Tensor, matrices: Tensor, fill: Tensor, *, bicubic: bool) -> Tensor:
-    """Output pixel (x, y) taken from (a x + b y + c, d x + e y + f); pixel centres are at halves.
+class Places(NamedTuple):
+    """Where output pixels come from, (n, H, W) each: between columns left and left + 1, rows top and top + 1."""
 
-    matrices: (n, 6) float64, a to f.   fill: (3,) uint8, where that lies outside the image.
+    left: Tensor  # int32
+    top: Tensor
+    along_x: Tensor  # float32 in [0, 1), from left towards left + 1
+    along_y: Tensor
+    inside: Tensor  # bool: in the image
+
+
+def places(matrices: Tensor, height: int, width: int) -> Places:
+    """Output pixel (x, y) comes from (a x + b y + c, d x + e y + f); pixel centres are at halves.
+
+    matrices: (n, 6) float64, a to f.
     """
-    num, height, width, _ = pixels.shape
-    ys = torch.arange(height, dtype=torch.float64, device=pixels.device)[:, None] + 0.5
-    xs = torch.arange(width, dtype=torch.float64, device=pixels.device) + 0.5
+    ys = torch.arange(height, dtype=torch.float64, device=matrices.device)[:, None] + 0.5
+    xs = torch.arange(width, dtype=torch.float64, device=matrices.device) + 0.5
     a, b, c, d, e, f = matrices[:, :, None, None].unbind(1)
     x, y = a * xs + b * ys + c, d * xs + e * ys + f
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    left, top = x.sub_(0.5).floor(), y.sub_(0.5).floor()
-    along_x, along_y = (x - left).float(), (y - top).float()
-    left, top = left.int(), top.int()
+    x, y = x - 0.5, y - 0.5
+    left, top = x.floor(), y.floor()
+    return Places(left.int(), top.int(), (x - left).float(), (y - top).float(), inside)
+
+
+def affine(pixels: Tensor, matrices: Tensor, fill: Tensor, *, bicubic: bool) -> Tensor:
+    """Each pixel taken from where a matrix says (see places). fill: (3,) uint8, where that lies outside the image.
+
+    matrices: (n, 6) float64.
+    """
+    num, height, width, _ = pixels.shape
+    place = places(matrices, height, width)
     taps = range(-1, 3) if bicubic else range(2)
-    columns = [(left + tap).clamp_(0, width - 1) for tap in taps]
+    columns = [(place.left + tap).clamp_(0, width - 1) for tap in taps]
     first = torch.arange(num, dtype=torch.int32, device=pixels.device).mul_(height * width)[:, None, None]
     packed = _pack(pixels).view(-1)
     rows = []
     for tap in taps:
-        start = (top + tap).clamp_(0, height - 1).mul_(width).add_(first)
-        fetched = (packed.index_select(0, (start + column).view(-1)).view(inside.shape) for column in columns)
-        rows.append(_interpolate([_planes(each) for each in fetched], along_x))
-    return _unpack(torch.where(inside, _from_planes(_interpolate(rows, along_y)), _pack(fill)))
+        start = (place.top + tap).clamp_(0, height - 1).mul_(width).add_(first)
+        fetched = (packed.index_select(0, (start + column).view(-1)).view(place.inside.shape) for column in columns)
+        rows.append(interpolate([_planes(each) for each in fetched], place.along_x))
+    return _unpack(torch.where(place.inside, _from_planes(interpolate(rows, place.along_y)), _pack(fill)))
 
 
 def _shift_rows(packed: Tensor, shifts: Tensor, fill: Tensor, *, bicubic: bool) -> Tensor:
@@ -154,13 +183,13 @@ def _shift_rows(packed: Tensor, shifts: Tensor, fill: Tensor, *, bicubic: bool) 
     values = [_planes(packed.gather(2, (source + tap).clamp_(0, width - 1))) for tap in taps]
     position = columns + 0.5 + shifts[..., None]
     inside = (position >= 0) & (position < width)
-    return torch.where(inside, _from_planes(_interpolate(values, along)), fill)
+    return torch.where(inside, _from_planes(interpolate(values, along)), fill)
 
 
-def _interpolate(values: list[Tensor], along: Tensor) -> Tensor:
+def interpolate(values: Sequence[Tensor], along: Tensor) -> Tensor:
     """Linear between two, cubic (Keys 1981, a = -1) between four, in the form that leaves equal values exact.
 
-    values: (3, n, H, W) float32 each.   along: (n, H, W or 1), in [0, 1).
+    values: (..., n, H, W) float32 each.   along: (n, H, W or 1), in [0, 1).
     """
     if len(values) == 2:
         first, second = values

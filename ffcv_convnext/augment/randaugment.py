@@ -8,10 +8,10 @@ for, computes it for those only, and never waits for the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ffcv_convnext.augment import pixels as pil
-from ffcv_convnext.augment.mix import to_device
 from ffcv_convnext.augment.ops import IMAGENET_MEAN
+from ffcv_convnext.augment.transfer import to_device
 from ffcv_convnext.policies import FULL_MAGNITUDE, NUM_WIDE_LEVELS, Policy
 
 Interpolation = Literal["bicubic", "bilinear", "random"]
@@ -49,6 +49,9 @@ class Kind(IntEnum):
     TRANSLATE_Y = 15  # pixels up
     ROTATE = 16  # degrees, counterclockwise
 
+
+TABLES = frozenset({Kind.INVERT, Kind.POSTERIZE, Kind.SOLARIZE, Kind.SOLARIZE_ADD, Kind.BRIGHTNESS})
+BLENDS = frozenset({Kind.COLOR, Kind.CONTRAST, Kind.SHARPNESS})  # with gray, the mean gray, the smoothed image
 
 Floats = NDArray[np.float64]
 
@@ -206,12 +209,8 @@ def apply_policy(images: Tensor, draws: PolicyDraws) -> Tensor:
     images: (N, 3, H, W) uint8, left untouched.   draws: of N images, made for their height and width.
     Returns a new tensor of the same shape, dtype and memory format. Raises ValueError for other images.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-        found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
-        raise ValueError(f"images are {found}: a policy is for uint8 (N, 3, H, W); use --aa none for others")
-    num, _, height, width = images.shape
-    if len(draws.kinds) != num:
-        raise ValueError(f"{len(draws.kinds)} rows of draws for {num} images")
+    check_images(images, len(draws.kinds))
+    height, width = images.shape[2:]
     pixels = images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
     plan = _Plan(draws, height, width, images.device)
     for name, rows, params in plan.parts():
@@ -221,6 +220,15 @@ def apply_policy(images: Tensor, draws: PolicyDraws) -> Tensor:
     result = pixels.permute(0, 3, 1, 2)
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
     return result if channels_last else result.contiguous()
+
+
+def check_images(images: Tensor, num: int) -> None:
+    """Raises ValueError for images that are not uint8 (num, 3, H, W)."""
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
+        raise ValueError(f"images are {found}: a policy is for uint8 (N, 3, H, W); use --aa none for others")
+    if len(images) != num:
+        raise ValueError(f"{num} rows of draws for {len(images)} images")
 
 
 def _put(pixels: Tensor, rows: Tensor, values: Tensor) -> None:
@@ -236,7 +244,7 @@ def _blend_color(pixels: Tensor, params: Tensor, _: Tensor) -> Tensor:
 
 
 def _blend_contrast(pixels: Tensor, params: Tensor, _: Tensor) -> Tensor:
-    return pil.blend(pil.mean_gray(pixels), pixels, _factors(params))
+    return pil.blend(pil.rounded_mean(pil.gray(pixels)), pixels, _factors(params))
 
 
 def _blend_sharpness(pixels: Tensor, params: Tensor, _: Tensor) -> Tensor:
@@ -244,34 +252,34 @@ def _blend_sharpness(pixels: Tensor, params: Tensor, _: Tensor) -> Tensor:
 
 
 def _factors(params: Tensor) -> Tensor:
-    return params[:, 0].float()
+    return params[:, 6].float()
 
 
-def _shifts(params: Tensor, num: int) -> Tensor:
+def _shifts(slopes: Tensor, offsets: Tensor, num: int) -> Tensor:
     """(n, num) pixels: slope at the centres of lines 0, 1, ..., and an offset."""
-    lines = torch.arange(num, dtype=torch.float64, device=params.device) + 0.5
-    return params[:, :1] * lines + params[:, 1:2]
+    lines = torch.arange(num, dtype=torch.float64, device=slopes.device) + 0.5
+    return slopes[:, None] * lines + offsets[:, None]
 
 
 def _geometric(which: str, *, bicubic: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def apply(pixels: Tensor, params: Tensor, fill: Tensor) -> Tensor:
         if which == "affine":
-            return pil.affine(pixels, params, fill, bicubic=bicubic)
+            return pil.affine(pixels, params[:, :6], fill, bicubic=bicubic)
         if which == "rows":
-            return pil.shift_rows(pixels, _shifts(params, pixels.shape[1]), fill, bicubic=bicubic)
-        return pil.shift_columns(pixels, _shifts(params, pixels.shape[2]), fill, bicubic=bicubic)
+            return pil.shift_rows(pixels, _shifts(params[:, 1], params[:, 2], pixels.shape[1]), fill, bicubic=bicubic)
+        return pil.shift_columns(pixels, _shifts(params[:, 3], params[:, 5], pixels.shape[2]), fill, bicubic=bicubic)
 
     return apply
 
 
 _FAMILIES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "table": lambda pixels, tables, _: pil.lookup(pixels, tables[:, None]),
-    "autocontrast": lambda pixels, _, __: pil.lookup(pixels, pil.autocontrast_tables(pixels)),
-    "equalize": lambda pixels, _, __: pil.lookup(pixels, pil.equalize_tables(pixels)),
+    "autocontrast": lambda pixels, _, __: pil.lookup(pixels, pil.autocontrast_tables(pil.histogram(pixels))),
+    "equalize": lambda pixels, _, __: pil.lookup(pixels, pil.equalize_tables(pil.histogram(pixels))),
     "color": _blend_color,
     "contrast": _blend_contrast,
     "sharpness": _blend_sharpness,
-    "blur": lambda pixels, weights, _: pil.gaussian_blur(pixels, weights[:, :3].long()),
+    "blur": lambda pixels, weights, _: pil.gaussian_blur(pixels, weights[:, 7:].long()),
     **{
         f"{which} {word}": _geometric(which, bicubic=word == "bicubic")
         for which in ("rows", "columns", "affine")
@@ -296,11 +304,9 @@ class _Plan:
     """Which images each family of operations is for, round by round, with parameters: three copies to the device."""
 
     def __init__(self, draws: PolicyDraws, height: int, width: int, device: torch.device) -> None:
-        rows: list[NDArray[np.int64]] = []
-        params: list[Any] = []
-        tables: list[Any] = []
         self._lengths: list[tuple[str, int]] = []
-        for kinds, arguments, bicubic in zip(draws.kinds.T, draws.arguments.T, draws.bicubic.T, strict=True):
+        at: list[tuple[int, int]] = []  # image, round
+        for j, (kinds, bicubic) in enumerate(zip(draws.kinds.T, draws.bicubic.T, strict=True)):
             members: dict[str, list[int]] = {}
             for i in np.flatnonzero(kinds).tolist():
                 family = _FAMILY[Kind(kinds[i])]
@@ -309,64 +315,74 @@ class _Plan:
                 members.setdefault(family, []).append(i)
             for family, chosen in members.items():
                 self._lengths.append((family, len(chosen)))
-                rows.append(np.array(chosen))
-                for i in chosen:
-                    kind, argument = Kind(kinds[i]), float(arguments[i])
-                    if family == "table":
-                        tables.append(_table(kind, argument))
-                    else:
-                        params.append(_params(kind, argument, height, width))
+                at += [(i, j) for i in chosen]
+        rows, rounds = np.array(at, np.int64).reshape(-1, 2).T
+        kinds, arguments = draws.kinds[rows, rounds], draws.arguments[rows, rounds]
+        by_table = np.isin(kinds, list(TABLES))
         self.fill = to_device(np.array(FILL, np.uint8), device)
-        self._rows = to_device(np.concatenate(rows) if rows else np.zeros(0, np.int64), device)
-        self._params = to_device(np.array(params, np.float64).reshape(-1, 6), device)
-        self._tables = to_device(np.array(tables, np.uint8).reshape(-1, 256), device)
+        self._rows = to_device(np.ascontiguousarray(rows), device)
+        self._numbers = to_device(kind_numbers(kinds, arguments, height, width)[~by_table], device)
+        self._tables = to_device(kind_tables(kinds[by_table], arguments[by_table]), device)
 
-    def parts(self) -> list[tuple[str, Tensor, Tensor]]:
-        """Family, images (n,) int64 and parameters (n, 6) float64 or tables (n, 256) uint8; in order."""
-        all_rows = torch.split(self._rows, [length for _, length in self._lengths]) if self._lengths else ()
-        found: list[tuple[str, Tensor, Tensor]] = []
-        params, tables = self._params, self._tables
-        for (family, length), rows in zip(self._lengths, all_rows, strict=True):
+    def parts(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Family, images (n,) int64 and parameters, (n, 10) float64 or tables (n, 256) uint8; in order."""
+        rows, numbers, tables = self._rows, self._numbers, self._tables
+        for family, length in self._lengths:
             if family == "table":
-                found.append((family, rows, tables[:length]))
-                tables = tables[length:]
+                params, tables = tables[:length], tables[length:]
             else:
-                found.append((family, rows, params[:length]))
-                params = params[length:]
-        return found
+                params, numbers = numbers[:length], numbers[length:]
+            yield family, rows[:length], params
+            rows = rows[length:]
 
 
-def _table(kind: Kind, argument: float) -> NDArray[np.uint8]:
-    """(256,): what becomes of each value."""
-    values: NDArray[Any] = np.arange(256)
-    if kind == Kind.INVERT:
-        values = 255 - values
-    elif kind == Kind.POSTERIZE:
-        bits = min(max(int(argument), 0), 8)
-        values = values & ~(2 ** (8 - bits) - 1)
-    elif kind == Kind.SOLARIZE:
-        values = np.where(values < argument, values, 255 - values)
-    elif kind == Kind.SOLARIZE_ADD:
-        values = np.where(values < 128, np.minimum(255, values + int(argument)), values)
-    else:
-        values = np.clip(values.astype(np.float32) * np.float32(argument), 0, 255)  # cut off by the cast, as in PIL
-    return values.astype(np.uint8)
+def kind_tables(kinds: NDArray[np.int64], arguments: Floats) -> NDArray[np.uint8]:
+    """(..., 256): what becomes of each value; where the kind is none of TABLES, nothing."""
+    found = np.empty((*kinds.shape, 256), np.uint8)
+    found[...] = values = np.arange(256)
+    for kind in TABLES:
+        at = kinds == kind
+        argument = arguments[at][:, None]
+        if kind == Kind.INVERT:
+            found[at] = 255 - values
+        elif kind == Kind.POSTERIZE:
+            found[at] = values & 255 << 8 - np.clip(argument.astype(np.int64), 0, 8)
+        elif kind == Kind.SOLARIZE:
+            found[at] = np.where(values < argument, values, 255 - values)
+        elif kind == Kind.SOLARIZE_ADD:
+            found[at] = np.where(values < 128, np.minimum(255, values + argument.astype(np.int64)), values)
+        else:  # cut off by the cast, as in PIL
+            found[at] = np.clip(values.astype(np.float32) * argument.astype(np.float32), 0, 255)
+    return found
 
 
-def _params(kind: Kind, argument: float, height: int, width: int) -> tuple[float, ...]:
-    """Six numbers for the operation's family."""
-    if kind in (Kind.SHEAR_X, Kind.SHEAR_Y):
-        return argument, 0.0, 0.0, 0.0, 0.0, 0.0
-    if kind in (Kind.TRANSLATE_X, Kind.TRANSLATE_Y):
-        return 0.0, argument, 0.0, 0.0, 0.0, 0.0
-    if kind == Kind.GAUSSIAN_BLUR:
-        return *_box_weights(argument), 0.0, 0.0, 0.0
-    if kind == Kind.ROTATE:  # around the centre, from the output to the input
-        angle = -math.radians(argument % 360.0)
-        cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
-        x, y = width / 2, height / 2
-        return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
-    return argument, 0.0, 0.0, 0.0, 0.0, 0.0
+def kind_numbers(kinds: NDArray[np.int64], arguments: Floats, height: int, width: int) -> Floats:
+    """(..., 10): a matrix's six (see pixels.places), a blend's factor, a blur's three weights; without effect if none.
+
+    height, width: of the images, pixels.
+    """
+    found = np.zeros((*kinds.shape, 10))
+    found[..., :6] = _matrices(kinds, arguments, height, width)
+    found[..., 6] = np.where(np.isin(kinds, list(BLENDS)), arguments, 1.0)
+    found[..., 7] = 1 << 24
+    blurred = kinds == Kind.GAUSSIAN_BLUR
+    found[blurred, 7:] = np.array([_box_weights(sigma) for sigma in arguments[blurred].tolist()]).reshape(-1, 3)
+    return found
+
+
+def _matrices(kinds: NDArray[np.int64], arguments: Floats, height: int, width: int) -> Floats:
+    """(..., 6): from the output to the input; the identity of kinds that are not geometric."""
+    found = np.zeros((*kinds.shape, 6))
+    found[..., (0, 4)] = 1.0
+    for column, kind in ((1, Kind.SHEAR_X), (3, Kind.SHEAR_Y), (2, Kind.TRANSLATE_X), (5, Kind.TRANSLATE_Y)):
+        at = kinds == kind
+        found[at, column] = arguments[at]
+    turned = kinds == Kind.ROTATE
+    angles = -np.radians(arguments[turned] % 360.0)
+    cos, sin = np.cos(angles).round(15), np.sin(angles).round(15)
+    x, y = width / 2, height / 2  # the centre stays
+    found[turned] = np.stack([cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y], -1)
+    return found
 
 
 def _box_weights(sigma: float) -> tuple[float, float, float]:
