@@ -24,7 +24,7 @@ from ffcv_convnext.bench.photographs import find_photographs
 from ffcv_convnext.bench.rounds import Comparison, Contestant, compare, imports_done, use_cores
 from ffcv_convnext.bench.stages import repeating
 from ffcv_convnext.config import Config
-from ffcv_convnext.training import Processes
+from ffcv_convnext.training import Processes, compiles, input_dtype
 
 REFERENCE = "timm (PIL)"
 NUM_CLASSES = 1000
@@ -46,11 +46,11 @@ def bench_augment(
     """
     device = Processes.from_environment(config.run.device).device
     ours = {"ours" if device.type == "cpu" else "ours (GPU)": False}
-    if config.run.compile == "true" or (config.run.compile == "auto" and device.type == "cuda"):
+    if compiles(config, device):
         ours |= {f"{name}, compiled": True for name in ours}
     functions = {REFERENCE: ("timm_pil", {})}
     if config.augment.aa.startswith("rand"):
-        functions["torchvision v2 (tensors)"] = ("torchvision_v2", {})
+        functions["torchvision v2 (tensors, bilinear)"] = ("torchvision_v2", {})
     functions |= {name: ("ours", {"compile": compiled}) for name, compiled in ours.items()}
     with tempfile.TemporaryDirectory(prefix="bench-augment-") as temporary:
         crops = Path(temporary) / "crops.npy"
@@ -114,8 +114,9 @@ def ours(config: dict[str, Any], crops: str, seconds: float, compile: bool) -> C
         seed=settings.run.seed,
         device=device,
         interpolation=settings.data.train_interpolation,
+        compile=compile,
+        dtype=input_dtype(settings),
     )
-    assert not compile
     images = torch.from_numpy(np.load(crops)).to(device).permute(0, 3, 1, 2)
     labels = _labels(len(images)).to(device)
     step = 0
@@ -178,7 +179,7 @@ def timm_pil(config: dict[str, Any], crops: str, seconds: float) -> Contestant:
 
 
 def torchvision_v2(config: dict[str, Any], crops: str, seconds: float) -> Contestant:
-    """torchvision's RandAugment (its own operations and ranges) on uint8 tensors, one image after the other."""
+    """torchvision's RandAugment (its own operations and ranges; no bicubic for tensors), one image after the other."""
     from torchvision.transforms import InterpolationMode, v2
 
     _keep_to_one_core()
@@ -187,7 +188,7 @@ def torchvision_v2(config: dict[str, Any], crops: str, seconds: float) -> Contes
     recipe = settings.augment
     transform = v2.Compose(
         [
-            v2.RandAugment(2, 9, interpolation=InterpolationMode.BICUBIC, fill=[124, 116, 104]),
+            v2.RandAugment(2, 9, interpolation=InterpolationMode.BILINEAR, fill=[124, 116, 104]),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
             v2.RandomErasing(recipe.reprob, value="random"),

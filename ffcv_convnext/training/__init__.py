@@ -1,8 +1,19 @@
 """Training and evaluation of one run."""
 
 from ffcv_convnext.training.distributed import Processes
-from ffcv_convnext.training.engine import Learner, train_step
-from ffcv_convnext.training.run import build_learner, evaluate_only, train
+from ffcv_convnext.training.engine import Learner, autocast, input_dtype, train_step
+from ffcv_convnext.training.run import build_learner, compiles, evaluate_only, train
 from ffcv_convnext.training.runlog import read_lines
 
-__all__ = ["Learner", "Processes", "build_learner", "evaluate_only", "read_lines", "train", "train_step"]
+__all__ = [
+    "Learner",
+    "Processes",
+    "autocast",
+    "build_learner",
+    "compiles",
+    "evaluate_only",
+    "input_dtype",
+    "read_lines",
+    "train",
+    "train_step",
+]

@@ -133,9 +133,13 @@ def memory_format(config: Config) -> torch.memory_format:
     return torch.channels_last if config.run.channels_last else torch.contiguous_format
 
 
+def input_dtype(config: Config) -> torch.dtype:
+    """Of images as the network gets them in training, and of what autocast computes in."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[config.run.amp]
+
+
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[config.run.amp]
-    return torch.autocast(device.type, dtype=dtype, enabled=config.run.amp != "off")
+    return torch.autocast(device.type, dtype=input_dtype(config), enabled=config.run.amp != "off")
 
 
 def fit(run: Run) -> dict[str, float]:

@@ -29,7 +29,7 @@ from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.settings import format_value
 from ffcv_convnext.training.checkpoint import Checkpoints, read_checkpoint
 from ffcv_convnext.training.distributed import Processes
-from ffcv_convnext.training.engine import Learner, Run, State, autocast, fit, memory_format
+from ffcv_convnext.training.engine import Learner, Run, State, autocast, fit, input_dtype, memory_format
 from ffcv_convnext.training.metrics import LossTracker, evaluate
 from ffcv_convnext.training.optim import build_optimizer
 from ffcv_convnext.training.runlog import FolderLock, RunLog, check_same_config, is_done, setup_logging
@@ -136,11 +136,14 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
     num_classes: of the network's head.   Raises ValueError for settings that do not go together.
     """
     device, seed = processes.device, config.run.seed
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # batches have one size: the fastest convolutions are found once
     schedules = build_schedules(config, steps_per_epoch)
     torch.manual_seed(step_seed(seed, 0, 0, Stream.INITIALISATION))
     network = _network(config, num_classes, device)
     ema = ModelEmaV3(network, decay=config.run.model_ema_decay) if config.run.model_ema else None
-    model = compiled(network, config) if compiles(config, device) else network
+    compile = compiles(config, device)
+    model = compiled(network, config) if compile else network
     if processes.world > 1:  # around the compiled network: DDP cuts the graph at its buckets, and its own forward,
         # which is another one in micro-batches that do not reduce, is in no graph
         model = DistributedDataParallel(
@@ -164,6 +167,8 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
             seed=seed,
             device=device,
             interpolation=config.data.train_interpolation,
+            compile=compile,  # a graph of its own, beside the network's
+            dtype=input_dtype(config),
         ),
         criterion=SoftTargetCrossEntropy(),
         tracker=LossTracker(processes),
