@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ffcv_convnext.augment.ops import Planes, inside
 from ffcv_convnext.config import AugmentConfig
-from ffcv_convnext.rng import Stream, sample_words, uniform
+from ffcv_convnext.rng import short_words
 
 AREA = (0.02, 1 / 3)  # of the image, shared among its boxes
 LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
@@ -69,11 +69,17 @@ def draw_erasing(
 def noise(key: int | Tensor, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Three independent standard normal numbers for each pixel, float32: a function of (key, pixel) and nothing else.
 
-    pixels: int64, numbers (image H + y) W + x, any shape.   key: below 2^63, a number or an int64 scalar tensor.
+    pixels: int64, numbers (image H + y) W + x, below 2^32, any shape.   key: below 2^63, an int or an int64 scalar
+    tensor. A pair of numbers takes 32 bits, so none is beyond 4.9.   Source: Box and Muller 1958.
     """
-    u0, u1, u2, u3 = (uniform(word) for word in sample_words(key, 0, pixels, Stream.ERASING))
-    radius, angle = (-2 * (1 - u0).log()).sqrt(), 2 * math.pi * u1  # Box and Muller 1958; 1 - u is in (0, 1]
-    return radius * angle.cos(), radius * angle.sin(), (-2 * (1 - u2).log()).sqrt() * (2 * math.pi * u3).cos()
+    (radius, angle), (third_radius, third_angle) = (_polar(word) for word in short_words(key, pixels))
+    return radius * angle.cos(), radius * angle.sin(), third_radius * third_angle.cos()
+
+
+def _polar(words: Tensor) -> tuple[Tensor, Tensor]:
+    """Radius and angle of points normally distributed in the plane."""
+    radius = ((words >> 16).float() + 0.5).mul(2.0**-16).log().mul(-2).sqrt()
+    return radius, (words & 0xFFFF).float() * (2 * math.pi / 2**16)
 
 
 def erase(image: Tensor, index: int, draws: ErasingDraws) -> None:
@@ -91,7 +97,7 @@ def erase(image: Tensor, index: int, draws: ErasingDraws) -> None:
             patch.copy_(torch.stack(noise(draws.key, rows + torch.arange(left, right)), -1))
 
 
-def erase_everywhere(planes: Planes, boxes: Tensor, colours: Tensor, key: Tensor | None) -> Planes:
+def erase_everywhere(planes: Planes, boxes: Tensor, colours: Tensor, key: Tensor | None = None) -> Planes:
     """What erase does, for all images at once and in static shapes.
 
     planes: the channels, left untouched.   boxes, colours, key: those of ErasingDraws, on the planes' device.

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ffcv_convnext.augment.ops import Planes, inside
+from ffcv_convnext.augment.ops import inside
 from ffcv_convnext.config import AugmentConfig
 
 
@@ -88,20 +88,16 @@ def mixed(image: Tensor, partner: Tensor, lam: float, box: Sequence[int]) -> Ten
     return result
 
 
-def mix_everywhere(planes: Planes, lam: Tensor, boxes: Tensor) -> Planes:
-    """Every image mixed with its mirror-position partner in the batch, in static shapes; new tensors.
+def mix_everywhere(images: Tensor, lam: Tensor, boxes: Tensor) -> Tensor:
+    """Every image mixed with its mirror-position partner in the batch, in static shapes; a new tensor.
 
-    planes: the channels, floating, normalised.   lam: (N,) float32.   boxes: (N, 4), as in MixDraws.
+    images: (N, 3, H, W) floating, normalised.   lam: (N,) float32.   boxes: (N, 4), as in MixDraws.
     """
-    height, width = planes[0].shape[1:]
     cut = (boxes[:, 1] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 2])
-    weight = torch.where(cut, 1.0, lam)[:, None, None]
-    pasted = inside(boxes, height, width)
-    partners = [plane.flip(0) for plane in planes]
-    return [
-        torch.where(pasted, partner, torch.lerp(partner, plane, weight))
-        for plane, partner in zip(planes, partners, strict=True)
-    ]
+    weight = torch.where(cut, 1.0, lam)[:, None, None, None]
+    partner = images.flip(0)
+    pasted = inside(boxes, *images.shape[2:])[:, None]
+    return torch.where(pasted, partner, torch.lerp(partner, images, weight))
 
 
 def mix_targets(targets: Tensor, lam: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ffcv_convnext.augment.transfer import all_to_device
+from ffcv_convnext.augment.transfer import to_device
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; the recipe's normalisation
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -26,12 +26,13 @@ def normalise(images: Tensor) -> Tensor:
     Returns a new tensor of the same memory format.
     """
     constants = np.array([_SCALE, _SHIFT], np.float32)
-    scale, shift = all_to_device([constants], images.device)[0]
     if not images.is_contiguous(memory_format=torch.channels_last):
-        return torch.addcmul(shift[:, None, None], images.float(), scale[:, None, None])
+        scale, shift = to_device(constants, images.device)[:, :, None, None]
+        return torch.addcmul(shift, images.float(), scale)
     width = images.shape[3]
-    rows = images.permute(0, 2, 3, 1).flatten(2).float()  # three values at the end would be a slow broadcast
-    return torch.addcmul(shift.repeat(width), rows, scale.repeat(width)).unflatten(2, (width, 3)).permute(0, 3, 1, 2)
+    scale, shift = to_device(np.tile(constants, width), images.device)  # three values at the end: a slow broadcast
+    rows = images.permute(0, 2, 3, 1).flatten(2).float()
+    return torch.addcmul(shift, rows, scale).unflatten(2, (width, 3)).permute(0, 3, 1, 2)
 
 
 def normalised_planes(images: Tensor) -> Planes:

@@ -161,10 +161,11 @@ class TrainAugment:
         targets = soft_targets(labels, self.num_classes, self.config.smoothing)
         if draws.erasing is not None:
             planes = erase_everywhere(planes, *draws.erasing)
+        inputs = torch.stack(planes, -1).permute(0, 3, 1, 2)
         if draws.mix is not None:
-            planes = mix_everywhere(planes, *draws.mix)
+            inputs = mix_everywhere(inputs, *draws.mix)
             targets = mix_targets(targets, draws.mix[0])
-        return torch.stack([plane.to(self.dtype) for plane in planes], -1).permute(0, 3, 1, 2), targets
+        return inputs.to(self.dtype), targets
 
 
 def _tensors(draws: Draws, device: torch.device) -> DrawTensors:
