@@ -14,10 +14,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ffcv_convnext import __version__
-from ffcv_convnext.config import Config, add_flags, config_from_args
+from ffcv_convnext.config import SETTINGS, Config, add_flags, config_from_args
 from ffcv_convnext.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, Failure, Interrupted
 from ffcv_convnext.files import write_atomically
 from ffcv_convnext.signals import stopping_at_once
@@ -189,32 +189,65 @@ def export(argv: Sequence[str]) -> int:
     return 0
 
 
+BENCHMARKS = {
+    "loader": "training batches from images in memory",
+    "cold": "training batches from a file that is not in memory",
+    "convert": "an ImageFolder converted to a .beton",
+    "startup": "from the start of a process to its first batch",
+    "augment": "the augmentation of batches, beside timm's for single images",
+    "step": "the training step, beside timm's and torchvision's, or every step of the ladder",
+}
+
+
 def bench(argv: Sequence[str]) -> int:
-    """Measure the loader (cold: from a file not in memory), the conversion or start-up beside their peers."""
+    """Measure loading, conversion, start-up, the augmentation or the training step beside their peers."""
     parser = _parser("bench", bench)
-    parser.add_argument("what", choices=["loader", "cold", "convert", "startup"])
-    parser.add_argument("--data_path", type=Path, help="an ImageFolder, of which train/ is used")
-    parser.add_argument(
-        "--photographs", type=Path, metavar="DIR", help="pictures to make one of (default: some at hand)"
-    )
-    parser.add_argument("--num_images", type=int, default=1280, help="images of a round, at most (default 1280)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each contestant that count (default 5)")
-    parser.add_argument("--cores", type=int, help="processor cores to use (default all)")
-    parser.add_argument("--peers", help="rows wanted: how their names begin, comma-separated (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    options = parser.parse_args(argv)
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, what in BENCHMARKS.items():
+        kind = kinds.add_parser(name, help=what, description=f"Measure {what}.", allow_abbrev=False)
+        flag = kind.add_argument
+        flag("--photographs", type=Path, metavar="DIR", help="pictures to make images of (default: some at hand)")
+        flag("--rounds", type=int, default=5, help="rounds of each contestant that count (default 5)")
+        flag("--peers", help="rows wanted: how their names begin, comma-separated (default: all)")
+        flag("--json", type=Path, metavar="FILE", help="write the figures there too")
+        if name in ("augment", "step"):
+            flag("--seconds", type=float, default=2.0, help="of a round of each contestant (default 2)")
+            if name == "step":
+                flag(
+                    "--ladder",
+                    type=Path,
+                    nargs="?",
+                    const=Path("rn_configs"),
+                    metavar="DIR",
+                    help="measure every step's file in DIR (rn_configs) instead, with the settings given here",
+                )
+            add_flags(kind)
+            kind.usage = "%(prog)s [--config YAML ...] [--rounds N --seconds S] [--SETTING VALUE ...]"
+        else:
+            flag("--data_path", type=Path, help="an ImageFolder, of which train/ is used")
+            flag("--num_images", type=int, default=1280, help="images of a round, at most (default 1280)")
+            flag("--cores", type=int, help="processor cores to use (default all)")
+    what = argv[0] if argv else ""
+    given: dict[str, Any]
+    if what in ("augment", "step"):
+        config, options = config_from_args(kinds.choices[what], argv[1:])
+        given = {"config": config, "seconds": options.seconds}
+        if what == "step":
+            flags = {name: getattr(options, name) for name in SETTINGS if hasattr(options, name)}
+            given |= {"ladder": options.ladder, "flags": flags}
+    else:
+        options = parser.parse_args(argv)
+        given = {name: getattr(options, name) for name in ("data_path", "num_images", "cores")}
     if options.json and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
         raise ValueError(f"--json {options.json}: expected a file in a folder that exists")
     from ffcv_convnext import bench as benchmarks
 
-    found = getattr(benchmarks, f"bench_{options.what}")(
-        data_path=options.data_path,
+    found = getattr(benchmarks, f"bench_{what}")(
+        **given,
         photographs=options.photographs,
-        num_images=options.num_images,
         rounds=options.rounds,
-        cores=options.cores,
         peers=options.peers.split(",") if options.peers else None,
-        say=lambda line: print(line, file=sys.stderr),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(found.format())
     if options.json:

@@ -286,11 +286,16 @@ class RunConfig:
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto: cuda where there is one", free=True)
     amp: Literal["bf16", "fp16", "off"] = setting(
         "bf16",
-        "mixed precision: autocast's type (fp16 waits for the device at every step), or off for float32",
+        "mixed precision: autocast's type (fp16 waits for the device at every step unless opt is adamw, adam or sgd), "
+        "or off for float32",
         aliases={"false": "off"},  # YAML reads off as false
     )
     channels_last: bool = setting(True, "memory format of images and convolutions", free=True)
-    compile: bool = setting(False, "compile the network with torch.compile; evaluation stays eager", free=True)
+    compile: Literal["auto", "true", "false"] = setting(
+        "auto",
+        "torch.compile the network for training; evaluation stays eager; auto: on a CUDA device",
+        free=True,
+    )
     kernels: Literal["torch", "triton"] = setting(
         "torch", "depthwise convolutions, the norms after them and residual sums: PyTorch's, or ours (CUDA)", free=True
     )

@@ -6,6 +6,8 @@ Paths, data, batch arithmetic and combinations of settings are checked before th
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
@@ -27,7 +29,7 @@ from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.settings import format_value
 from ffcv_convnext.training.checkpoint import Checkpoints, read_checkpoint
 from ffcv_convnext.training.distributed import Processes
-from ffcv_convnext.training.engine import Learner, Run, State, autocast, fit, memory_format
+from ffcv_convnext.training.engine import Learner, Run, State, autocast, fit, input_dtype, memory_format
 from ffcv_convnext.training.metrics import LossTracker, evaluate
 from ffcv_convnext.training.optim import build_optimizer
 from ffcv_convnext.training.runlog import FolderLock, RunLog, check_same_config, is_done, setup_logging
@@ -137,12 +139,16 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
     num_classes: of the network's head.   Raises ValueError for settings that do not go together.
     """
     device, seed = processes.device, config.run.seed
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # batches have one size: the fastest convolutions are found once
     schedules = build_schedules(config, steps_per_epoch)
     torch.manual_seed(step_seed(seed, 0, 0, Stream.INITIALISATION))
     network = _network(config, num_classes, device)
     ema = ModelEmaV3(network, decay=config.run.model_ema_decay) if config.run.model_ema else None
-    model: nn.Module = torch.compile(network) if config.run.compile else network  # type: ignore[assignment]
-    if processes.world > 1:
+    compile = compiles(config, device)
+    model = compiled(network, config) if compile else network
+    if processes.world > 1:  # around the compiled network: DDP cuts the graph at its buckets, and its own forward,
+        # which is another one in micro-batches that do not reduce, is in no graph
         model = DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
@@ -164,11 +170,40 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
             seed=seed,
             device=device,
             interpolation=config.data.train_interpolation,
+            compile=compile,  # a graph of its own, beside the network's
+            dtype=input_dtype(config),
         ),
         criterion=SoftTargetCrossEntropy(),
         tracker=LossTracker(processes),
         state=State(),
     )
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether the network is compiled for training.
+
+    Raises ValueError when it shall be and there is no compiler: torch builds C++ for a CPU, C around a GPU's kernels.
+    """
+    choice = config.run.compile
+    if choice == "false" or (choice == "auto" and device.type != "cuda"):
+        return False
+    variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
+    if variable not in os.environ and not any(map(shutil.which, names)):
+        raise ValueError(
+            f"compile = {choice}: torch.compile needs {' or '.join(names)}, or another compiler named in {variable}; "
+            "install one, or use --compile false"
+        )
+    return True
+
+
+def compiled(network: nn.Module, config: Config) -> nn.Module:
+    """`network` behind torch.compile, for batches of one size: parameters, buffers and names stay its own.
+
+    Ours is one graph. A network of timm's may break into several, which is slower and no error.
+    """
+    whole = config.model.model == "resnet"
+    model: nn.Module = torch.compile(network, fullgraph=whole, dynamic=False)  # type: ignore[assignment]
+    return model
 
 
 def build_run(config: Config, processes: Processes, train_loader: TrainLoader, val_loader: EvalLoader) -> Run:
