@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -162,13 +163,34 @@ def ladder(argv: Sequence[str]) -> int:
 
 
 def report(argv: Sequence[str]) -> int:
-    """Print a table of run folders."""
+    """Hold run folders against the ladder: table, figure and page."""
     parser = _parser("report", report)
-    parser.add_argument("folders", type=Path, nargs="+", help="run folders, or folders that hold some")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="run folders, or folders that hold some")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write ladder.md, .csv, .json, .png and .svg there (default: the DIR, where one is given that holds runs)",
+    )
+    parser.add_argument("--html", action="store_true", help="write ladder.html too, one page with training curves")
+    parser.add_argument("--configs", type=Path, default=Path("rn_configs"), help="the ladder (default rn_configs)")
     options = parser.parse_args(argv)
-    from ffcv_convnext.report import find_runs, format_table, summarise
+    from ffcv_convnext.report import is_run, summarise, to_markdown, write_files
 
-    print(format_table([summarise(folder) for folder in find_runs(options.folders)]))
+    out = options.out
+    if out is None and len(options.folders) == 1 and not is_run(options.folders[0]):
+        out = options.folders[0]
+    if out is None and options.html:
+        raise ValueError("--html: say where the page shall be: --out DIR")
+    if options.out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    found = summarise(options.folders, options.configs)
+    print(to_markdown(found), flush=True)
+    if out is not None and options.out is None and not os.access(out, os.W_OK):
+        return _say(f"{out} cannot be written: no files; --out DIR puts them elsewhere", 0)
+    if out is not None:
+        written = write_files(found, out, page=options.html)
+        _say(f"wrote {', '.join(path.name for path in written)} to {out}", 0)
     return 0
 
 
