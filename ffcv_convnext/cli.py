@@ -173,25 +173,31 @@ def report(argv: Sequence[str]) -> int:
         help="write ladder.md, .csv, .json, .png and .svg there (default: the DIR, where one is given that holds runs)",
     )
     parser.add_argument("--html", action="store_true", help="write ladder.html too, one page with training curves")
-    parser.add_argument("--configs", type=Path, default=Path("rn_configs"), help="the ladder (default rn_configs)")
+    parser.add_argument("--configs", type=Path, metavar="DIR", help="the ladder (default rn_configs, where it is)")
     options = parser.parse_args(argv)
     from ffcv_convnext.report import is_run, summarise, to_markdown, write_files
 
-    out = options.out
-    if out is None and len(options.folders) == 1 and not is_run(options.folders[0]):
-        out = options.folders[0]
-    if out is None and options.html:
-        raise ValueError("--html: say where the page shall be: --out DIR")
-    if options.out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    found = summarise(options.folders, options.configs)
-    print(to_markdown(found), flush=True)
-    if out is not None and options.out is None and not os.access(out, os.W_OK):
-        return _say(f"{out} cannot be written: no files; --out DIR puts them elsewhere", 0)
+    out, configs = options.out, options.configs
     if out is not None:
-        written = write_files(found, out, page=options.html)
-        _say(f"wrote {', '.join(path.name for path in written)} to {out}", 0)
-    return 0
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be made: {error.strerror}; choose another folder") from None
+    elif len(options.folders) == 1 and not is_run(options.folders[0]):
+        out = options.folders[0]
+    elif options.html:
+        raise ValueError("--html: say where the page shall be, with --out DIR")
+    if configs is None and Path("rn_configs").is_dir():
+        configs = Path("rn_configs")
+    found = summarise(options.folders, configs)
+    print(to_markdown(found), flush=True)
+    if out is None:
+        return 0
+    if not os.access(out, os.W_OK):
+        status = 0 if options.out is None else EXIT_FAILURE
+        return _say(f"{out} cannot be written, so no files were; --out DIR puts them elsewhere", status)
+    written = write_files(found, out, page=options.html)
+    return _say(f"wrote {', '.join(path.name for path in written)} to {out}", 0)
 
 
 def export(argv: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ def read_paper(folder: Path) -> dict[str, dict[str, float | None]]:
         raise ValueError(f'{path}: expected {{"step": {{"top1": 78.82, "std": 0.07}}, ...}}: {error}') from None
 
 
+@cache
 def size_of(config: ModelConfig, input_size: int, num_classes: int) -> tuple[int, float]:
     """Parameters of a network and its GMACs for a square image of input_size pixels (three decimals).
 

@@ -149,11 +149,11 @@ def _find(root: Path) -> Iterator[Path]:
             folders.clear()
             continue
         entered.add(folder.resolve())
-        if is_run(folder) or "rank0.log" in files:
+        if is_run(folder):
             folders.clear()
+        if is_run(folder) or "rank0.log" in files:
             yield folder
-        else:
-            folders[:] = sorted((name for name in folders if not name.startswith(".")), key=reading_order)
+        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=reading_order)
 
 
 def reading_order(text: str) -> list[tuple[bool, int, str]]:

@@ -127,15 +127,12 @@ class Row:
 class Section:
     """One column of the ladder, run by one recipe on one data set."""
 
+    title: str
     column: Column
     recipe: tuple[str, ...]  # how it departs from the configs, e.g. ("--epochs 100", "--warmup_epochs 7")
     facts: Facts
     rows: list[Row]
     why_not: str  # compared with the paper; '' when it is
-
-    @property
-    def title(self) -> str:
-        return " ".join([self.column.title, *(["with", *self.recipe] if self.recipe else [])])
 
     @property
     def runs(self) -> list[Run]:
@@ -153,13 +150,15 @@ class Report:
         return [*(run for section in self.sections for run in section.runs), *self.others]
 
 
-def summarise(paths: Sequence[Path], configs: Path) -> Report:
-    """What the run folders tell of the ladder in `configs`.
+def summarise(paths: Sequence[Path], configs: Path | None) -> Report:
+    """What the run folders tell of the ladder in `configs`; without one, of themselves.
 
     Raises what `read_runs` and `read_columns` raise.
     """
-    columns = read_columns(configs)
+    columns = read_columns(configs) if configs else []
     runs, notes = read_runs(paths)
+    if configs is None:
+        notes.append("no ladder is known here, so no run is a step of one; --configs names its folder")
     others: list[Run] = []
     groups: dict[tuple[int, tuple[str, ...], Facts], list[tuple[Rung, Run]]] = {}
     for run in runs:
@@ -173,9 +172,13 @@ def summarise(paths: Sequence[Path], configs: Path) -> Report:
     # The first section of a column shows its missing steps: that by the configs' own recipe, else the one of most runs.
     keys = sorted(groups, key=lambda key: (key[0], len(key[1]) > 0, -len(groups[key]), key[1]))
     firsts = {key[0]: key for key in reversed(keys)}
-    sections = [
-        _section(columns[key[0]], key[1], key[2], groups[key], whole=key is firsts[key[0]], notes=notes) for key in keys
-    ]
+    sections = []
+    for key in keys:
+        column, (_, recipe, facts) = columns[key[0]], key
+        title = " ".join([column.title, *(["with", *recipe] if recipe else [])])
+        if sum(other[:2] == key[:2] for other in keys) > 1:
+            title += f" on data {(facts.train_data or 'unknown')[:8]}, global batch {facts.global_batch}"
+        sections.append(_section(title, column, recipe, facts, groups[key], whole=key is firsts[key[0]], notes=notes))
     for run in runs:
         if run.state == "failed":
             notes.append(f"{run.name} failed after {len(run.epochs)} of {run.num_epochs} epochs: {run.error}")
@@ -183,6 +186,7 @@ def summarise(paths: Sequence[Path], configs: Path) -> Report:
 
 
 def _section(
+    title: str,
     column: Column,
     recipe: tuple[str, ...],
     facts: Facts,
@@ -211,7 +215,7 @@ def _section(
         top1 = rows[rung.name].top1
         if (top1.n if top1 else 0) < len(finished(runs)):
             notes.append(f"{rung.name}: a finished run has no {rung.metric}, so it does not count")
-    return Section(column, recipe, facts, list(rows.values()), why_not)
+    return Section(title, column, recipe, facts, list(rows.values()), why_not)
 
 
 def _raw_gain(ours: Iterable[Run], base: Iterable[Run]) -> float | None:

@@ -168,7 +168,7 @@ def escape(text: str) -> str:
 
 
 def to_csv(report: Report) -> str:
-    """A line a step and a line a run that is no step; numbers unrounded, nothing where there is none."""
+    """A line a step and a line a run that is no step; nothing where there is no number."""
     records = [_row_record(section, row) for section in report.sections for row in section.rows]
     records += [_other_record(run) for run in report.others]
     file = io.StringIO()
@@ -190,12 +190,13 @@ def to_json(report: Report) -> str:
                 "compared_with_paper": not section.why_not,
                 "why_not": section.why_not or None,
                 "rows": [
-                    {**_row_record(section, row), "runs": [run_record(run) for run in row.runs]} for row in section.rows
+                    {**_row_record(section, row), "runs": [_run_record(run) for run in row.runs]}
+                    for row in section.rows
                 ],
             }
             for section in report.sections
         ],
-        "others": [run_record(run) for run in report.others],
+        "others": [_run_record(run) for run in report.others],
         "notes": report.notes,
     }
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
@@ -208,16 +209,17 @@ FIELDS = (
 
 
 def _row_record(section: Section, row: Row) -> dict[str, Any]:
-    return {
+    top1 = row.top1
+    record = {
         "section": section.title,
         "name": row.name,
         "change": row.rung.step.change,
         "optional": row.rung.optional,
         "state": row.state,
         "metric": row.rung.metric,
-        "seeds": row.top1.n if row.top1 else 0,
-        "top1": row.top1.mean if row.top1 else None,
-        "top1_std": row.top1.std if row.top1 else None,
+        "seeds": top1.n if top1 else 0,
+        "top1": top1.mean if top1 else None,
+        "top1_std": top1.std if top1 else None,
         "to_base": row.to_base,
         "paper": row.paper,
         "paper_std": None if row.paper is None else row.rung.paper_std,
@@ -228,11 +230,12 @@ def _row_record(section: Section, row: Row) -> dict[str, Any]:
         "images_per_s": row.images_per_s,
         "gpu_hours": row.gpu_hours,
     }
+    return _rounded(record)
 
 
 def _other_record(run: Run) -> dict[str, Any]:
     """A run of its own as a line among the steps'."""
-    return {
+    record = {
         "section": "other runs",
         "name": run.name,
         "optional": False,
@@ -244,9 +247,10 @@ def _other_record(run: Run) -> dict[str, Any]:
         "images_per_s": run.images_per_s,
         "gpu_hours": run.gpu_hours,
     }
+    return _rounded(record)
 
 
-def run_record(run: Run) -> dict[str, Any]:
+def _run_record(run: Run) -> dict[str, Any]:
     starts = run.facts.get("starts") or [{}]
     record: dict[str, Any] = {
         "name": run.name,
@@ -269,4 +273,8 @@ def run_record(run: Run) -> dict[str, Any]:
         record[metric] = run.last(metric)
         record[f"best_{metric}"] = best[0] if best else None
         record[f"best_{metric}_epoch"] = best[1] if best else None
-    return record
+    return _rounded(record)
+
+
+def _rounded(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in record.items()}
