@@ -74,12 +74,11 @@ def _figure(lengths: Sequence[int]) -> Iterator[tuple[Figure, list[tuple[Axes, A
     """A figure with a wide and a narrow axis side by side for every panel, in our style while it is drawn."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+    layout = ConstrainedLayoutEngine(h_pad=0.1)  # inches between a panel's axis and the next one's title
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, sum(MARGIN + BAR * length for length in lengths)), layout="constrained")
-        engine = figure.get_layout_engine()
-        assert engine is not None
-        engine.set(h_pad=0.1)  # inches between a panel's axis and the next one's title
+        figure = Figure(figsize=(WIDTH, sum(MARGIN + BAR * length for length in lengths)), layout=layout)
         grid = figure.add_gridspec(len(lengths), 2, height_ratios=[n + SPACE for n in lengths], width_ratios=(4, 1))
         yield figure, [(figure.add_subplot(grid[i, 0]), figure.add_subplot(grid[i, 1])) for i in range(len(lengths))]
 
@@ -135,7 +134,7 @@ def _draw_panel(accuracy: Axes, cost: Axes, title: str, bars: Sequence[Bar]) -> 
     accuracy.set_xlim(low, high)
     accuracy.set_yticks(places, [bar.label for bar in bars])
     for text, bar in zip(accuracy.get_yticklabels(), bars, strict=True):
-        text.set_weight("bold" if bar.bold else "normal")
+        text.set_fontweight("bold" if bar.bold else "normal")
     accuracy.set_title(title, loc="left", weight="bold", fontsize=10)
     accuracy.set_xlabel(_axis_label(bars, low))
     cost.set_xlabel("GMACs")

@@ -64,12 +64,13 @@ def _runs(report: Report) -> str:
 
 def _curves(report: Report) -> str:
     """What the page's script draws, as JSON that may stand inside a script element."""
-    curves = [
-        _curve(run, " ".join([row.name, *section.recipe]))
-        for section in report.sections
-        for row in section.rows
-        for run in row.runs
-    ]
+    columns = {section.column.folder for section in report.sections}
+    curves = []
+    for section in report.sections:
+        column = f"{section.column.folder.name}/" if len(columns) > 1 else ""
+        departure = section.title.removeprefix(section.column.title)
+        for row in section.rows:
+            curves += [_curve(run, f"{column}{row.name}{departure}") for run in row.runs]
     curves += [_curve(run, run.name) for run in report.others]
     text = json.dumps([curve for curve in curves if curve["epochs"]], separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c")
