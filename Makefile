@@ -13,10 +13,10 @@ BETON := $(addprefix demo_data/beton/,train.beton train.json val.beton val.json)
 PYTEST := $(PYTHON_IN_VENV) -m pytest
 ORDINARY := -m "not gpu and not slurm and not slow" --cov=ffcv_convnext
 
-.PHONY: help setup demo test slow lint format types coverage requirements clean
+.PHONY: help setup demo test test-slurm slow lint format types coverage requirements clean
 
 help:  ## list these commands
-	@sed -nE 's/^([a-z]+):.*  ## (.*)/  make \1\t\2/p' Makefile | expand -t 22
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' Makefile | expand -t 22
 
 setup:  ## make .venv and install everything (demo, test and the others do it by themselves)
 	@bash scripts/setup.sh
@@ -35,7 +35,12 @@ $(BETON) &: $(DIGITS) | setup
 test: lint types  ## lint, types, and the tests that need neither a GPU nor Slurm; coverage must reach 90 %
 	$(PYTEST) $(ORDINARY) --cov-report=term --cov-fail-under=90
 
-slow: | setup  ## the tests that take a minute each: benchmarks from end to end, other processors
+test-slurm: | setup  ## the tests on a real Slurm: two nodes are started on this machine, and ended
+	@bash scripts/setup.sh slurm
+	$(PYTEST) -m slurm
+
+slow: | setup  ## the tests that take a minute each: benchmarks from end to end, other processors, the page in Chromium
+	@bash scripts/setup.sh chromium
 	$(PYTEST) -m "slow and not gpu and not slurm"
 
 lint: | setup  ## ruff: rules and formatting

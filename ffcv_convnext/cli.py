@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -162,14 +163,41 @@ def ladder(argv: Sequence[str]) -> int:
 
 
 def report(argv: Sequence[str]) -> int:
-    """Print a table of run folders."""
+    """Hold run folders against the ladder: table, figure and page."""
     parser = _parser("report", report)
-    parser.add_argument("folders", type=Path, nargs="+", help="run folders, or folders that hold some")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="run folders, or folders that hold some")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write ladder.md, .csv, .json, .png and .svg there (default: the DIR, where one is given that holds runs)",
+    )
+    parser.add_argument("--html", action="store_true", help="write ladder.html too, one page with training curves")
+    parser.add_argument("--configs", type=Path, metavar="DIR", help="the ladder (default rn_configs, where it is)")
     options = parser.parse_args(argv)
-    from ffcv_convnext.report import find_runs, format_table, summarise
+    from ffcv_convnext.report import is_run, summarise, to_markdown, write_files
 
-    print(format_table([summarise(folder) for folder in find_runs(options.folders)]))
-    return 0
+    out, configs = options.out, options.configs
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be made: {error.strerror}; choose another folder") from None
+    elif len(options.folders) == 1 and not is_run(options.folders[0]):
+        out = options.folders[0]
+    elif options.html:
+        raise ValueError("--html: say where the page shall be, with --out DIR")
+    if configs is None and Path("rn_configs").is_dir():
+        configs = Path("rn_configs")
+    found = summarise(options.folders, configs)
+    print(to_markdown(found), flush=True)
+    if out is None:
+        return 0
+    if not os.access(out, os.W_OK):
+        status = 0 if options.out is None else EXIT_FAILURE
+        return _say(f"{out} cannot be written, so no files were; --out DIR puts them elsewhere", status)
+    written = write_files(found, out, page=options.html)
+    return _say(f"wrote {', '.join(path.name for path in written)} to {out}", 0)
 
 
 def export(argv: Sequence[str]) -> int:

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv with the project and everything its commands need; quick when nothing is to be done.
 # `make demo` and `make test` call it. PYTHON=/path/to/python chooses the interpreter of a new .venv.
+# `setup.sh slurm` installs the system packages of `make test-slurm` instead, and nothing else; `setup.sh chromium` the
+# browser of `make slow`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -40,7 +42,7 @@ uv_works() { command -v "$1" >/dev/null && "$1" --version >/dev/null 2>&1; }
 
 # --- System packages: what FFCV's build needs, and what this Python lacks ---------------------------------
 
-missing_packages() {  # the interpreter's path -> Debian's names, one a line
+missing_for_python() {  # the interpreter's path -> Debian's names, one a line
     local version
     version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     command -v pkg-config >/dev/null || echo pkg-config
@@ -54,9 +56,19 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
     fi
 }
 
-install_packages() {
-    local python=$1 packages=() as_root=()
-    mapfile -t packages < <(missing_packages "$python")
+missing_for_slurm() {
+    local PATH=$PATH:/usr/sbin:/sbin
+    { command -v slurmctld && command -v slurmd && command -v sbatch; } >/dev/null || echo slurm-wlm
+    command -v munged >/dev/null || echo munge
+}
+
+missing_for_chromium() {
+    command -v chromium >/dev/null || command -v google-chrome >/dev/null || echo chromium
+}
+
+install_packages() {  # a command that prints the missing packages
+    local packages=() as_root=()
+    mapfile -t packages < <("$@")
     (( ${#packages[@]} )) || return 0
     if ! command -v apt-get >/dev/null; then
         die "this machine lacks what Debian calls: ${packages[*]}" \
@@ -80,7 +92,7 @@ install_packages() {
         die "apt-get could not install: ${packages[*]}" "all of its output is in $log"
     fi
     rm -f "$log"
-    mapfile -t packages < <(missing_packages "$python")
+    mapfile -t packages < <("$@")
     (( ${#packages[@]} == 0 )) || die "apt-get installed its packages, but this is still missing: ${packages[*]}"
 }
 
@@ -125,7 +137,7 @@ main() {
     else
         python=$(find_python)
     fi
-    install_packages "$python"
+    install_packages missing_for_python "$python"
     make_venv "$python"
     find_uv
     rm -f $STAMP
@@ -137,4 +149,9 @@ main() {
     say "done in $((SECONDS - started)) s"
 }
 
-main
+case "$*" in
+    "") main ;;
+    slurm) install_packages missing_for_slurm ;;
+    chromium) install_packages missing_for_chromium ;;
+    *) die "'$*': expected nothing, slurm or chromium" ;;
+esac

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ffcv_convnext.training.checkpoint import read_checkpoint
 
 TIMINGS = ("images_per_s", "data_wait_s", "train_s", "epoch_s")
 STATE = ("model", "ema", "optimizer", "epoch", "step", "best", "epoch_loss", "interval_loss")
+TOLERANCE = 1e-6  # between numbers of processes: sums are added in another order
 
 
 def train_here(settings: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
@@ -61,3 +63,17 @@ def assert_same_run(folder: Path, other: Path) -> None:
         assert_equal({**ours, "config": 0}, {**theirs, "config": 0}, where=name)
     for name in ("log.jsonl", "steps.jsonl"):
         assert log_without_timings(folder, name) == log_without_timings(other, name)
+
+
+def assert_same_training(folder: Path, other: Path, *, buffers: bool = True) -> None:
+    """The last checkpoints' weights and optimiser state, and the logged losses, agree to TOLERANCE."""
+    ours, theirs = (read_checkpoint(f / "checkpoint-last.pth") for f in (folder, other))
+    assert ours["step"] == theirs["step"]
+    for part in ("model", "ema"):
+        for name in theirs[part]:
+            if buffers or not re.search("running|num_batches", name):
+                assert_equal(ours[part][name], theirs[part][name], where=name, tolerance=TOLERANCE)
+    assert_equal(ours["optimizer"]["state"], theirs["optimizer"]["state"], where="optimizer", tolerance=TOLERANCE)
+    keys = ["epoch", "step", "train_loss"] + (["test_acc1", "test_acc5", "test_loss", "test_loss_ema"] * buffers)
+    logs = ([{key: entry[key] for key in keys} for entry in log_without_timings(f)] for f in (folder, other))
+    assert_equal(*logs, where="log", tolerance=TOLERANCE)

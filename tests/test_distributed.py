@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from nursery import Nursery
-from runs import assert_equal, log_without_timings, train_here
+from runs import assert_same_training, train_here
 
 from ffcv_convnext.config import Config, DataConfig
 from ffcv_convnext.data import ConversionOptions, TrainLoader, convert
@@ -27,7 +27,6 @@ from ffcv_convnext.training.distributed import Processes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRAIN_STEP = "ffcv_convnext.training.engine.train_step"
-TOLERANCE = 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +48,6 @@ def two_processes(settings: dict[str, Any], nursery: Nursery, tmp_path_factory: 
     for status, output in nursery.run_ranks({**settings, "output_dir": folder}, strikes={}):
         assert status == 0, output
     return folder
-
-
-def assert_same_training(folder: Path, other: Path, *, buffers: bool = True) -> None:
-    """The last checkpoints' weights and optimiser state, and the logged losses, agree to 1e-6."""
-    ours, theirs = (read_checkpoint(f / LAST) for f in (folder, other))
-    assert ours["step"] == theirs["step"]
-    for part in ("model", "ema"):
-        for name in theirs[part]:
-            if buffers or not re.search("running|num_batches", name):
-                assert_equal(ours[part][name], theirs[part][name], where=name, tolerance=TOLERANCE)
-    assert_equal(ours["optimizer"]["state"], theirs["optimizer"]["state"], where="optimizer", tolerance=TOLERANCE)
-    keys = ["epoch", "step", "train_loss"] + (["test_acc1", "test_acc5", "test_loss", "test_loss_ema"] * buffers)
-    logs = ([{key: entry[key] for key in keys} for entry in log_without_timings(f)] for f in (folder, other))
-    assert_equal(*logs, where="log", tolerance=TOLERANCE)
 
 
 def test_two_processes_read_the_samples_of_one(beton_dir: Path) -> None:

@@ -27,7 +27,8 @@ FLOORS = [
     {"data", "augment", "models"},
     {"training"},
     {"bench"},
-    {"cluster", "ladder", "preview", "report"},
+    {"cluster", "ladder", "preview"},
+    {"report"},
     {"cli"},
 ]
 FLOOR_OF = {unit: height for height, units in enumerate(FLOORS) for unit in units}
@@ -310,7 +311,7 @@ def test_readme_starts_with_the_two_commands() -> None:
 
 
 def test_readme_names_only_commands_scripts_and_configs_that_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     checked = set()
     for words in readme_commands():
         line = " ".join(words)

@@ -32,7 +32,7 @@ from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.engine import Learner, Run, State, autocast, fit, input_dtype, memory_format
 from ffcv_convnext.training.metrics import LossTracker, evaluate
 from ffcv_convnext.training.optim import build_optimizer
-from ffcv_convnext.training.runlog import FolderLock, RunLog, check_same_config, is_done, setup_logging
+from ffcv_convnext.training.runlog import FolderLock, RunLog, check_same_config, is_done, log_end, setup_logging
 from ffcv_convnext.training.schedule import build_schedules
 
 if TYPE_CHECKING:  # at run time `data` imports it, and ffcv with it, when a run is built
@@ -71,6 +71,9 @@ def train(config: Config) -> dict[str, Any]:
                 run.log.done(scores)
         log.info("finished: %s", ", ".join(f"{key} {value:.4g}" for key, value in scores.items()))
         return scores
+    except Exception as error:
+        log_end(error)
+        raise
     finally:
         if lock is not None:
             lock.release()

@@ -1,0 +1,37 @@
+"""The cluster that the tests of this folder share, and the data they train on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from slurm.two_nodes import TwoNodes
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[TwoNodes]:
+    """Two nodes of Slurm, idle. SIGTERM ends the session as Ctrl-C does, so that nothing is left behind."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    if missing := [program for program in PROGRAMS if shutil.which(program, path=path) is None]:
+        pytest.fail(f"{', '.join(missing)} not found; install Slurm: bash scripts/setup.sh slurm", pytrace=False)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with TwoNodes() as cluster, pytest.MonkeyPatch.context() as patch:
+            for name, value in cluster.environment.items():
+                patch.setenv(name, value)
+            yield cluster
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def cluster(slurm: TwoNodes) -> Iterator[TwoNodes]:
+    """The same, for one test: its jobs end with it, however it ends."""
+    yield slurm
+    slurm.cancel_all()
