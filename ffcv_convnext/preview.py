@@ -24,7 +24,7 @@ from ffcv_convnext import data
 from ffcv_convnext.augment import TrainAugment, normalise
 from ffcv_convnext.config import Config
 from ffcv_convnext.files import in_bytes, write_atomically
-from ffcv_convnext.training import Processes, num_classes_of_head
+from ffcv_convnext.training import Processes, count_classes
 
 if TYPE_CHECKING:  # at run time `data` imports it, and ffcv with it
     from ffcv_convnext.data import TrainLoader
@@ -123,7 +123,7 @@ def images_of_step(config: Config, loader: TrainLoader, device: torch.device, ep
     classes = loader.manifest.classes
     augment = TrainAugment(
         config.augment,
-        num_classes=num_classes_of_head(config.model, len(classes)),
+        num_classes=count_classes(config.model, len(classes)),
         seed=config.run.seed,
         device=device,
         interpolation=config.data.train_interpolation,
