@@ -22,6 +22,7 @@ pytest.importorskip("ffcv.reader")
 
 from ffcv.types import FieldDescType, HeaderType
 
+import ffcv_convnext
 from ffcv_convnext.cli import run_command
 from ffcv_convnext.config import Config
 from ffcv_convnext.data import EvalLoader, SampleError, SampleLoader, TrainLoader
@@ -175,7 +176,12 @@ def test_a_first_compilation_is_announced_and_kept_for_later_starts_however_many
         assert re.fullmatch(r"compiled the decoder of train\.beton in \d+\.\d s", lines[1])
         assert lines[2].startswith("data_cache = os: train.beton and val.beton take ")
         assert lines[3] == "loaders are built", "the first batch does not wait for the compiler"
-    again = ended(python(READ, str(beton_dir), "train", NUMBA_CACHE_DIR=str(tmp_path)))
+    # Later, from a copy of the sources, as a job runs them.
+    package = Path(ffcv_convnext.__file__).parent
+    copy = shutil.copytree(package, tmp_path / "copy" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    env = {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(copy.parent), "PYTHONSAFEPATH": "1"}
+    assert ended(python("import ffcv_convnext; print(ffcv_convnext.__file__)", **env))[0].startswith(str(copy))
+    again = ended(python(READ, str(beton_dir), "train", **env))
     assert [line.partition(" =")[0] for line in again[1].splitlines()] == ["data_cache", "loaders are built"]
     assert {again[0]} == {checksum for checksum, _ in results}
 

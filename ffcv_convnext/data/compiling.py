@@ -2,7 +2,8 @@
 
 numba's cache looks only at the file that a function stands in, so a change in a file it calls into would go unseen.
 Therefore the cache is a folder named after a hash of all the sources and of numba's version: another version of
-anything is another folder. numba writes it with renames, so processes that start together do not disturb each other.
+anything is another folder, and a copy of the sources, such as a job's snapshot, finds what is compiled already. numba
+writes it with renames, so processes that start together do not disturb each other.
 It cannot keep functions that hold the address of a C function, which differs from process to process; those take
 addresses as an argument, see `call`.
 """
@@ -24,7 +25,7 @@ import llvmlite
 import numba
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils, event
+from numba.core import caching, cgutils, event
 from numba.extending import intrinsic
 
 from ffcv_convnext import rng
@@ -54,7 +55,19 @@ def _cache_folder() -> str:
     return private
 
 
+class Locator(caching.UserProvidedCacheLocator):  # type: ignore[misc]
+    """Names a function's place in the cache by its file's place in the package; numba would take the whole path."""
+
+    @classmethod
+    def get_suitable_cache_subpath(cls, py_file: str) -> str:
+        path, package = Path(py_file), Path(rng.__file__).parent
+        if path.is_relative_to(package):
+            return ".".join(path.relative_to(package).with_suffix("").parts)
+        return str(super().get_suitable_cache_subpath(py_file))
+
+
 numba.config.CACHE_DIR = _cache_folder()
+numba.config.CACHE_LOCATOR_CLASSES = f"{__name__}.{Locator.__name__}"
 
 jit = njit(nogil=True, error_model="numpy", cache=True)
 

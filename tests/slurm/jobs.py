@@ -16,7 +16,8 @@ from ffcv_convnext.training import read_lines
 from slurm.two_nodes import TwoNodes, processes_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-TWO_BY_TWO = ("--nodes", "2", "--ngpus", "2", "--cpus_per_task", "2")
+ONE_HOUR = ("--timeout", "1")  # what the partition allows
+TWO_BY_TWO = ("--nodes", "2", "--ngpus", "2", "--cpus_per_task", "2", *ONE_HOUR)
 
 
 def command_line(
