@@ -295,9 +295,9 @@ def report(argv: Sequence[str]) -> int:
         return 0
     if not os.access(out, os.W_OK):
         status = 0 if options.out is None else EXIT_FAILURE
-        return _say(f"{out} cannot be written, so no files were; --out DIR puts them elsewhere", status)
+        return complain(f"{out} cannot be written, so no files were; --out DIR puts them elsewhere", status)
     written = write_files(found, out, page=options.html)
-    return _say(f"wrote {', '.join(path.name for path in written)} to {out}", 0)
+    return complain(f"wrote {', '.join(path.name for path in written)} to {out}", 0)
 
 
 def export(argv: Sequence[str]) -> int:

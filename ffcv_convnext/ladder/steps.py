@@ -132,10 +132,6 @@ def describe(folder: Path, *, input_size: int = 224, num_classes: int = 1000) ->
     input_size: side of the image that GMACs are counted for, pixels. Returns rows with keys `name`, `change`,
     `parameters`, `gmacs` (three decimals) and `paper_top1` (percent, or None).
     """
-    import torch  # which takes seconds that a ladder's status need not wait for
-
-    from ffcv_convnext.models import build_model, count_gmacs, count_parameters
-
     paper = read_paper(folder)
     rows = []
     for step in [*read_ladder(folder), *read_released(folder)]:
