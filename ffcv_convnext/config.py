@@ -40,6 +40,12 @@ class DataConfig:
         "micro-batches a device accumulates for an optimiser step; global batch = batch_size x update_freq x devices",
         free=True,  # the global batch must stay, which the run checks itself
     )
+    global_batch: int | None = setting(
+        None,
+        "images of an optimiser step; update_freq then follows from it, for any number of devices; "
+        "none: batch_size x update_freq x devices",
+        free=True,
+    )
     input_size: int = setting(224, "side of the square crop the network sees, pixels")
     crop_pct: float | None = setting(
         None, "evaluation resizes the short side to input_size / crop_pct; none: 224/256 below 384 pixels, else 1"
@@ -75,6 +81,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "update_freq", "shuffle_window_mb", "num_workers", "batches_ahead"):
             _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: expected at least 1")
+        _require(
+            self.global_batch is None or (self.global_batch >= 1 and self.global_batch % self.batch_size == 0),
+            f"global_batch = {self.global_batch}: expected a multiple of batch_size = {self.batch_size}",
+        )
         _require(self.input_size >= 32, f"input_size = {self.input_size}: expected at least 32 pixels")
         _require(
             self.crop_pct is None or 0 < self.crop_pct <= 1, f"crop_pct = {self.crop_pct}: expected a number in (0, 1]"
@@ -359,6 +369,23 @@ class Config:
         """This config with some flat names changed; everything is checked anew."""
         return Config.from_flat({**self.flat(), **changes})
 
+    def for_world(self, world: int) -> Config:
+        """This config on `world` processes: update_freq follows from global_batch, where that is set.
+
+        Raises ValueError, naming the numbers of processes that are possible, when the arithmetic does not divide.
+        """
+        data = self.data
+        if data.global_batch is None:
+            return self
+        micro_batches = data.global_batch // data.batch_size
+        if micro_batches % world:
+            possible = [str(n) for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+            raise ValueError(
+                f"global_batch = {data.global_batch} is {micro_batches} micro-batches of batch_size {data.batch_size}, "
+                f"which {world} processes cannot share equally; {', '.join(possible)} processes can"
+            )
+        return self.replace(update_freq=micro_batches // world)
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.flat(), sort_keys=False)
 
@@ -373,11 +400,14 @@ GROUPS: dict[str, type] = {
 }
 
 
-def _collect() -> dict[str, Setting]:
+def collect_settings(groups: Mapping[str, type]) -> dict[str, Setting]:
+    """The settings that dataclasses declare with `setting()`, by their flat names."""
     settings: dict[str, Setting] = {}
-    for group, cls in GROUPS.items():
+    for group, cls in groups.items():
         hints = get_type_hints(cls)
         for field in dataclasses.fields(cls):
+            if "help" not in field.metadata:
+                continue
             assert field.name not in settings, f"two settings are called {field.name}"
             settings[field.name] = Setting(
                 name=field.name, group=group, type=hints[field.name], default=field.default, **field.metadata
@@ -385,7 +415,7 @@ def _collect() -> dict[str, Setting]:
     return settings
 
 
-SETTINGS: dict[str, Setting] = _collect()
+SETTINGS: dict[str, Setting] = collect_settings(GROUPS)
 
 
 def find_setting(name: str, *, source: str) -> Setting:
@@ -405,6 +435,18 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """What a YAML file of lines `name: value` holds. Raises ValueError for another file."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected lines of the form 'name: value'")
+    return content
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The flat settings a YAML file states, its `base:` (relative to the file) read first and overridden.
 
@@ -420,13 +462,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if current.resolve() in [p.resolve() for p in chain]:
             raise ValueError(f"{current}: its base leads back to itself: {' -> '.join(map(str, [*chain, current]))}")
         chain.append(current)
-        try:
-            content = yaml.load(current.read_text(encoding="utf-8"), _StrictLoader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{current} is not readable YAML: {' '.join(str(error).split())}") from None
-        content = {} if content is None else content
-        if not isinstance(content, dict):
-            raise ValueError(f"{current}: expected lines of the form 'name: value'")
+        content = read_mapping(current)
         base = content.pop("base", None)
         for name, raw in content.items():
             declared = find_setting(str(name), source=str(current))
@@ -462,9 +498,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="YAML",
         help="settings to start from; a later file wins over an earlier one, a flag over both",
     )
-    for group, cls in GROUPS.items():
+    add_setting_flags(parser, GROUPS)
+
+
+def add_setting_flags(parser: argparse.ArgumentParser, groups: Mapping[str, type]) -> None:
+    """Declare one flag for every setting of some dataclasses; one that is not given is not in the namespace."""
+    settings = collect_settings(groups)
+    for group, cls in groups.items():
         section = parser.add_argument_group(group, (cls.__doc__ or "").splitlines()[0])
-        for declared in (s for s in SETTINGS.values() if s.group == group):
+        for declared in (s for s in settings.values() if s.group == group):
             section.add_argument(
                 f"--{declared.name}",
                 nargs="+" if declared.holds_several else None,
@@ -474,17 +516,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             )
 
 
-def config_from_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-    """Parse a command line whose parser has `add_flags`' flags. Unknown flags raise ValueError with the nearest."""
+def settings_from_args(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[dict[str, Any], argparse.Namespace]:
+    """The settings a command line states, unparsed, and everything it says; the parser has `add_flags`' flags.
+
+    Unknown flags raise ValueError with the nearest.
+    """
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].lstrip("-").split("=")[0]
         known = [flag[2:] for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
         raise ValueError(f"command line: nobody declared '{unknown[0]}'{nearest(name, known)}")
-    overrides = {}
-    for name in SETTINGS:
-        if hasattr(namespace, name):
-            overrides[name] = getattr(namespace, name)
+    return {name: getattr(namespace, name) for name in SETTINGS if hasattr(namespace, name)}, namespace
+
+
+def config_from_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
+    """The config a command line asks for, and everything it says; raises as `settings_from_args` does."""
+    overrides, namespace = settings_from_args(parser, argv)
     return load_config(*namespace.config, overrides=overrides), namespace
 
 

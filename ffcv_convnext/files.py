@@ -1,4 +1,4 @@
-"""Files that are either the old content or the complete new one, whatever happens in between."""
+"""Files that are either the old content or the complete new one, whatever happens in between; lines of objects."""
 
 from __future__ import annotations
 

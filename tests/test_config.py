@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ffcv_convnext import __version__, cli
+from ffcv_convnext import __version__, cli, errors
 from ffcv_convnext.config import SETTINGS, Config, add_flags, config_from_args, differences, load_config, read_yaml
 from ffcv_convnext.errors import Failure, Interrupted
 from ffcv_convnext.settings import format_value
@@ -22,6 +22,7 @@ OTHER_WORDS: dict[str, str] = {
     "data_path": "/data/beton",
     "batch_size": "64",
     "update_freq": "4",
+    "global_batch": "512",
     "input_size": "160",
     "crop_pct": "0.95",
     "train_interpolation": "random",
@@ -537,7 +538,7 @@ def test_an_error_of_ours_becomes_its_exit_status(
         raise error
 
     monkeypatch.setitem(cli.COMMANDS, "train", command)
-    monkeypatch.setattr(cli, "PACKAGE", Path(__file__).resolve().parent)  # this file counts as ours
+    monkeypatch.setattr(errors, "PACKAGE", Path(__file__).resolve().parent)  # this file counts as ours
     assert cli.run_command("train", []) == status
     line = capsys.readouterr().err
     assert line.count("\n") == 1

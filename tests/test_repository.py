@@ -22,12 +22,13 @@ PACKAGE = "ffcv_convnext"
 
 # A module imports from floors below its own, or from its own folder.
 FLOORS = [
-    {"", "errors", "files", "policies", "rng", "settings"},  # "" is the package itself: its version
+    {"", "errors", "files", "policies", "rng", "settings", "snapshot"},  # "" is the package itself: its version
     {"config", "signals"},
     {"data", "augment", "models"},
     {"training"},
     {"bench"},
-    {"cluster", "ladder"},
+    {"cluster"},
+    {"ladder"},
     {"report"},
     {"cli"},
 ]

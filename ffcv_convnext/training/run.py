@@ -34,7 +34,7 @@ from ffcv_convnext.training.runlog import FolderLock, RunLog, check_same_config,
 from ffcv_convnext.training.schedule import build_schedules
 
 if TYPE_CHECKING:  # at run time `data` imports it, and ffcv with it, when a run is built
-    from ffcv_convnext.data import EvalLoader, TrainLoader
+    from ffcv_convnext.data import EvalLoader, Manifest, TrainLoader
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ def train(config: Config) -> dict[str, Any]:
     if folder is None:
         raise ValueError("output_dir is not set; say where the run folder shall be: --output_dir runs/NAME")
     processes = _processes(config)
+    config = config.for_world(processes.world)
     lock = FolderLock(folder) if processes.is_main else None
     try:
         if lock is not None:
@@ -105,12 +106,17 @@ def _loaders(config: Config, processes: Processes) -> Iterator[tuple[TrainLoader
         num_local=processes.num_local,
     )
     with closing(train_loader), closing(_val_loader(config, processes)) as val_loader:
-        if val_loader.manifest.classes != train_loader.manifest.classes:
-            raise ValueError(
-                f"data_path = {config.data.data_path}: train.beton and val.beton list different classes; write both "
-                "anew from one folder with write_ffcv_dataset.py --split all --overwrite"
-            )
+        check_same_classes(train_loader.manifest, val_loader.manifest, config.data.data_path)
         yield train_loader, val_loader
+
+
+def check_same_classes(train: Manifest, val: Manifest, folder: Path | None) -> None:
+    """Raises ValueError when a label means one class in training and another in validation."""
+    if val.classes != train.classes:
+        raise ValueError(
+            f"data_path = {folder}: train.beton and val.beton list different classes; write both "
+            "anew from one folder with write_ffcv_dataset.py --split all --overwrite"
+        )
 
 
 def _val_loader(config: Config, processes: Processes) -> EvalLoader:
@@ -125,7 +131,8 @@ def _val_loader(config: Config, processes: Processes) -> EvalLoader:
     )
 
 
-def _num_classes(config: ModelConfig, in_data: int) -> int:
+def count_classes(config: ModelConfig, in_data: int) -> int:
+    """Outputs of the network. Raises ValueError for fewer than there are classes in the data."""
     if config.nb_classes is not None and config.nb_classes < in_data:
         raise ValueError(f"nb_classes = {config.nb_classes}: the data has {in_data} classes; leave it out, or raise it")
     return config.nb_classes or in_data
@@ -174,7 +181,7 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
 def build_run(config: Config, processes: Processes, train_loader: TrainLoader, val_loader: EvalLoader) -> Run:
     """All parts of a run at its beginning: nothing is restored yet."""
     assert config.run.output_dir is not None
-    num_classes = _num_classes(config.model, train_loader.num_classes)
+    num_classes = count_classes(config.model, train_loader.num_classes)
     learner = build_learner(config, processes, num_classes=num_classes, steps_per_epoch=train_loader.steps_per_epoch)
     parameters = sum(p.numel() for p in learner.network.parameters())
     facts = {
@@ -260,6 +267,7 @@ def _resume(run: Run) -> None:
         if path.parent.resolve() != run.checkpoints.folder.resolve():
             run.state.best.clear()  # this folder has no best checkpoint yet
         log.info("continuing from %s: epoch %d, optimiser step %d", path, run.state.epoch, run.state.step)
+        _announce_world(run, content["config"]["update_freq"])
     elif config.finetune is not None:
         load_pretrained(run.network, config.finetune)
         if run.ema is not None:
@@ -267,6 +275,21 @@ def _resume(run: Run) -> None:
     if not config.auto_resume and run.processes.is_main:
         run.checkpoints.clear()  # a kill before the first save must not bring the old run back
     run.log.resume_at(run.state.step, run.state.epoch)
+
+
+def _announce_world(run: Run, update_freq: int) -> None:
+    """Say so when the run was on another number of processes. update_freq: what it had there."""
+    shares = run.train_loader.shares
+    if update_freq != shares.update_freq:
+        log.info(
+            "it was made on %d processes with update_freq %d and continues on %d with %d: the same global batch of %d, "
+            "cut into the same micro-batches",
+            shares.global_batch // (shares.batch_size * update_freq),
+            update_freq,
+            shares.world,
+            shares.update_freq,
+            shares.global_batch,
+        )
 
 
 def _check_resumable(path: Path, content: dict[str, Any], config: Config) -> None:
@@ -297,7 +320,7 @@ def evaluate_only(config: Config) -> dict[str, float]:
     setup_logging(None, processes)
     path, content = _weights_to_evaluate(config)
     with _joined(processes), closing(_val_loader(config, processes)) as val_loader:
-        network = _network(config, _num_classes(config.model, val_loader.num_classes), processes.device)
+        network = _network(config, count_classes(config.model, val_loader.num_classes), processes.device)
         counted_by = processes if config.run.dist_eval else replace(processes, rank=0, world=1)
         scores: dict[str, float] = {}
         for part, ending in (("model", ""), ("ema", "_ema")):

@@ -14,7 +14,6 @@ import logging
 import os
 import platform
 import socket
-import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from ffcv_convnext.config import Config, differences, load_config
 from ffcv_convnext.errors import Failure, Interrupted
 from ffcv_convnext.files import read_lines, write_atomically
+from ffcv_convnext.snapshot import source_commit
 from ffcv_convnext.training.distributed import Processes
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def describe_machine(processes: Processes) -> dict[str, Any]:
         "device_type": device.type,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "cpu_cores": os.cpu_count(),
-        "git": _git_commit(),
+        "git": source_commit(),
         "versions": versions,
         "command": sys.argv,
     }
@@ -154,19 +154,6 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]} CPU" if names else platform.machine()
-
-
-def _git_commit() -> str:
-    """The commit this package's source is at, with a mark when it was changed since."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown: not a git checkout"
 
 
 class RunLog:

@@ -6,9 +6,12 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from imagefolder import make_image_folder
 
+from ffcv_convnext.data import ConversionOptions, convert
 from slurm.two_nodes import TwoNodes
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
@@ -35,3 +38,13 @@ def cluster(slurm: TwoNodes) -> Iterator[TwoNodes]:
     """The same, for one test: its jobs end with it, however it ends."""
     yield slurm
     slurm.cancel_all()
+
+
+@pytest.fixture(scope="session")
+def settings(small_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A LayerNorm network and 800 images; on four processes 25 steps an epoch, 50 in all. Each step is logged."""
+    images = make_image_folder(tmp_path_factory.mktemp("images"), train_per_class=200, val_per_class=5)
+    data = tmp_path_factory.mktemp("beton")
+    convert(ConversionOptions(data_path=images, out_dir=data, split="all", num_workers=1))
+    changes = {"data_path": data, "recipe_batch": 32, "num_workers": 1, "log_every": 1, "resnet_norm_layer": "ln"}
+    return {**small_settings, **changes}

@@ -222,7 +222,7 @@ class TwoNodes:
         """How the job stands and the ends of its output, for a failure's message."""
         record = self.job(job_id)
         facts = [f"{key} {record[key]}" for key in ("JobState", "Reason", "Restarts", "ExitCode", "NodeList")]
-        output = {path for key in ("StdOut", "StdErr") for path in Path(record[key]).parent.glob(f"*{job_id}*")}
+        output = {path for key in ("StdOut", "StdErr") for path in Path(record[key]).parent.glob(f"{job_id}*log.*")}
         return f"job {job_id}: {', '.join(facts)}\n{tails(sorted(path for path in output if path.is_file()))}"
 
     def cancel_all(self, seconds: float = 30) -> None:

@@ -70,6 +70,32 @@ def read_released(folder: Path) -> list[Step]:
     return [read_step(path) for path in sorted(folder.glob("convnext_*.yaml"))]
 
 
+def select_steps(folder: Path, only: str | None = None, *, kernel_sizes: bool = False) -> list[Step]:
+    """The steps to run: the ladder's and the released network, with the other kernel sizes after them if wanted.
+
+    only: names, numbers and ranges of numbers, e.g. '05..08,convnext_tiny'; None: all.
+    Raises ValueError when a part of it fits no step.
+    """
+    steps = [*read_ladder(folder), *read_released(folder)]
+    if kernel_sizes:
+        steps += read_ladder(folder / "kernel_sizes")
+    if only is None:
+        return steps
+    chosen: set[str] = set()
+    for part in only.split(","):
+        first, _, last = part.strip().partition("..")
+        found = {step.name for step in steps if part.strip() in (step.name, step.name[:2])}
+        if first.isdigit() and last.isdigit():
+            numbered = [step.name for step in steps if step.name[:2].isdigit()]
+            found |= {name for name in numbered if int(first) <= int(name[:2]) <= int(last)}
+        if not found:
+            raise ValueError(
+                f"only = {part}: {folder} has {', '.join(step.name for step in steps)}; e.g. --only 05..08"
+            )
+        chosen |= found
+    return [step for step in steps if step.name in chosen]
+
+
 def read_paper(folder: Path) -> dict[str, dict[str, float | None]]:
     """The paper's ImageNet-1k results by step name: {"top1": percent, "std": of its seeds or None}; {} without a file.
 

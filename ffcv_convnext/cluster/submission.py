@@ -1,0 +1,208 @@
+"""From a run's config and a ClusterConfig to a job: everything is checked first, then the code is copied."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from ffcv_convnext.cluster import slurm
+from ffcv_convnext.cluster.here import run_config
+from ffcv_convnext.cluster.local import LocalRun, choose_devices, run_all
+from ffcv_convnext.cluster.records import LOCAL, Submission, holder, read_submissions, write_submissions
+from ffcv_convnext.cluster.settings import ClusterConfig, flat
+from ffcv_convnext.config import Config
+from ffcv_convnext.errors import complain
+from ffcv_convnext.snapshot import source_commit, take_snapshot
+
+if TYPE_CHECKING:
+    from ffcv_convnext.training import Plan
+
+Say = Callable[[str], None]
+CODE = "code"  # in job_dir: snapshots
+MEMORY = ("tmpfs", "ramfs", "devtmpfs")
+PATHS = ("data_path", "output_dir", "resume", "finetune")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """A run to submit; its config is resolved: absolute paths, a global batch that stays."""
+
+    name: str
+    config: Config
+    plan: Plan
+
+    @property
+    def folder(self) -> Path:
+        assert self.config.run.output_dir is not None
+        return self.config.run.output_dir
+
+
+def plan_task(name: str, config: Config, world: int) -> Task:
+    """Resolve and check a run of `world` processes. Raises ValueError or FileNotFoundError for what cannot be run."""
+    from ffcv_convnext.training import check_config
+
+    data = config.data
+    changes: dict[str, object] = {
+        key: Path(value).absolute() for key, value in config.flat().items() if key in PATHS and value is not None
+    }
+    if data.global_batch is None:
+        changes["global_batch"] = data.batch_size * data.update_freq * world
+    config = config.replace(**changes).for_world(world)
+    return Task(name=name, config=config, plan=check_config(config, world))
+
+
+def num_processes(cluster: ClusterConfig, config: Config) -> int:
+    """Of one run."""
+    if cluster.executor == "slurm":
+        return cluster.nodes * slurm.processes_per_node(cluster)
+    return 1 if cluster.executor == "debug" else len(choose_devices(cluster.ngpus, config.run.device))
+
+
+def check_job_dir(folder: Path) -> str | None:
+    """Raises PermissionError when the folder could not be written; returns a warning when other nodes may not see it.
+
+    Creates nothing.
+    """
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"job_dir = {folder}: {nearest} is no folder that can be written; choose another")
+    kind = _file_system(nearest.resolve())
+    if kind in MEMORY or Path("/tmp") in (nearest.resolve(), *nearest.resolve().parents):
+        return (
+            f"warning: job_dir = {folder} looks like a place of this machine alone ({kind}); every node must see it, "
+            "or the job ends at once"
+        )
+    return None
+
+
+def _file_system(path: Path) -> str:
+    """The type of file system that holds a path: ext4, tmpfs, nfs4, ...; unknown where the system does not tell."""
+    best, kind = "", "unknown"
+    try:
+        mounts = Path("/proc/self/mounts").read_text().splitlines()
+    except OSError:
+        return kind
+    for line in mounts:
+        _, place, found, *_ = line.split(" ")
+        place = place.replace("\\040", " ")
+        if (path == Path(place) or Path(place) in path.parents) and len(place) >= len(best):
+            best, kind = place, found
+    return kind
+
+
+def submit_run(config: Config, cluster: ClusterConfig, *, command: Sequence[str], dry_run: bool, say: Say) -> int:
+    """Submit one run, or with another executor compute it here; returns an exit status."""
+    assert cluster.job_dir is not None
+    if config.run.output_dir is None:
+        config = config.replace(output_dir=cluster.job_dir)
+    task = plan_task(Path(config.flat()["output_dir"]).name, config, num_processes(cluster, config))
+    tasks = unfinished([task], cluster.job_dir, say)
+    return submit_tasks(tasks, cluster, command=command, dry_run=dry_run, say=say) if tasks else 0
+
+
+def unfinished(tasks: Sequence[Task], job_dir: Path, say: Say) -> list[Task]:
+    """The runs that are neither finished nor on their way; says why others are left out."""
+    jobs = {s.folder: s.job for s in read_submissions(job_dir) if not s.is_local}  # the latest of each
+    folders = [str(task.folder) for task in tasks]
+    queue = slurm.states(job for folder, job in jobs.items() if folder in folders)
+    wanted = []
+    for task, folder in zip(tasks, folders, strict=True):
+        if (task.folder / "done").exists() and task.config.run.auto_resume and not task.config.run.eval:
+            say(f"{folder} is finished; nothing to do")
+        elif state := queue.get(jobs.get(folder, "")):
+            say(f"{folder} is on its way: job {jobs[folder]} is {state}; not submitted again")
+        elif process := holder(task.folder):
+            say(f"{folder} is on its way: {process}; not submitted again")
+        else:
+            wanted.append(task)
+    return wanted
+
+
+def submit_tasks(
+    tasks: Sequence[Task],
+    cluster: ClusterConfig,
+    *,
+    command: Sequence[str],
+    dry_run: bool,
+    say: Say,
+    max_parallel: int | None = None,
+) -> int:
+    """Submit runs of the same size, as one array if there are several.
+
+    command: of the user, for the run folders.   max_parallel: runs at the same time.
+    Returns 0, or, where it computed here, what the first run that failed ended with.
+    """
+    assert cluster.job_dir is not None
+    job_dir = cluster.job_dir.absolute()
+    on_slurm, device = cluster.executor == "slurm", tasks[0].config.run.device
+    world = num_processes(cluster, tasks[0].config)
+    if on_slurm and not dry_run:
+        slurm.check_slurm(cluster)
+    warning = check_job_dir(job_dir)
+    if warning and on_slurm:
+        complain(warning, 0)
+    for line in sorted({line for task in tasks if (line := _recipe_warning(task))}):
+        complain(line, 0)
+    if cluster.executor == "debug" and not dry_run:
+        return max(run_config(task.config) for task in tasks)
+    code = job_dir / CODE / "SNAPSHOT" if dry_run else take_snapshot(job_dir / CODE)
+    if on_slurm:
+        executor = slurm.build_executor(cluster, code=code, gpus=device != "cpu", max_parallel=max_parallel)
+    if dry_run:
+        if on_slurm:
+            say(slurm.sbatch_script(executor, len(tasks)))
+        say(f"# cluster\n{yaml.safe_dump(flat(cluster), sort_keys=False)}")
+        for task in tasks:
+            say(f"# {task.folder}\n{task.config.to_yaml()}")
+        return 0
+    if on_slurm:
+        ids = slurm.submit(executor, [slurm.TrainingJob(task.config.flat(), list(command)) for task in tasks])
+    else:
+        ids = [f"{LOCAL}{os.getpid()}"] * len(tasks)
+    _record(tasks, ids, job_dir, code=code, world=world, command=command)
+    if on_slurm:
+        for job, task in zip(ids, tasks, strict=True):
+            say(f"submitted job {job}: {task.folder}, {world} processes; what it prints is in {job_dir / slurm.FOLDER}")
+        return 0
+    runs = [LocalRun(task.name, task.config, code, job_dir) for task in tasks]
+    return run_all(runs, devices=choose_devices(None, device), world=world, max_parallel=max_parallel, say=say)
+
+
+def _record(
+    tasks: Sequence[Task], ids: Sequence[str], job_dir: Path, *, code: Path, world: int, command: Sequence[str]
+) -> None:
+    now, commit = time.strftime("%Y-%m-%dT%H:%M:%S%z"), source_commit()
+    submissions = [
+        Submission(
+            time=now,
+            job=job,
+            name=task.name,
+            seed=task.config.run.seed,
+            folder=str(task.folder),
+            world=world,
+            epochs=task.config.schedule.epochs,
+            code=str(code),
+            commit=commit,
+            command=list(command),
+        )
+        for job, task in zip(ids, tasks, strict=True)
+    ]
+    write_submissions(job_dir, submissions)
+
+
+def _recipe_warning(task: Task) -> str | None:
+    schedule, batch = task.config.schedule, task.plan.global_batch
+    if batch == schedule.recipe_batch:
+        return None
+    return (
+        f"warning: the global batch is {batch}, but lr = {schedule.lr:g} is meant for {schedule.recipe_batch} "
+        f"(recipe_batch): set --global_batch {schedule.recipe_batch}, or scale lr and set recipe_batch"
+    )

@@ -1,0 +1,50 @@
+"""The ladder, rn_configs/, as one object: its steps, their runs on a cluster, and how those stand."""
+
+from ffcv_convnext.ladder.jobs import (
+    budget,
+    check_overrides,
+    parse_seeds,
+    plan_ladder,
+    submit_ladder,
+    with_gpus_per_job,
+)
+from ffcv_convnext.ladder.status import RunStatus, cancel_runs, format_status, read_log, read_status, watch
+from ffcv_convnext.ladder.steps import (
+    STARTING_POINT,
+    Step,
+    change_of,
+    describe,
+    format_table,
+    read_ladder,
+    read_paper,
+    read_released,
+    read_step,
+    select_steps,
+    size_of,
+)
+
+__all__ = [
+    "STARTING_POINT",
+    "RunStatus",
+    "Step",
+    "budget",
+    "cancel_runs",
+    "change_of",
+    "check_overrides",
+    "describe",
+    "format_status",
+    "format_table",
+    "parse_seeds",
+    "plan_ladder",
+    "read_ladder",
+    "read_log",
+    "read_paper",
+    "read_released",
+    "read_status",
+    "read_step",
+    "select_steps",
+    "size_of",
+    "submit_ladder",
+    "watch",
+    "with_gpus_per_job",
+]

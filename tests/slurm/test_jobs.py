@@ -1,0 +1,163 @@
+"""Runs on a real Slurm: they compute what one process computes, whatever happens to their jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import assert_same_run, assert_same_training, train_here
+
+from slurm.jobs import ROOT, TWO_BY_TWO, Job, command_line, submit
+from slurm.two_nodes import TwoNodes, wait_until
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm: TwoNodes, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A finished job of four processes on two nodes."""
+    job = submit(slurm, tmp_path_factory.mktemp("job") / "undisturbed", settings, *TWO_BY_TWO)
+    job.finish()
+    return job
+
+
+@pytest.fixture(scope="module")
+def one_process(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    train_here(settings, update_freq=4, output_dir=folder)
+    return folder
+
+
+def starts(folder: Path) -> list[dict[str, Any]]:
+    """Of a run, from run.json."""
+    found: list[dict[str, Any]] = json.loads((folder / "run.json").read_text())["starts"]
+    return found
+
+
+def test_four_processes_on_two_nodes_train_like_one(undisturbed: Job, one_process: Path) -> None:
+    record = undisturbed.cluster.job(undisturbed.id)
+    assert {key: record[key] for key in ("NumNodes", "NumTasks", "Restarts", "ExitCode")} == {
+        "NumNodes": "2", "NumTasks": "4", "Restarts": "0", "ExitCode": "0:0",
+    }  # fmt: skip
+    [start] = starts(undisturbed.folder)
+    assert (start["processes"], start["from_step"]) == (4, 0)
+    assert {path.name for path in undisturbed.folder.glob("rank*.log")} == {f"rank{rank}.log" for rank in range(4)}
+    assert_same_training(undisturbed.folder, one_process)
+
+
+# --- Slurm ends the job and puts it back into the queue ---------------------------------------------------
+
+
+def requeue(job: Job) -> None:
+    job.cluster.tell("scontrol", "requeue", job.id)
+
+
+def lose_a_node(job: Job) -> None:
+    job.cluster.tell("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    job.wait_for_restart(30)
+    job.cluster.tell("scontrol", "update", "NodeName=n2", "State=RESUME")
+
+
+def preempt(job: Job) -> None:
+    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+    job.cluster.wait_for_end(job.cluster.tell("sbatch", "--parsable", *urgent), 60)
+
+
+@pytest.mark.parametrize("disturb", [requeue, lose_a_node, preempt])
+def test_a_job_that_slurm_requeues_goes_on_within_its_epoch(
+    disturb: Callable[[Job], None], cluster: TwoNodes, undisturbed: Job, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    job = submit(cluster, tmp_path / "job", settings, *TWO_BY_TWO)
+    job.wait_for_step(5)
+    disturb(job)
+    assert job.finish()["Restarts"] == "1"
+    first, second = starts(job.folder)
+    assert first["from_step"] == 0
+    assert 5 <= second["from_step"] < 25, "saved at the step where it was stopped, in its first epoch"
+    assert_same_run(job.folder, undisturbed.folder)
+
+
+# --- The job ends by itself -------------------------------------------------------------------------------
+
+
+def test_a_killed_process_takes_the_job_down_and_it_goes_on_from_its_last_checkpoint(
+    cluster: TwoNodes, undisturbed: Job, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    job = submit(cluster, tmp_path / "job", settings, *TWO_BY_TWO, "--save_ckpt_steps", "4")
+    job.wait_for_step(6)
+    os.kill(job.process(rank=2), signal.SIGKILL)
+    job.wait_for_restart(60)
+    reached = job.steps()
+    job.finish()
+    first, second = starts(job.folder)
+    assert reached - 4 <= second["from_step"] <= reached
+    assert second["from_step"] % 4 == 0
+    assert_same_run(job.folder, undisturbed.folder)
+
+
+def test_a_job_that_runs_out_of_time_saves_and_goes_on(
+    cluster: TwoNodes, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """One minute, of which Slurm takes up to half away by looking at its clocks every 30 s only."""
+    time_limit = ("--partition", "short", "--timeout", str(1 / 60), "--slurm_signal", "USR2@15")
+    many = {**settings, "epochs": 10000}
+    job = submit(cluster, tmp_path / "job", many, *TWO_BY_TWO, *time_limit)
+    job.wait_for_restart(100)
+    job.wait_for_step(job.steps() + 1)
+    first, second = starts(job.folder)
+    assert second["from_step"] > 0
+    text = (job.folder / "rank0.log").read_text()
+    # assert re.search("stopped by SIGUSR2")
+
+
+# --- Another number of processes --------------------------------------------------------------------------
+
+
+def test_a_job_comes_back_on_one_node_and_says_which_numbers_of_processes_can_go_on(
+    cluster: TwoNodes, undisturbed: Job, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    job = submit(cluster, tmp_path / "job", settings, *TWO_BY_TWO)
+    job.wait_for_step(5)
+    cluster.tell("scontrol", "requeuehold", job.id)
+    wait_until(lambda: cluster.state(job.id) != "RUNNING", 60, lambda: cluster.describe(job.id))
+    cluster.tell("scontrol", "update", f"JobId={job.id}", "NumNodes=1", "NumTasks=2")
+    cluster.tell("scontrol", "release", job.id)
+    assert job.finish()["NumNodes"] == "1"
+    assert [start["processes"] for start in starts(job.folder)] == [4, 2]
+    assert_same_training(job.folder, undisturbed.folder)
+
+
+# --- Bad input --------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_run_is_not_submitted(cluster: TwoNodes, settings: dict[str, Any], tmp_path: Path) -> None:
+    result = command_line(
+        ["train.py", "--job_dir", str(tmp_path / "job"), *TWO_BY_TWO, "--partition", "mian"], settings=settings
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "error: partition = mian: this cluster has none of that name; did you mean main?; there are: main, short, urgent"
+    ]
+    assert cluster.queue() == []
+    assert not (tmp_path / "job").exists()
+
+
+def test_code_that_is_edited_after_the_submission_does_not_change_the_job(
+    cluster: TwoNodes, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    code = tmp_path / "code"
+    shutil.copytree(ROOT / "ffcv_convnext", code / "ffcv_convnext")
+    shutil.copy2(ROOT / "train.py", code)
+    job = submit(
+        cluster, tmp_path / "job", {**settings, "epochs": 1}, "--ngpus", "1", "--slurm_hold", "true", code=code
+    )
+    for module in (code / "ffcv_convnext").rglob("*.py"):
+        module.write_text("raise SystemExit('edited')\n")
+    cluster.tell("scontrol", "release", job.id)
+    job.finish()
