@@ -262,6 +262,15 @@ def test_what_ended_a_run_is_in_its_log_and_a_new_start_makes_it_history(
     assert "misaligned" not in capsys.readouterr().err, "the console hears it from the command line"
 
 
+def test_a_run_that_fails_leaves_its_reason_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"data_path": str(tmp_path / "nowhere"), "output_dir": str(tmp_path / "runs" / "x"), "device": "cpu"}
+    assert run_command("train", [word for name, value in settings.items() for word in (f"--{name}", value)]) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    write_run(tmp_path / "runs" / "y", KERNEL7, epochs=0)
+    (note,) = report_on(tmp_path / "runs").notes
+    assert note == f"x holds no settings yet: it is starting, or failed before: {said.removeprefix('error: ')}"
+
+
 def test_a_folder_without_settings_and_one_that_cannot_be_read_do_not_stop_the_report(tmp_path: Path) -> None:
     write_run(tmp_path / "good", KERNEL7, epochs=1)
     (write_run(tmp_path / "broken", KERNEL7) / "run.json").write_text("{")

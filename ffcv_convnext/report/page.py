@@ -95,10 +95,14 @@ def _table(table: Table, marks: Sequence[str] = ()) -> str:
     header, rows = table
     head = "".join(f"<th>{_text(name)}</th>" for name in header)
     lines = [
-        f"<tr{mark}><th>{_text(row[0])}</th>{''.join(f'<td>{_text(cell)}</td>' for cell in row[1:])}</tr>"
+        f"<tr{mark}><th>{_text(row[0])}</th>{''.join(map(_cell, row[1:]))}</tr>"
         for row, mark in zip(rows, marks or [""] * len(rows), strict=True)
     ]
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    return f"<td>{_text(text)}</td>".replace("+-", "\N{PLUS-MINUS SIGN}")
 
 
 def _list(lines: Sequence[str]) -> str:
@@ -106,4 +110,4 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _text(text: str) -> str:
-    return html.escape(text).replace("+-", "\N{PLUS-MINUS SIGN}")
+    return html.escape(text)

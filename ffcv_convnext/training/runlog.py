@@ -88,8 +88,8 @@ def setup_logging(folder: Path | None, processes: Processes) -> None:
 def log_end(error: Exception) -> None:
     """Write what ended the run to this process's own file; the console hears it from the command line."""
     level = logging.WARNING if isinstance(error, Interrupted) else logging.ERROR
-    kind = "" if isinstance(error, Failure | Interrupted | ValueError) else f"{type(error).__name__}: "
-    text = " ".join(f"{kind}{error}".split())
+    plain = isinstance(error, Failure | Interrupted | ValueError | FileNotFoundError)
+    text = " ".join((str(error) if plain else f"{type(error).__name__}: {error}").split())
     for handler in logging.getLogger("ffcv_convnext").handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(log.makeRecord(log.name, level, __file__, 0, text, (), None))
