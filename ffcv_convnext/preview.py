@@ -47,11 +47,13 @@ class Shown:
 
     pixels, crop: (side, side, 3) as the network sees it, and as it came from the loader.
     classes: names and the weights they were mixed with, the image's own class first; empty: the target says nothing.
+    operations: of the policy, in turn; those of the image itself, not of what is mixed into it.
     """
 
     pixels: Pixels
     crop: Pixels
     classes: list[tuple[str, float]]
+    operations: list[str]
     sample: int
     copy: int
 
@@ -133,12 +135,16 @@ def images_of_step(config: Config, loader: TrainLoader, device: torch.device, ep
         for number, (listed, (images, labels)) in enumerate(micro_batches):
             step_of_run = epoch * loader.steps_per_epoch + step
             inputs, targets = augment(images, labels, step=step_of_run, micro_batch=number)
+            num, _, height, width = images.shape
+            policy = augment.draw(num, height, width, step=step_of_run, micro_batch=number).policy
+            operations: list[list[str]] = [[]] * num if policy is None else policy.words()
             copies, samples = np.divmod(listed, data.COPY)
-            for pixels, crop, target, label, sample, copy in zip(
-                denormalise(inputs), _arrays(images), targets.cpu(), labels.tolist(), samples, copies, strict=True
-            ):
+            for pixels, crop, target, label, words, sample, copy in zip(
+                denormalise(inputs), _arrays(images), targets.cpu(), labels.tolist(), operations, samples, copies,
+                strict=True,
+            ):  # fmt: skip
                 weights = [(classes[i], w) for i, w in mixing_weights(target, label, config.augment.smoothing)]
-                yield Shown(pixels, crop, weights, int(sample), int(copy))
+                yield Shown(pixels, crop, weights, words, int(sample), int(copy))
 
 
 def denormalise(inputs: Tensor) -> Pixels:
@@ -182,13 +188,16 @@ class _Page:
         self.width = max(self.columns * (self.cell_width + _GAP) - _GAP, _LEAST_WIDTH)
         self.header = [line for text in header for line in _wrapped(_in_ascii(text), self.width)]
 
-    def _caption(self, image: Shown) -> list[str]:
+    def _caption(self, image: Shown) -> list[tuple[str, str]]:
+        """Lines and their colours."""
         parts = [(_in_ascii(name), f" {weight:.2f}") for name, weight in image.classes]
         joined = " + ".join(name + weight for name, weight in parts) or "all classes alike"
         lines = [joined]
         if _FONT.getlength(joined) > self.cell_width:
             lines = [_shortened(name, weight, self.cell_width) for name, weight in parts]
-        return [*lines, f"sample {image.sample}" + (f", copy {image.copy}" if image.copy else "")]
+        origin = ", ".join([f"sample {image.sample}", *([f"copy {image.copy}"] if image.copy else [])])
+        done = f": {', '.join(image.operations)}" if image.operations else ""
+        return [(line, _INK) for line in lines] + [(line, _FAINT) for line in _wrapped(origin + done, self.cell_width)]
 
     def draw(self) -> Image.Image:
         top = _MARGIN + _LINE * len(self.header) + _GAP
@@ -203,8 +212,7 @@ class _Page:
             x, y = _MARGIN + column * (self.cell_width + _GAP), top + row * (self.cell_height + _GAP)
             for place, pixels in enumerate([image.crop, image.pixels] if self.raw else [image.pixels]):
                 page.paste(self._enlarged(pixels), (x + place * (self.side + _SEAM), y))
-            for place, line in enumerate(caption):
-                ink = _FAINT if place == len(caption) - 1 else _INK
+            for place, (line, ink) in enumerate(caption):
                 pen.text((x, y + self.side + _SEAM + place * _LINE), line, ink, _FONT)
         return page
 

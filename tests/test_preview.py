@@ -65,7 +65,7 @@ def places(picture: Pixels, tile: Pixels) -> list[tuple[int, int]]:
 
 def shown(classes: list[tuple[str, float]], side: int = 32, sample: int = 1_281_166, copy: int = 2) -> Shown:
     pixels = np.zeros((side, side, 3), np.uint8)
-    return Shown(pixels, pixels, classes, sample, copy)
+    return Shown(pixels, pixels, classes, ["rotate -12.3", "brightness increasing 1.84"], sample, copy)
 
 
 # --- what is shown -----------------------------------------------------------------------------------------------
@@ -104,6 +104,25 @@ def test_captions_name_sample_classes_and_the_weights_of_the_targets(settings: d
         assert smoothed == pytest.approx(target.tolist(), abs=1e-6)
         num_mixed += len(weights) == 2
     assert num_mixed > 4
+    loader.close()
+
+
+def test_captions_name_the_operations_that_made_the_image(settings: dict[str, Any]) -> None:
+    """Without mixing and erasing, an image of no operation is its crop; the words are those that change the others."""
+    config = Config.from_flat({**settings, "mixup": 0, "cutmix": 0, "reprob": 0})
+    loader = TrainLoader(config.data, CPU, seed=0)
+    images = [image for step in range(5) for image in images_of_step(config, loader, CPU, 0, step)]
+    untouched = [image for image in images if not image.operations]
+    assert all(np.array_equal(image.pixels, image.crop) for image in untouched)
+    inverted = [image for image in images if image.operations == ["invert"]]
+    assert all(np.array_equal(image.pixels, 255 - image.crop) for image in inverted)
+    assert len(untouched) > 10
+    assert len(inverted) > 0
+    assert {len(image.operations) for image in images} == {0, 1, 2}
+    loader.close()
+    plain = Config.from_flat({**settings, "aa": "none"})
+    loader = TrainLoader(plain.data, CPU, seed=0)
+    assert all(image.operations == [] for image in images_of_step(plain, loader, CPU, 0, 0))
     loader.close()
 
 
@@ -160,7 +179,7 @@ def test_everything_lies_within_the_picture_and_its_cell(side: int, num: int, ra
     images = [shown([(names[i % 3], 0.73), (names[(i + 1) % 3], 0.27)], side) for i in range(num)]
     page = _Page(["a/very/long/name/" * 20 + " of a config", "seed 0, " * 50], images, raw=raw)
     assert all(width_of(line) <= page.width for line in page.header)
-    assert all(width_of(line) <= page.cell_width for caption in page.captions for line in caption)
+    assert all(width_of(line) <= page.cell_width for caption in page.captions for line, _ in caption)
     picture = page.draw()
     assert picture.width >= 480
     assert picture.height < 400 or picture.width / picture.height > 0.6
@@ -170,14 +189,16 @@ def test_everything_lies_within_the_picture_and_its_cell(side: int, num: int, ra
     assert not ink[:, -12:].any()
 
 
+def caption(classes: list[tuple[str, float]]) -> list[str]:
+    return [line for line, _ in _Page(["header"], [shown(classes)], raw=False).captions[0]]
+
+
 def test_a_name_that_is_too_long_keeps_its_ends_and_its_weight() -> None:
     name = "n02107908_appenzeller_or_entlebucher_mountain_dog"
-    page = _Page(["header"], [shown([(name, 0.73), ("tench", 0.27)])], raw=False)
-    assert page.captions == [["n0210790…tain_dog 0.73", "tench 0.27", "sample 1281166, copy 2"]]
-    page = _Page(["header"], [shown([("tench", 0.73), ("goose", 0.27)])], raw=False)
-    assert page.captions == [["tench 0.73 + goose 0.27", "sample 1281166, copy 2"]]
-    page = _Page(["header"], [shown([])], raw=False)
-    assert page.captions[0][0] == "all classes alike"
+    rest = ["sample 1281166, copy 2:", "rotate -12.3, brightness", "increasing 1.84"]
+    assert caption([(name, 0.73), ("tench", 0.27)]) == ["n0210790…tain_dog 0.73", "tench 0.27", *rest]
+    assert caption([("tench", 0.73), ("goose", 0.27)]) == ["tench 0.73 + goose 0.27", *rest]
+    assert caption([]) == ["all classes alike", *rest]
 
 
 def test_names_that_the_font_cannot_draw_are_spelt_in_ascii() -> None:

@@ -167,6 +167,18 @@ class PolicyDraws:
     arguments: Floats
     bicubic: NDArray[np.bool_]
 
+    def words(self) -> list[list[str]]:
+        """Each image's operations in turn, such as 'rotate -12.3', with the arguments that Kind tells of."""
+        return [
+            [_words(Kind(kind), argument) for kind, argument in zip(*row, strict=True) if kind != Kind.IDENTITY]
+            for row in zip(self.kinds.tolist(), self.arguments.tolist(), strict=True)
+        ]
+
+
+def _words(kind: Kind, argument: float) -> str:
+    name = kind.name.lower().replace("_", " ")
+    return name if kind in (Kind.AUTO_CONTRAST, Kind.EQUALIZE, Kind.INVERT) else f"{name} {argument:.3g}"
+
 
 def draw_policy(
     policy: Policy, num: int, height: int, width: int, interpolation: Interpolation, generator: np.random.Generator
