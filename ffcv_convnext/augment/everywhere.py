@@ -53,7 +53,7 @@ def policy_tensors(draws: PolicyDraws, height: int, width: int, device: torch.de
     """draws: of images of this height and width. Four copies to the device, which nothing waits for."""
     kinds, arguments = draws.kinds.T, draws.arguments.T
     return PolicyTensors(
-        to_device(kinds.astype(np.int32), device),
+        to_device(kinds.astype(np.int32, order="C"), device),
         to_device(np.ascontiguousarray(draws.bicubic.T), device),
         to_device(kind_numbers(kinds, arguments, height, width), device),
         to_device(kind_tables(kinds, arguments), device),
@@ -155,10 +155,10 @@ def _resampled(packed: Tensor, matrices: Tensor, bicubic: Tensor, interpolation:
     flat = packed.view(-1)
     first = torch.arange(num, device=packed.device)[:, None, None] * (height * width)
     begin = 0 if interpolation == "bilinear" else -1
-    totals: list[Tensor | float] = [0.0, 0.0, 0.0]
+    totals = [torch.zeros_like(place.along_x)] * 3
     for i, share_y in enumerate(_weights(place.along_y, bicubic, interpolation), begin):
         start = first + (place.top + i).clamp(0, height - 1) * width
-        lines: list[Tensor | float] = [0.0, 0.0, 0.0]
+        lines = [torch.zeros_like(place.along_x)] * 3
         for j, share_x in enumerate(shares_x, begin):
             fetched = _channels(flat[start + (place.left + j).clamp(0, width - 1)])
             lines = [line + value.float() * share_x for line, value in zip(lines, fetched, strict=True)]
