@@ -114,11 +114,11 @@ def compiled_once(function: Callable[..., Tensor], batches: list[tuple[Any, ...]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("aa", [RECIPE, "3a"])
+@pytest.mark.parametrize("aa", ["rand-m9-n1-mstd0.5-inc1", "3a"])  # one round: g++ takes half as long as for two
 def test_one_compiled_graph_serves_all_draws(aa: str) -> None:
-    policy, num = parse_policy(aa), 24
+    policy, num = parse_policy(aa), 12
     kinds = policy_kinds(policy)
-    images = [photographs(num).roll(i, 0) for i in range(3)]
+    images = [photographs(num + i)[i:] for i in range(3)]
     draws = [draw_policy(policy, num, *SIZE, "bicubic", np.random.default_rng(seed)) for seed in range(3)]
     batches = [
         (each, policy_tensors(drawn, *SIZE, CPU), kinds, "bicubic")

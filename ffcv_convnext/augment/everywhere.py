@@ -2,8 +2,7 @@
 
 What a GPU with `torch.compile` wants: there a pass over the pixels is cheap, a launch is not, and an image's share of
 work must not depend on what it drew, or each batch would be compiled anew. A round is one resampling, one table a
-channel and one blend, all in one kernel, behind the statistics they need. randaugment.apply_policy does the same work
-by subsets of images, which suits a CPU.
+channel and one blend, all in one kernel, behind the statistics they need.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def apply_policy_everywhere(
     images: (N, 3, H, W) uint8, channels_last, left untouched.   tensors: of N images, made for their height and width.
     kinds: those that the policy can draw (policy_kinds); others are not in the graph.   interpolation: as drawn with.
     Returns a new tensor like images. Raises ValueError for other images. Under `torch.compile` a product may be fused
-    with a sum: colours and pixels then differ by at most 1.
+    with a sum: a value whose fraction that carries over a whole number then differs by 1.
     """
     check_images(images, tensors.kinds.shape[1])
     packed = _from_channels([channel.int() for channel in images.unbind(1)])
@@ -156,10 +155,10 @@ def _resampled(packed: Tensor, matrices: Tensor, bicubic: Tensor, interpolation:
     flat = packed.view(-1)
     first = torch.arange(num, device=packed.device)[:, None, None] * (height * width)
     begin = 0 if interpolation == "bilinear" else -1
-    totals: list[Tensor | float] = [0.0, 0.0, 0.0]
+    totals = [torch.zeros_like(place.along_x)] * 3
     for i, share_y in enumerate(_weights(place.along_y, bicubic, interpolation), begin):
         start = first + (place.top + i).clamp(0, height - 1) * width
-        lines: list[Tensor | float] = [0.0, 0.0, 0.0]
+        lines = [torch.zeros_like(place.along_x)] * 3
         for j, share_x in enumerate(shares_x, begin):
             fetched = _channels(flat[start + (place.left + j).clamp(0, width - 1)])
             lines = [line + value.float() * share_x for line, value in zip(lines, fetched, strict=True)]

@@ -330,7 +330,7 @@ def _padded_words(pixels: Tensor) -> Tensor:
     """((H + 4) (W + 4),) int32: red, green and blue each a byte of it, and the edge repeated twice around them."""
     height, width, _ = pixels.shape
     red, green, blue = _planes(pixels).int()
-    padded = red.new_empty(height + 4, width + 4)
+    padded = torch.empty((height + 4, width + 4), dtype=torch.int32, device=pixels.device)
     inner = padded[2:-2, 2:-2]
     inner.copy_(red.bitwise_or_(green << 8).bitwise_or_(blue << 16))
     padded[2:-2, :2], padded[2:-2, -2:] = inner[:, :1], inner[:, -1:]

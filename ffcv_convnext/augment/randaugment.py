@@ -1,8 +1,8 @@
 """RandAugment, AutoAugment and TrivialAugment on a batch: each image draws its own operations and strengths.
 
 What an operation does to the pixels is what timm does with PIL; how strong a magnitude is, is timm's too (for ta_wide
-torchvision's). Draws are made on the host, in float64, and sent along; so the host knows which images an operation is
-for, computes it for those only, and never waits for the device.
+torchvision's). Draws are made on the host, in float64. apply_policy takes image after image through its own operations
+only, which suits a CPU; everywhere.py does the same work as one graph for all, which suits a GPU.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def draw_policy(
 
 
 def apply_policy(images: Tensor, draws: PolicyDraws) -> Tensor:
-    """Apply each image's operations, one round after the other.
+    """Apply each image's operations, one round after the other. Meant for a CPU: elsewhere the host waits for it.
 
     images: (N, 3, H, W) uint8, left untouched.   draws: of N images, made for their height and width.
     Returns a new tensor of the same shape, dtype and memory format. Raises ValueError for other images.
