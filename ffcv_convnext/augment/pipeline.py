@@ -123,20 +123,21 @@ class TrainAugment:
 
     def _image_by_image(self, images: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Everything but the policy, on a CPU: an image and its partner stay in the caches until they are done."""
-        num = len(images)
-        inputs = torch.empty_like(images, dtype=self.dtype, memory_format=torch.channels_last)
-        rows = inputs.permute(0, 2, 3, 1)
+        num, _, height, width = images.shape
+        # numpy asks for huge pages, as PyTorch does not: without them, fresh memory costs more than what fills it
+        memory = torch.from_numpy(np.empty(images.numel() * self.dtype.itemsize, np.uint8))
+        inputs = memory.view(self.dtype).view(num, height, width, 3)
         targets = soft_targets(labels, self.num_classes, self.config.smoothing)
         if draws.mix is None:
             for i in range(num):
-                rows[i] = self._prepared(images, i, draws)
-            return inputs, targets
+                inputs[i] = self._prepared(images, i, draws)
+            return inputs.permute(0, 3, 1, 2), targets
         for i in range((num + 1) // 2):
             pair = i, num - 1 - i
             prepared = [self._prepared(images, each, draws) for each in pair]
             for each, own, partner in zip(pair, prepared, reversed(prepared), strict=True):
-                rows[each] = mixed(own, partner, float(draws.mix.lam[each]), draws.mix.boxes[each].tolist())
-        return inputs, mix_targets(targets, torch.from_numpy(draws.mix.lam))
+                inputs[each] = mixed(own, partner, float(draws.mix.lam[each]), draws.mix.boxes[each].tolist())
+        return inputs.permute(0, 3, 1, 2), mix_targets(targets, torch.from_numpy(draws.mix.lam))
 
     def _prepared(self, images: Tensor, index: int, draws: Draws) -> Tensor:
         """(H, W, 3) float32: an image jittered, normalised and erased."""
