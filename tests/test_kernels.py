@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ffcv_convnext.config import Config, load_config
-from ffcv_convnext.models import ResNet, build_model, kernels, use_triton
+from ffcv_convnext.models import ResNet, build_model, count_gmacs, kernels, use_triton
 from ffcv_convnext.models.kernels import TWINS, fuse_blocks
 from ffcv_convnext.models.kernels.block import FusedBlock
 from ffcv_convnext.models.resnet import Block
@@ -52,6 +52,7 @@ def test_fused_blocks_compute_what_every_steps_blocks_do(path: Path) -> None:
     fused = copy.deepcopy(network)
     fuse_blocks(fused, TWINS)
     assert list(fused.state_dict()) == list(network.state_dict())
+    assert count_gmacs(fused, 64) == count_gmacs(network, 64)
     assert not any(isinstance(module, Block) for module in fused.modules())
     images = torch.randn(4, 3, 64, 64, dtype=torch.float64).to(memory_format=torch.channels_last)
     (expected, gradients), (logits, found) = learn(network.double(), images), learn(fused.double(), images)

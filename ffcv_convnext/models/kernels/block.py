@@ -49,6 +49,11 @@ class FusedBlock(nn.Module):
         result: Tensor = self.act(self.operations.add_branch(shortcut, y, gamma, keep))
         return result
 
+    def count_depthwise(self, result: Tensor) -> int:
+        """Multiply-accumulates of the depthwise convolution behind a result of this block; no hook sees its call."""
+        pixels = len(result) * result.shape[2] * result.shape[3]
+        return pixels * sum(part.weight.numel() for part in self.branch if _is_depthwise(part))
+
 
 def _is_depthwise(part: nn.Module) -> TypeGuard[nn.Conv2d]:
     return isinstance(part, nn.Conv2d) and part.groups == part.in_channels == part.out_channels > 1

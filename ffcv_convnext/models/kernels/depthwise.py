@@ -135,7 +135,7 @@ def _weight_gradient(
             tl.store(start + channel, tl.sum(columns[j][tap], 0), mask=channel < end_of_channels)
 
 
-def _by_tap(weight: Tensor) -> Tensor:
+def by_tap(weight: Tensor) -> Tensor:
     """(C, 1, K, K) -> (K * K, C), a small copy: channels side by side, as in the images."""
     return weight.flatten(1).t().contiguous()
 
@@ -151,7 +151,7 @@ def _launch_convolve(
 
     with on(x):
         _convolve[grid](
-            x, _by_tap(weight), bias, out, n, h, w, out_h, out_w, c, k, stride, spread, flip, **OPTIONS
+            x, by_tap(weight), bias, out, n, h, w, out_h, out_w, c, k, stride, spread, flip, **OPTIONS
         )  # fmt: skip
     return out
 

@@ -33,7 +33,8 @@ def channels_last(x: Tensor) -> Tensor:
 def autocast_type(x: Tensor) -> torch.dtype:
     """The data type that autocast gives a convolution's result, or x's own outside autocast."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device cannot
+    return torch.get_autocast_dtype(kind) if autocasts else x.dtype
 
 
 def empty(shape: Any, like: Tensor, dtype: torch.dtype) -> Tensor:

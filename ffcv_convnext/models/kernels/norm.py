@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ffcv_convnext.models.kernels.depthwise import _by_tap, input_gradient, weight_gradient
+from ffcv_convnext.models.kernels.depthwise import by_tap, input_gradient, weight_gradient
 from ffcv_convnext.models.kernels.launch import OPTIONS, autocast_type, channels_last, empty, on, output_shape
 from ffcv_convnext.models.kernels.strips import correlate, place, start_sums
 
@@ -168,7 +168,7 @@ def _forward(
     block = 1024 // channels  # of strips: 8 values a thread
     with on(x):
         _convolve_and_normalise[(triton.cdiv(n * triton.cdiv(out_h, rows) * out_w, block),)](
-            x, _by_tap(weight), bias, gain, offset, out, sums, mean, rstd, n, eps, h, w, out_h, out_w, c,
+            x, by_tap(weight), bias, gain, offset, out, sums, mean, rstd, n, eps, h, w, out_h, out_w, c,
             weight.shape[-1], stride, ROWS=rows, STRIPS=block, CHANNELS=channels, num_warps=4, **OPTIONS,
         )  # fmt: skip
     return out, sums, mean, rstd

@@ -36,9 +36,8 @@ def depthwise_layer_norm(
     """
     sums = depthwise_conv2d(x, weight, bias, stride)
     wide = torch.promote_types(sums.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        pixels = sums.to(wide).permute(0, 2, 3, 1)
-        normal = F.layer_norm(pixels, gain.shape, gain.to(wide), offset.to(wide), eps)
+    pixels = sums.to(wide).permute(0, 2, 3, 1)
+    normal = F.layer_norm(pixels, gain.shape, gain.to(wide), offset.to(wide), eps)
     return normal.permute(0, 3, 1, 2).to(sums.dtype)
 
 
