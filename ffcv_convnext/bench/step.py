@@ -212,7 +212,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {**facts, "device": "cpu", "threads": torch.get_num_threads()}
     facts |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    facts["cudnn"] = torch.backends.cudnn.version()
+    facts["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     if shutil.which("nvidia-smi"):
         names = ["driver_version", "clocks.sm", "clocks.max.sm", "clocks.max.mem", "power.limit"]
         command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
