@@ -65,7 +65,7 @@ def ours(
         learner.augment = marked(AUGMENTATION, augment)  # type: ignore[assignment]
         learner.optimizer.step = marked(UPDATE, update)  # type: ignore[method-assign]
         if learner.ema is not None:
-            learner.ema.update = marked(UPDATE, learner.ema.update)  # type: ignore[method-assign]
+            learner.ema.update = marked(UPDATE, learner.ema.update)
         note(shares=shares(step, device), ceilings=ceilings(device, input_dtype(settings)))
         learner.augment, learner.optimizer.step = augment, update  # type: ignore[method-assign]
         if learner.ema is not None:
