@@ -120,16 +120,17 @@ def _round(
 
 def _with_histogram_s(tables: Tensor, values: list[Tensor], kind: Tensor) -> Tensor:
     """(N, 3, 256) uint8: the tables, but those of the channels' own values where they are drawn."""
-    num = len(kind)
-    counts = torch.zeros(num * 768, dtype=torch.int32, device=kind.device)
-    first = torch.arange(num, device=kind.device)[:, None, None] * 768
-    for i, value in enumerate(values):
-        places = (value + (first + 256 * i)).view(-1)
-        counts = counts.scatter_add(0, places, torch.ones_like(places, dtype=torch.int32))
-    counts = counts.view(num, 3, 256)
+    first = torch.arange(len(kind), device=kind.device)[:, None, None] * 256
+    none = torch.zeros(len(kind) * 256, dtype=torch.int32, device=kind.device)
+    entries = [(value + first).view(-1) for value in values]
+    ones = torch.ones_like(entries[0], dtype=torch.int32)
+    counts = torch.stack([none.scatter_add(0, each, ones).view(-1, 256) for each in entries], 1)
     kind = kind[:, None, None]
     found = torch.where(kind == int(Kind.EQUALIZE), pil.equalize_tables(counts), tables[:, None])
-    return torch.where(kind == int(Kind.AUTO_CONTRAST), pil.autocontrast_tables(counts), found)
+    every = torch.arange(256, device=kind.device)
+    low = torch.where(counts > 0, every, 255).amin(-1, keepdim=True)
+    high = torch.where(counts > 0, every, 0).amax(-1, keepdim=True)
+    return torch.where(kind == int(Kind.AUTO_CONTRAST), pil.autocontrast_tables(low, high), found)
 
 
 def _base(packed: Tensor, values: list[Tensor], kind: Tensor, kinds: frozenset[Kind]) -> list[Tensor]:
@@ -137,15 +138,13 @@ def _base(packed: Tensor, values: list[Tensor], kind: Tensor, kinds: frozenset[K
     kind = kind[:, None, None]
     base = [torch.zeros_like(packed, dtype=torch.float32)] * 3
     if kinds & {Kind.COLOR, Kind.CONTRAST}:
-        gray = pil.luma(*values)
-        mean = pil.rounded_mean(gray)[:, None, None]
-        level = torch.where(kind == int(Kind.COLOR), gray.float(), torch.where(kind == int(Kind.CONTRAST), mean, 0.0))
+        gray = pil.gray(*(value.float() for value in values))
+        mean = pil.rounded_mean(gray).float()[:, None, None]
+        level = torch.where(kind == int(Kind.COLOR), gray, torch.where(kind == int(Kind.CONTRAST), mean, 0.0))
         base = [level] * 3
     if Kind.SHARPNESS in kinds:
         sharpened = kind == int(Kind.SHARPNESS)
-        base = [
-            torch.where(sharpened, _smooth(value).float(), start) for value, start in zip(values, base, strict=True)
-        ]
+        base = [torch.where(sharpened, _smooth(value), start) for value, start in zip(values, base, strict=True)]
     return base
 
 
@@ -153,37 +152,43 @@ def _resampled(packed: Tensor, matrices: Tensor, bicubic: Tensor, interpolation:
     """The channels, (N, H, W) int32 each, of images taken from where a matrix says."""
     num, height, width = packed.shape
     place = pil.places(matrices, height, width)
-    cubic = bicubic[:, None, None]
-    taps = range(2) if interpolation == "bilinear" else range(-1, 3)
-
-    def between(values: list[Tensor], along: Tensor) -> Tensor:
-        if interpolation == "random":
-            return torch.where(cubic, pil.interpolate(values, along), pil.interpolate(values[1:3], along))
-        return pil.interpolate(values, along)
-
+    shares_x = _weights(place.along_x, bicubic, interpolation)
     flat = packed.view(-1)
     first = torch.arange(num, device=packed.device)[:, None, None] * (height * width)
-    columns = [(place.left + tap).clamp(0, width - 1) for tap in taps]
-    rows: list[list[Tensor]] = []
-    for tap in taps:
-        start = first + (place.top + tap).clamp(0, height - 1) * width
-        fetched = [_channels(flat[start + column]) for column in columns]
-        rows.append([between([each[i].float() for each in fetched], place.along_x) for i in range(3)])
+    begin = 0 if interpolation == "bilinear" else -1
+    totals: list[Tensor | float] = [0.0, 0.0, 0.0]
+    for i, share_y in enumerate(_weights(place.along_y, bicubic, interpolation), begin):
+        start = first + (place.top + i).clamp(0, height - 1) * width
+        lines: list[Tensor | float] = [0.0, 0.0, 0.0]
+        for j, share_x in enumerate(shares_x, begin):
+            fetched = _channels(flat[start + (place.left + j).clamp(0, width - 1)])
+            lines = [line + value.float() * share_x for line, value in zip(lines, fetched, strict=True)]
+        totals = [total + line * share_y for total, line in zip(totals, lines, strict=True)]
     return [
-        torch.where(place.inside, between([row[i] for row in rows], place.along_y).clamp(0, 255).int(), FILL[i])
-        for i in range(3)
+        torch.where(place.outside < 0, colour, (total + pil.NUDGE).clamp(0, 255).int())
+        for total, colour in zip(totals, FILL, strict=True)
     ]
 
 
+def _weights(along: Tensor, bicubic: Tensor, interpolation: Interpolation) -> list[Tensor]:
+    """pixels.weights of each image's interpolation."""
+    found = pil.weights(along, bicubic=interpolation != "bilinear")
+    if interpolation != "random":
+        return list(found)
+    none = torch.zeros_like(along)
+    linear = (none, *pil.weights(along, bicubic=False), none)
+    return [torch.where(bicubic[:, None, None], *pair) for pair in zip(found, linear, strict=True)]
+
+
 def _smooth(values: Tensor) -> Tensor:
-    """(N, H, W) int32: pixels.smooth of a channel."""
+    """(N, H, W) int32 -> float32: what pixels.sharpness blends with."""
     height, width = values.shape[1:]
     wide = F.pad(values, (1, 1, 1, 1))
     neighbours = [wide[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     total = sum(neighbours[1:], neighbours[0]) + 4 * values
     ys, xs = torch.arange(height, device=values.device)[:, None], torch.arange(width, device=values.device)
     inner = (ys > 0) & (ys < height - 1) & (xs > 0) & (xs < width - 1)
-    return torch.where(inner, (2 * total + 13) // 26, values)
+    return torch.where(inner, pil.thirteenth(total), values.float())
 
 
 def _channels(packed: Tensor) -> list[Tensor]:
@@ -198,4 +203,5 @@ def _from_channels(channels: list[Tensor]) -> Tensor:
 
 def _pixels(packed: Tensor) -> Tensor:
     """(N, H, W, 3) uint8."""
-    return torch.stack(_channels(packed), -1).to(torch.uint8)
+    shifts = torch.arange(0, 24, 8, dtype=torch.int32, device=packed.device)
+    return (packed[..., None] >> shifts & 255).to(torch.uint8)

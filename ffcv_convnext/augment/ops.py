@@ -29,10 +29,10 @@ def normalise(images: Tensor) -> Tensor:
     if not images.is_contiguous(memory_format=torch.channels_last):
         scale, shift = to_device(constants, images.device)[:, :, None, None]
         return torch.addcmul(shift, images.float(), scale)
-    width = images.shape[3]
-    scale, shift = to_device(np.tile(constants, width), images.device)  # three values at the end: a slow broadcast
-    rows = images.permute(0, 2, 3, 1).flatten(2).float()
-    return torch.addcmul(shift, rows, scale).unflatten(2, (width, 3)).permute(0, 3, 1, 2)
+    pixels = images.permute(0, 2, 3, 1)
+    scale, shift = to_device(np.tile(constants, pixels.shape[2]), images.device)  # three values: a slow broadcast
+    rows = torch.addcmul(shift, pixels.flatten(2).float(), scale)
+    return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
 
 def normalised_planes(images: Tensor) -> Planes:
@@ -72,7 +72,7 @@ def color_jitter(images: Tensor, steps: Tensor, factors: Tensor) -> Tensor:
         red, green, blue = (weight * plane for weight, plane in zip(_LUMA, planes, strict=True))
         gray = red + green + blue
         base = torch.where(step == 2, gray, torch.where(step == 1, gray.mean((1, 2), keepdim=True), 0.0))
-        planes = [torch.lerp(base, plane, factor).clamp(0, 255) for plane in planes]
+        planes = [torch.lerp(base, plane, factor).clamp_(0, 255) for plane in planes]
     return torch.stack(planes, -1).permute(0, 3, 1, 2)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ class TrainAugment:
         self.kinds = policy_kinds(self.policy) if self.policy else frozenset()
         self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
         if compile:
-            self._compiled = torch.compile(self._everywhere, fullgraph=True, dynamic=False, isolate_recompiles=True)
+            self._compiled = torch.compile(self._everywhere, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor, *, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
@@ -142,8 +142,8 @@ class TrainAugment:
         """(H, W, 3) float32: an image jittered, normalised and erased."""
         image = images[index : index + 1]
         if draws.jitter is not None:
-            steps, factors = (torch.from_numpy(each[index : index + 1]) for each in astuple(draws.jitter))
-            image = color_jitter(image, steps, factors)
+            steps, factors = draws.jitter.steps[index : index + 1], draws.jitter.factors[index : index + 1]
+            image = color_jitter(image, torch.from_numpy(steps), torch.from_numpy(factors))
         result = normalise(image)[0].permute(1, 2, 0)
         if draws.erasing is not None:
             erase(result, index, draws.erasing)

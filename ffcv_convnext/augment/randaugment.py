@@ -8,7 +8,7 @@ for, computes it for those only, and never waits for the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
@@ -24,8 +24,8 @@ from ffcv_convnext.augment.transfer import to_device
 from ffcv_convnext.policies import FULL_MAGNITUDE, NUM_WIDE_LEVELS, Policy
 
 Interpolation = Literal["bicubic", "bilinear", "random"]
-FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)  # colour of what a geometric operation uncovers
-_IMAGES_AT_A_TIME = 2  # on a CPU: intermediate results then stay in its caches
+# Colour of what a geometric operation uncovers.
+FILL = round(255 * IMAGENET_MEAN[0]), round(255 * IMAGENET_MEAN[1]), round(255 * IMAGENET_MEAN[2])
 
 
 class Kind(IntEnum):
@@ -210,15 +210,17 @@ def apply_policy(images: Tensor, draws: PolicyDraws) -> Tensor:
     Returns a new tensor of the same shape, dtype and memory format. Raises ValueError for other images.
     """
     check_images(images, len(draws.kinds))
-    height, width = images.shape[2:]
-    pixels = images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-    plan = _Plan(draws, height, width, images.device)
-    for name, rows, params in plan.parts():
-        at_a_time = _IMAGES_AT_A_TIME if images.device.type == "cpu" else max(1, len(rows))
-        for some, their in zip(torch.split(rows, at_a_time), torch.split(params, at_a_time), strict=True):
-            _put(pixels, some, _FAMILIES[name](pixels.index_select(0, some), their, plan.fill))
-    result = pixels.permute(0, 3, 1, 2)
+    pixels = images.permute(0, 2, 3, 1).contiguous()
+    result = torch.empty_like(pixels)
+    for image, found, kinds, arguments, bicubic in zip(
+        pixels, result, draws.kinds.tolist(), draws.arguments.tolist(), draws.bicubic.tolist(), strict=True
+    ):
+        for kind, argument, cubic in zip(kinds, arguments, bicubic, strict=True):
+            if kind != Kind.IDENTITY:
+                image = _APPLY[Kind(kind)](image, argument, cubic)
+        found.copy_(image)
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
+    result = result.permute(0, 3, 1, 2)
     return result if channels_last else result.contiguous()
 
 
@@ -231,109 +233,35 @@ def check_images(images: Tensor, num: int) -> None:
         raise ValueError(f"{num} rows of draws for {len(images)} images")
 
 
-def _put(pixels: Tensor, rows: Tensor, values: Tensor) -> None:
-    if pixels.device.type != "cpu":
-        pixels.index_copy_(0, rows, values)
-        return
-    for row, value in zip(rows.tolist(), values, strict=True):  # whole images: index_copy_ goes byte by byte
-        pixels[row] = value
+def _rotate(image: Tensor, angle: float, bicubic: bool) -> Tensor:
+    height, width, _ = image.shape
+    matrix = _matrices(np.array(Kind.ROTATE), np.array(angle), height, width)
+    return pil.affine(image, to_device(matrix, image.device), FILL, bicubic=bicubic)
 
 
-def _blend_color(pixels: Tensor, params: Tensor, _: Tensor) -> Tensor:
-    return pil.blend_gray(pixels, _factors(params))
+def _blur(image: Tensor, sigma: float, _: bool) -> Tensor:
+    return pil.gaussian_blur(image, torch.tensor(_box_weights(sigma), dtype=torch.int64, device=image.device))
 
 
-def _blend_contrast(pixels: Tensor, params: Tensor, _: Tensor) -> Tensor:
-    return pil.blend(pil.rounded_mean(pil.gray(pixels)), pixels, _factors(params))
-
-
-def _blend_sharpness(pixels: Tensor, params: Tensor, _: Tensor) -> Tensor:
-    return pil.blend(pil.smooth(pixels), pixels, _factors(params))
-
-
-def _factors(params: Tensor) -> Tensor:
-    return params[:, 6].float()
-
-
-def _shifts(slopes: Tensor, offsets: Tensor, num: int) -> Tensor:
-    """(n, num) pixels: slope at the centres of lines 0, 1, ..., and an offset."""
-    lines = torch.arange(num, dtype=torch.float64, device=slopes.device) + 0.5
-    return slopes[:, None] * lines + offsets[:, None]
-
-
-def _geometric(which: str, *, bicubic: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    def apply(pixels: Tensor, params: Tensor, fill: Tensor) -> Tensor:
-        if which == "affine":
-            return pil.affine(pixels, params[:, :6], fill, bicubic=bicubic)
-        if which == "rows":
-            return pil.shift_rows(pixels, _shifts(params[:, 1], params[:, 2], pixels.shape[1]), fill, bicubic=bicubic)
-        return pil.shift_columns(pixels, _shifts(params[:, 3], params[:, 5], pixels.shape[2]), fill, bicubic=bicubic)
-
-    return apply
-
-
-_FAMILIES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "table": lambda pixels, tables, _: pil.lookup(pixels, tables[:, None]),
-    "autocontrast": lambda pixels, _, __: pil.lookup(pixels, pil.autocontrast_tables(pil.histogram(pixels))),
-    "equalize": lambda pixels, _, __: pil.lookup(pixels, pil.equalize_tables(pil.histogram(pixels))),
-    "color": _blend_color,
-    "contrast": _blend_contrast,
-    "sharpness": _blend_sharpness,
-    "blur": lambda pixels, weights, _: pil.gaussian_blur(pixels, weights[:, 7:].long()),
-    **{
-        f"{which} {word}": _geometric(which, bicubic=word == "bicubic")
-        for which in ("rows", "columns", "affine")
-        for word in ("bicubic", "bilinear")
-    },
+# An image (H, W, 3), the operation's argument, and whether to interpolate bicubically.
+_APPLY: dict[Kind, Callable[[Tensor, float, bool], Tensor]] = {
+    Kind.AUTO_CONTRAST: lambda image, _, __: pil.autocontrast(image),
+    Kind.EQUALIZE: lambda image, _, __: pil.equalize(image),
+    Kind.INVERT: lambda image, _, __: pil.invert(image),
+    Kind.POSTERIZE: lambda image, bits, _: pil.posterize(image, min(max(int(bits), 0), 8)),
+    Kind.SOLARIZE: lambda image, threshold, _: pil.solarize(image, math.ceil(threshold)),
+    Kind.SOLARIZE_ADD: lambda image, amount, _: pil.solarize_add(image, int(amount)),
+    Kind.BRIGHTNESS: lambda image, factor, _: pil.brightness(image, factor),
+    Kind.COLOR: lambda image, factor, _: pil.color(image, factor),
+    Kind.CONTRAST: lambda image, factor, _: pil.contrast(image, factor),
+    Kind.SHARPNESS: lambda image, factor, _: pil.sharpness(image, factor),
+    Kind.GAUSSIAN_BLUR: _blur,
+    Kind.SHEAR_X: lambda image, slope, cubic: pil.shear_rows(image, slope, FILL, bicubic=cubic),
+    Kind.SHEAR_Y: lambda image, slope, cubic: pil.shear_columns(image, slope, FILL, bicubic=cubic),
+    Kind.TRANSLATE_X: lambda image, by, cubic: pil.translate(image, by, 1, FILL, bicubic=cubic),
+    Kind.TRANSLATE_Y: lambda image, by, cubic: pil.translate(image, by, 0, FILL, bicubic=cubic),
+    Kind.ROTATE: _rotate,
 }
-_FAMILY = {
-    **dict.fromkeys((Kind.INVERT, Kind.POSTERIZE, Kind.SOLARIZE, Kind.SOLARIZE_ADD, Kind.BRIGHTNESS), "table"),
-    Kind.AUTO_CONTRAST: "autocontrast",
-    Kind.EQUALIZE: "equalize",
-    Kind.COLOR: "color",
-    Kind.CONTRAST: "contrast",
-    Kind.SHARPNESS: "sharpness",
-    Kind.GAUSSIAN_BLUR: "blur",
-    **dict.fromkeys((Kind.SHEAR_X, Kind.TRANSLATE_X), "rows"),
-    **dict.fromkeys((Kind.SHEAR_Y, Kind.TRANSLATE_Y), "columns"),
-    Kind.ROTATE: "affine",
-}
-
-
-class _Plan:
-    """Which images each family of operations is for, round by round, with parameters: three copies to the device."""
-
-    def __init__(self, draws: PolicyDraws, height: int, width: int, device: torch.device) -> None:
-        self._lengths: list[tuple[str, int]] = []
-        at: list[tuple[int, int]] = []  # image, round
-        for j, (kinds, bicubic) in enumerate(zip(draws.kinds.T, draws.bicubic.T, strict=True)):
-            members: dict[str, list[int]] = {}
-            for i in np.flatnonzero(kinds).tolist():
-                family = _FAMILY[Kind(kinds[i])]
-                if family in ("rows", "columns", "affine"):
-                    family += " bicubic" if bicubic[i] else " bilinear"
-                members.setdefault(family, []).append(i)
-            for family, chosen in members.items():
-                self._lengths.append((family, len(chosen)))
-                at += [(i, j) for i in chosen]
-        rows, rounds = np.array(at, np.int64).reshape(-1, 2).T
-        kinds, arguments = draws.kinds[rows, rounds], draws.arguments[rows, rounds]
-        by_table = np.isin(kinds, list(TABLES))
-        self.fill = to_device(np.array(FILL, np.uint8), device)
-        self._rows = to_device(np.ascontiguousarray(rows), device)
-        self._numbers = to_device(kind_numbers(kinds, arguments, height, width)[~by_table], device)
-        self._tables = to_device(kind_tables(kinds[by_table], arguments[by_table]), device)
-
-    def parts(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Family, images (n,) int64 and parameters, (n, 10) float64 or tables (n, 256) uint8; in order."""
-        rows, numbers, tables = self._rows, self._numbers, self._tables
-        for family, length in self._lengths:
-            if family == "table":
-                params, tables = tables[:length], tables[length:]
-            else:
-                params, numbers = numbers[:length], numbers[length:]
-            yield family, rows[:length], params
-            rows = rows[length:]
 
 
 def kind_tables(kinds: NDArray[np.int64], arguments: Floats) -> NDArray[np.uint8]:

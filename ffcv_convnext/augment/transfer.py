@@ -10,25 +10,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_ALIGNMENT = 16  # bytes; what compiled kernels read at once
+_ALIGNMENT = 16  # bytes; compiled kernels copy what lies otherwise
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """A small host array on the device, without waiting for the device."""
-    return all_to_device([array], device)[0]
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def all_to_device(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
-    """Small host arrays on the device, in one copy that nobody waits for."""
-    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
-    if device.type != "cuda":
-        return tensors
-    starts = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors)]).tolist()
-    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
-    for start, tensor in zip(starts, tensors, strict=False):
-        host[start : start + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
-    there = host.to(device, non_blocking=True)
+    """Small host arrays on the device, in one copy; their shapes and types stay."""
+    arrays = [np.asarray(array, order="C") for array in arrays]
+    flat = [array.reshape(-1).view(np.uint8) for array in arrays]
+    packed = np.concatenate([np.pad(each, (0, -len(each) % _ALIGNMENT)) for each in flat] or [np.zeros(0, np.uint8)])
+    places = torch.split(to_device(packed, device), [len(each) + -len(each) % _ALIGNMENT for each in flat])
     return [
-        there[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for start, tensor in zip(starts, tensors, strict=False)
+        place[: array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
+        for array, place in zip(arrays, places, strict=True)
     ]
