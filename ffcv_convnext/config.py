@@ -290,6 +290,9 @@ class RunConfig:
         "torch.compile the network for training; evaluation stays eager; auto: on a CUDA device",
         free=True,
     )
+    kernels: Literal["torch", "triton"] = setting(
+        "torch", "depthwise convolutions, the norms after them and residual sums: PyTorch's, or ours (CUDA)", free=True
+    )
     model_ema: bool = setting(False, "keep an exponential moving average of the weights")
     model_ema_decay: float = setting(0.9999, "its decay, per optimiser step")
     model_ema_eval: bool = setting(True, "evaluate the averaged weights too, beside the raw ones")
@@ -336,6 +339,10 @@ class Config:
             not (self.augment.mixes and mode == "pair") or size % 2 == 0,
             f"batch_size = {size}: mixup_mode pair needs an even number",
         )
+        if self.run.kernels == "triton":
+            model = self.model.model
+            _require(model == "resnet", f"kernels = triton has no meaning with model = {model}; use --kernels torch")
+            _require(self.run.channels_last, "kernels = triton needs --channels_last true")
         minmax, side = self.augment.cutmix_minmax, self.data.input_size
         _require(
             minmax is None or int(side * minmax[0]) < int(side * minmax[1]),

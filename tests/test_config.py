@@ -86,6 +86,7 @@ OTHER_WORDS: dict[str, str] = {
     "amp": "fp16",
     "channels_last": "false",
     "compile": "true",
+    "kernels": "triton",
     "model_ema": "true",
     "model_ema_decay": "0.99",
     "model_ema_eval": "false",

@@ -21,7 +21,7 @@ CONVOLUTION, DEPTHWISE, REST = "convolution", "depthwise convolution", "rest"
 # In this order: a kernel that fuses several operations counts for the first part that its name tells.
 WORDS = {
     "communication": ("nccl", "allreduce", "c10d", "gloo"),
-    CONVOLUTION: ("conv", "fprop", "dgrad", "wgrad"),
+    CONVOLUTION: ("conv", "depthwise", "fprop", "dgrad", "wgrad"),
     "matrix products": ("::mm", "addmm", "bmm", "matmul", "linear", "gemm", "nvjet", "cutlass"),
     "norm": ("norm", "welford"),
     "activation": ("gelu", "relu", "threshold"),

@@ -24,7 +24,7 @@ from ffcv_convnext import data
 from ffcv_convnext.augment import TrainAugment
 from ffcv_convnext.config import Config, ModelConfig, differences
 from ffcv_convnext.files import remove_leftovers
-from ffcv_convnext.models import build_model, load_pretrained
+from ffcv_convnext.models import build_model, load_pretrained, use_triton
 from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.settings import format_value
 from ffcv_convnext.training.checkpoint import Checkpoints, read_checkpoint
@@ -80,6 +80,8 @@ def _processes(config: Config) -> Processes:
     processes = Processes.from_environment(config.run.device)
     if config.run.amp == "fp16" and processes.device.type == "cpu":
         raise ValueError("amp = fp16 needs a CUDA device; use --amp bf16 or --amp off on a CPU")
+    if config.run.kernels == "triton" and processes.device.type == "cpu":
+        raise ValueError("kernels = triton needs a CUDA device; use --kernels torch on a CPU")
     return processes
 
 
@@ -236,6 +238,8 @@ def _network(config: Config, num_classes: int, device: torch.device) -> nn.Modul
             f"model = {config.model.model} takes images of {fixed['input_size'][-1]} pixels only; "
             f"use --input_size {fixed['input_size'][-1]}"
         )
+    if config.run.kernels == "triton":
+        use_triton(network)
     return network.to(device, memory_format=memory_format(config))  # type: ignore[call-overload, no-any-return]
 
 
