@@ -17,11 +17,12 @@ from ffcv_convnext.bench.stages import timed_work, waiting_for
 
 AUGMENTATION, UPDATE = "augmentation", "optimiser and EMA"  # ranges that a step is marked with, see marked()
 STEP = "whole step"
+OF_DEPTHWISE = ("depthwise", "_convolve", "_weight_gradient")  # names of kernels, PyTorch's and ours
 CONVOLUTION, DEPTHWISE, REST = "convolution", "depthwise convolution", "rest"
 # In this order: a kernel that fuses several operations counts for the first part that its name tells.
 WORDS = {
     "communication": ("nccl", "allreduce", "c10d", "gloo"),
-    CONVOLUTION: ("conv", "depthwise", "fprop", "dgrad", "wgrad"),
+    CONVOLUTION: ("conv", "depthwise", "fprop", "dgrad", "wgrad", "_weight_gradient"),
     "matrix products": ("::mm", "addmm", "bmm", "matmul", "linear", "gemm", "nvjet", "cutlass"),
     "norm": ("norm", "welford"),
     "activation": ("gelu", "relu", "threshold"),
@@ -97,7 +98,7 @@ def _part(name: str, event: Any) -> str:
             return str(each.name)
     name = name.lower()
     part = next((part for part, words in WORDS.items() if any(word in name for word in words)), REST)
-    if part == CONVOLUTION and (_is_depthwise(event) or "depthwise" in name):
+    if part == CONVOLUTION and (_is_depthwise(event) or any(word in name for word in OF_DEPTHWISE)):
         return DEPTHWISE
     return part
 
@@ -132,7 +133,8 @@ class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _num_bytes(values: Any) -> int:
     tensors: list[Tensor] = [each for each in tree_leaves(values) if isinstance(each, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    total: int = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return total
 
 
 def traffic(step: Callable[[], object]) -> int:
