@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 
 from ffcv_convnext.bench import parts
 from ffcv_convnext.cli import run_command

@@ -48,7 +48,7 @@ def bench_augment(
     ours = {"ours" if device.type == "cpu" else "ours (GPU)": False}
     if compiles(config, device):
         ours |= {f"{name}, compiled": True for name in ours}
-    functions = {REFERENCE: ("timm_pil", {})}
+    functions: dict[str, tuple[str, dict[str, Any]]] = {REFERENCE: ("timm_pil", {})}
     if config.augment.aa.startswith("rand"):
         functions["torchvision v2 (tensors, bilinear)"] = ("torchvision_v2", {})
     functions |= {name: ("ours", {"compile": compiled}) for name, compiled in ours.items()}

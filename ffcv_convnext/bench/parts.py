@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,11 +17,12 @@ from ffcv_convnext.bench.stages import timed_work, waiting_for
 
 AUGMENTATION, UPDATE = "augmentation", "optimiser and EMA"  # ranges that a step is marked with, see marked()
 STEP = "whole step"
+OF_DEPTHWISE = ("depthwise", "_convolve", "_weight_gradient")  # names of kernels, PyTorch's and ours
 CONVOLUTION, DEPTHWISE, REST = "convolution", "depthwise convolution", "rest"
 # In this order: a kernel that fuses several operations counts for the first part that its name tells.
 WORDS = {
     "communication": ("nccl", "allreduce", "c10d", "gloo"),
-    CONVOLUTION: ("conv", "fprop", "dgrad", "wgrad"),
+    CONVOLUTION: ("conv", "depthwise", "fprop", "dgrad", "wgrad", "_weight_gradient"),
     "matrix products": ("::mm", "addmm", "bmm", "matmul", "linear", "gemm", "nvjet", "cutlass"),
     "norm": ("norm", "welford"),
     "activation": ("gelu", "relu", "threshold"),
@@ -67,12 +69,12 @@ def _host_times(events: Iterable[Any]) -> Counter[str]:
 
 def _kernel_times(events: Iterable[Any]) -> Counter[str]:
     """Each kernel counts for the operation that launched it, or by its own name where the profiler knows none."""
-    on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]
     annotations = {event.name for event in on_host if event.is_user_annotation} | {STEP, AUGMENTATION, UPDATE}
     times: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     for event in events:
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.name not in annotations:
+        if event.device_type == DeviceType.CUDA and event.name not in annotations:
             unknown[event.name] += event.time_range.elapsed_us()
     for event in on_host:
         for kernel in event.kernels:
@@ -96,7 +98,7 @@ def _part(name: str, event: Any) -> str:
             return str(each.name)
     name = name.lower()
     part = next((part for part, words in WORDS.items() if any(word in name for word in words)), REST)
-    if part == CONVOLUTION and (_is_depthwise(event) or "depthwise" in name):
+    if part == CONVOLUTION and (_is_depthwise(event) or any(word in name for word in OF_DEPTHWISE)):
         return DEPTHWISE
     return part
 
@@ -107,11 +109,11 @@ def _is_depthwise(event: Any) -> bool:
     return any(shape[1] == 1 and shape[2] > 1 for shape in shapes)
 
 
-class _Traffic(TorchDispatchMode):
+class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the bytes of every tensor that an operation reads or writes; views cost nothing."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -130,7 +132,9 @@ class _Traffic(TorchDispatchMode):
 
 
 def _num_bytes(values: Any) -> int:
-    return sum(each.numel() * each.element_size() for each in tree_leaves(values) if isinstance(each, Tensor))
+    tensors: list[Tensor] = [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+    total: int = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return total
 
 
 def traffic(step: Callable[[], object]) -> int:

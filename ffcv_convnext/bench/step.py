@@ -148,13 +148,16 @@ def bench_step(
 
 
 def peer_contestants(config: Config, device: torch.device) -> Contestants:
-    """timm's and torchvision's networks, and ours: eager, compiled where the config compiles, augmented, loaded."""
+    """timm's and torchvision's networks, and ours: eager, compiled where the config compiles, augmented, loaded.
+
+    On a GPU with either kernels; the last two rows, one of which is profiled, with the config's.
+    """
     compiled = compiles(config, device)
     endings = {"": False, ", compiled": True} if compiled else {"": False}
     contestants: Contestants = {}
 
-    def add(row: str, function: str, compile: bool, **arguments: Any) -> None:
-        flat = config.replace(update_freq=1, compile=str(compile).lower()).flat()
+    def add(row: str, function: str, compile: bool, kernels: str = "torch", **arguments: Any) -> None:
+        flat = config.replace(update_freq=1, compile=str(compile).lower(), kernels=kernels).flat()
         contestants[row] = function, {"config": flat, **arguments}
 
     for network in ("convnext_tiny", "resnet50"):
@@ -163,9 +166,13 @@ def peer_contestants(config: Config, device: torch.device) -> Contestants:
     add("torchvision convnext_tiny", "peer", False, library="torchvision", name="convnext_tiny")
     for ending, compile in endings.items():
         add(f"ours{ending}", "ours", compile, images="ready")
-    best = f"ours{', compiled' if compiled else ''}"
-    add(f"{best}, augmented", "ours", compiled, images="augmented", profile=True)
-    add(f"{best}, augmented, from a .beton", "ours", compiled, images="loaded")
+        if device.type == "cuda" and config.model.model == "resnet" and config.run.channels_last:
+            add(f"ours{ending}, triton", "ours", compile, "triton", images="ready")
+    best, kernels = f"ours{', compiled' if compiled else ''}", config.run.kernels
+    if kernels == "triton":
+        best += ", triton"
+    add(f"{best}, augmented", "ours", compiled, kernels, images="augmented", profile=True)
+    add(f"{best}, augmented, from a .beton", "ours", compiled, kernels, images="loaded")
     return contestants
 
 
@@ -212,7 +219,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {**facts, "device": "cpu", "threads": torch.get_num_threads()}
     facts |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    facts["cudnn"] = torch.backends.cudnn.version()
+    facts["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     if shutil.which("nvidia-smi"):
         names = ["driver_version", "clocks.sm", "clocks.max.sm", "clocks.max.mem", "power.limit"]
         command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]

@@ -19,7 +19,7 @@ from ffcv_convnext.bench.parts import AUGMENTATION, UPDATE, ceilings, marked, sh
 from ffcv_convnext.bench.rounds import Contestant, Timed, imports_done, note
 from ffcv_convnext.bench.stages import Batch, Decoding, repeating, some_images
 from ffcv_convnext.config import Config
-from ffcv_convnext.models import count_gmacs
+from ffcv_convnext.models import build_model, count_gmacs
 from ffcv_convnext.training import Processes, autocast, build_learner, input_dtype, train_step
 
 NUM_CLASSES = 1000
@@ -65,13 +65,15 @@ def ours(
         learner.augment = marked(AUGMENTATION, augment)  # type: ignore[assignment]
         learner.optimizer.step = marked(UPDATE, update)  # type: ignore[method-assign]
         if learner.ema is not None:
-            learner.ema.update = marked(UPDATE, learner.ema.update)  # type: ignore[method-assign]
+            learner.ema.update = marked(UPDATE, learner.ema.update)
         note(shares=shares(step, device), ceilings=ceilings(device, input_dtype(settings)))
         learner.augment, learner.optimizer.step = augment, update  # type: ignore[method-assign]
         if learner.ema is not None:
             del learner.ema.update
 
-    note(gmacs=count_gmacs(learner.network, settings.data.input_size))
+    with torch.device("meta"):
+        plain = build_model(settings.model, NUM_CLASSES)  # fused blocks have no layers to count
+    note(gmacs=count_gmacs(plain, settings.data.input_size))
     eager = learner.model is learner.network
     work = _rounds(step, seconds, device, flush=learner.tracker.flush, count_traffic=eager and images == "ready")
     return work, profiled if profile else first

@@ -274,6 +274,8 @@ def _announce(run: Run, parameters: int) -> None:
         config.schedule.epochs,
         loader.steps_per_epoch,
     )
+    if compiles(config, run.processes.device):
+        log.info("the network and the augmentation are compiled in the first step, which may take minutes")
     recipe = config.schedule.recipe_batch
     if shares.global_batch != recipe:
         log.warning(
