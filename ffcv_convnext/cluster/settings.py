@@ -64,7 +64,7 @@ class ClusterConfig:
 
     @property
     def timeout_minutes(self) -> int:
-        return math.ceil(self.timeout * 60)
+        return math.ceil(round(self.timeout * 60, 6))  # 1.1 hours are 66 minutes
 
 
 GROUPS: dict[str, type] = {"cluster": ClusterConfig}

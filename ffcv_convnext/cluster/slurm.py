@@ -125,6 +125,7 @@ def build_executor(
         qos=cluster.qos,
         comment=cluster.comment,
         exclude=cluster.exclude,
+        wckey=None,  # submitit's own word, which some clusters refuse
         signal_delay_s=SIGNAL_DELAY_S,
         array_parallelism=max_parallel or 256,
         setup=setup,
