@@ -53,6 +53,10 @@ class Job:
         """Optimiser steps in the log."""
         return max((entry["step"] for entry in read_lines(self.folder / "steps.jsonl")), default=0)
 
+    def output(self, rank: int) -> str:
+        """What a rank printed in all of the job's starts."""
+        return "".join((self.folder / "slurm" / f"{self.id}_{rank}_log.{end}").read_text() for end in ("out", "err"))
+
     def wait_for_step(self, step: int, seconds: float = 120) -> None:
         def there() -> bool:
             assert self.cluster.state(self.id) in ("PENDING", "RUNNING"), self.cluster.describe(self.id)
