@@ -104,18 +104,25 @@ def test_images_without_three_channels_and_other_numbers_of_draws_are_refused() 
         apply_policy_everywhere(photographs(3), tensors, policy_kinds(policy), "bicubic")
 
 
-def compiled_once(function: Callable[..., Tensor], batches: list[tuple[Any, ...]]) -> list[Tensor]:
+def compiled_once(function: Callable[..., Tensor], backend: str, batches: list[tuple[Any, ...]]) -> list[Tensor]:
     """Results of a whole graph that is compiled for the first batch and must serve the others."""
     torch.compiler.reset()
-    graph = torch.compile(function, fullgraph=True, dynamic=False)
+    graph = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
     found = [graph(*batches[0])]
     with torch.compiler.set_stance("fail_on_recompile"):
         return [*found, *(graph(*batch) for batch in batches[1:])]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("aa", ["rand-m9-n1-mstd0.5-inc1", "3a"])  # one round: g++ takes half as long as for two
-def test_one_compiled_graph_serves_all_draws(aa: str) -> None:
+@pytest.mark.parametrize(
+    ("aa", "backend"),
+    [
+        ("rand-m9-n1-mstd0.5-inc1", "aot_eager"),
+        ("3a", "aot_eager"),
+        # one round: compiling takes half as long as for two
+        pytest.param("rand-m9-n1-mstd0.5-inc1", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_one_compiled_graph_serves_all_draws(aa: str, backend: str) -> None:
     policy, num = parse_policy(aa), 12
     kinds = policy_kinds(policy)
     images = [photographs(num + i)[i:] for i in range(3)]
@@ -124,6 +131,7 @@ def test_one_compiled_graph_serves_all_draws(aa: str) -> None:
         (each, policy_tensors(drawn, *SIZE, CPU), kinds, "bicubic")
         for each, drawn in zip(images, draws, strict=True)
     ]  # fmt: skip
-    for found, each, drawn in zip(compiled_once(apply_policy_everywhere, batches), images, draws, strict=True):
+    results = compiled_once(apply_policy_everywhere, backend, batches)
+    for found, each, drawn in zip(results, images, draws, strict=True):
         assert_the_same(found, apply_policy(each, drawn))
         assert found.is_contiguous(memory_format=torch.channels_last)
