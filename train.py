@@ -2,6 +2,7 @@
 
 On one device:   python train.py --config rn_configs/07_kernel7.yaml --data_path BETON_DIR --output_dir runs/07
 On a node:       torchrun --nproc_per_node=8 train.py ... --update_freq 4
+On a cluster:    python train.py ... --nodes 4 --job_dir JOB_DIR, see docs/cluster.md
 """
 
 import sys

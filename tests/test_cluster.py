@@ -364,6 +364,20 @@ def test_a_run_is_submitted_once(
     assert [s.job for s in read_submissions(job_dir)] == ["17", "18"]
 
 
+def test_a_run_that_has_begun_keeps_its_global_batch(
+    flags: list[str], commands: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "run.json").write_text('{"global_batch": 16, "starts": []}')
+    answer(commands, "sbatch", "Submitted batch job 4")
+    assert run_command("train", [*flags, "--ngpus", "1", "--dry_run"]) == 0
+    assert "global_batch: 16\n" in capsys.readouterr().out
+    assert error_of(capsys, [*flags, "--global_batch", "32"]) == (
+        f"error: global_batch = 32: {tmp_path / 'job'} was begun with 16, which must stay; choose another "
+        "output_dir to train anew"
+    )
+
+
 def test_a_refusal_of_sbatch_is_one_line(
     flags: list[str], commands: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -385,15 +399,15 @@ def test_a_run_that_gets_nowhere_is_given_up_and_one_that_saves_is_not(tmp_path:
         (tmp_path / LAST).write_bytes(b"")
         os.utime(tmp_path / LAST, (saved, saved))
         assert is_worth_another_try(tmp_path, "8", -9)
-    assert [is_worth_another_try(tmp_path, "9", EXIT_INTERRUPTED) for _ in range(5)] == [True] * 5
-    assert len(read_lines(tmp_path / "attempts.jsonl")) == 14
+    assert [is_worth_another_try(tmp_path, "9", EXIT_INTERRUPTED) for _ in range(10)] == [True] * 9 + [False]
+    assert len(read_lines(tmp_path / "attempts.jsonl")) == 19
 
 
 @pytest.mark.parametrize(
     ("state", "failures", "requeued", "words"),
     [
         ("RUNNING", 0, True, "ended with exit status 137 before the run did; requeued"),
-        ("RUNNING", 2, False, "3 times without a newer checkpoint; job 5_1 is not requeued"),
+        ("RUNNING", 2, False, "the jobs before it saved no newer checkpoint either; job 5_1 is not requeued"),
         ("CANCELLED", 0, False, "Slurm has decided"),
         ("PENDING", 0, False, "job 5_1 is PENDING: Slurm has decided what becomes of it"),
     ],
@@ -510,7 +524,7 @@ def test_runs_get_disjoint_devices_and_those_that_failed_are_reported(
     assert sorted(run.log(0).read_text() for run in runs[:2]) == ["0,1 0 2\n", "4,5 0 2\n"]
     assert runs[0].log(1).read_text().split()[1:] == ["1", "2"]
     assert sum(line.startswith("started") for line in lines) == 2 + 3
-    assert lines[-1].startswith(f"error: {tmp_path / 'run2'} failed 3 times at the same checkpoint")
+    assert lines[-1].startswith(f"error: {tmp_path / 'run2'} failed again without a newer checkpoint")
 
 
 def test_devices_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

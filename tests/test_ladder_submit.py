@@ -59,7 +59,7 @@ def names(only: str | None, **how: bool) -> list[str]:
 def test_steps_are_chosen_by_name_number_and_range() -> None:
     assert len(names(None)) == 15
     assert names("05..07") == ["05_inverted", "06_depthwise_first", "07_kernel7"]
-    assert names("convnext_tiny,0..1,13") == [
+    assert names("convnext_tiny, 0..1,13") == [
         "00_resnet50", "01_stage_ratio", "13_separate_downsampling", "convnext_tiny",
     ]  # fmt: skip
     assert names("07", kernel_sizes=True) == ["07_kernel7", "07_kernel5", "07_kernel9", "07_kernel11"]

@@ -1,7 +1,8 @@
 """Whether a job that ended before its run did is worth another try.
 
-A run goes on as long as it gets anywhere: what was interrupted, or has saved a newer checkpoint than the time before,
-is started again without limit. What fails MAX_FAILURES times at the same checkpoint would fail again.
+A run goes on as long as it gets anywhere: what has saved a newer checkpoint than the time before is started again
+without limit. What fails MAX_FAILURES times at the same checkpoint would fail again; what is interrupted
+MAX_INTERRUPTIONS times there is never given the time to reach the next.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ffcv_convnext.files import read_lines
 
 ATTEMPTS = "attempts.jsonl"  # in the run folder: how each start ended that did not finish the run
 MAX_FAILURES = 3
+MAX_INTERRUPTIONS = 10
 
 
 def is_worth_another_try(folder: Path, job: str, status: int) -> bool:
@@ -27,9 +29,10 @@ def is_worth_another_try(folder: Path, job: str, status: int) -> bool:
     entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "job": job, "status": status, "checkpoint_saved": saved}
     with open(folder / ATTEMPTS, "a") as file:
         file.write(json.dumps(entry) + "\n")
-    failures = [
-        attempt
+    here = [
+        attempt["status"]
         for attempt in read_lines(folder / ATTEMPTS)
-        if attempt["job"] == job and attempt["checkpoint_saved"] == saved and attempt["status"] != EXIT_INTERRUPTED
+        if attempt["job"] == job and attempt["checkpoint_saved"] == saved
     ]
-    return len(failures) < MAX_FAILURES
+    interruptions = here.count(EXIT_INTERRUPTED)
+    return len(here) - interruptions < MAX_FAILURES and interruptions < MAX_INTERRUPTIONS

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ffcv_convnext.cluster.attempts import MAX_FAILURES, is_worth_another_try
+from ffcv_convnext.cluster.attempts import is_worth_another_try
 from ffcv_convnext.cluster.records import LOCAL
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import EXIT_FAILURE, Interrupted
@@ -25,7 +25,8 @@ from ffcv_convnext.files import write_atomically
 from ffcv_convnext.signals import stop_signals
 
 FOLDER = "local"  # in job_dir: what the processes print
-GRACE_S = 30  # what is left of a run after a process died, or was told to stop, is killed after it
+AFTER_DEATH_S = 30  # what is left of a run after a process died is killed after it
+AFTER_STOP_S = 120  # what was told to stop saves at its next step, or is killed after it
 POLL_S = 0.2
 
 
@@ -109,18 +110,18 @@ class LocalRun:
                 )
 
     def poll(self) -> bool:
-        """Whether all processes have ended. One that failed ends the others: at once, or killed GRACE_S later."""
+        """Whether all processes have ended. One that failed ends the others."""
         statuses = [process.poll() for process in self.processes]
         if not self.status and (failed := [status for status in statuses if status]):
             self.status = failed[0]
-            self.stop()
+            self.stop(AFTER_DEATH_S)
         if self.kill_at is not None and time.monotonic() > self.kill_at:
             self.kill()
         return None not in statuses
 
-    def stop(self) -> None:
-        """Tell the processes to save and exit."""
-        self.kill_at = self.kill_at or time.monotonic() + GRACE_S
+    def stop(self, grace_s: float) -> None:
+        """Tell the processes to save and exit; after `grace_s` seconds they are killed."""
+        self.kill_at = self.kill_at or time.monotonic() + grace_s
         self._send(signal.SIGTERM)
 
     def kill(self) -> None:
@@ -166,7 +167,7 @@ def run_all(
             if stop.requested:
                 for run in running:
                     if run.kill_at is None:
-                        run.stop()
+                        run.stop(AFTER_STOP_S)
             for run in [run for run in running if run.poll()]:
                 running.remove(run)
                 free = [*run.devices, *free]
@@ -179,7 +180,7 @@ def run_all(
                     waiting.insert(0, run)
                 else:
                     result = result or run.status
-                    say(f"error: {run.folder} failed {MAX_FAILURES} times at the same checkpoint: see {run.log(0)}")
+                    say(f"error: {run.folder} failed again without a newer checkpoint: see {run.log(0)}")
             time.sleep(POLL_S)
     if stop.requested:
         raise Interrupted(f"stopped by {stop.name}; the same command continues")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffcv_convnext.cluster.attempts import MAX_FAILURES, is_worth_another_try
+from ffcv_convnext.cluster.attempts import is_worth_another_try
 from ffcv_convnext.cluster.here import run_config
 from ffcv_convnext.cluster.settings import ClusterConfig
 from ffcv_convnext.config import Config
@@ -254,8 +254,8 @@ def requeue(status: int, folder: Path) -> int:
     job: TrainingJob = submitit.core.utils.DelayedSubmission.load(env.paths.submitted_pickle).function
     if not is_worth_another_try(Path(job.settings["output_dir"]), env.job_id, status):
         return complain(
-            f"error: exit status {status}, {MAX_FAILURES} times without a newer checkpoint; job {env.job_id} is not "
-            "requeued. Mend the cause and submit again: the run continues from its last checkpoint",
+            f"error: exit status {status}, and the jobs before it saved no newer checkpoint either; job {env.job_id} "
+            "is not requeued. Mend the cause and submit again: the run continues from its last checkpoint",
             status,
         )
     complain(f"job {env.job_id} ended with exit status {status} before the run did; requeued", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -44,17 +45,33 @@ class Task:
 
 
 def plan_task(name: str, config: Config, world: int) -> Task:
-    """Resolve and check a run of `world` processes. Raises ValueError or FileNotFoundError for what cannot be run."""
+    """Resolve and check a run of `world` processes.
+
+    A run that has begun keeps its global batch, on any number of processes. Raises ValueError or FileNotFoundError for
+    what cannot be run.
+    """
     from ffcv_convnext.training import check_config
 
     data = config.data
     changes: dict[str, object] = {
         key: Path(value).absolute() for key, value in config.flat().items() if key in PATHS and value is not None
     }
+    begun_with = _global_batch_of(config.run.output_dir)
+    if begun_with is not None and data.global_batch not in (None, begun_with):
+        raise ValueError(
+            f"global_batch = {data.global_batch}: {config.run.output_dir} was begun with {begun_with}, which must "
+            "stay; choose another output_dir to train anew"
+        )
     if data.global_batch is None:
-        changes["global_batch"] = data.batch_size * data.update_freq * world
+        changes["global_batch"] = begun_with or data.batch_size * data.update_freq * world
     config = config.replace(**changes).for_world(world)
     return Task(name=name, config=config, plan=check_config(config, world))
+
+
+def _global_batch_of(folder: Path | None) -> int | None:
+    """What the run in a folder was begun with; None where there is none."""
+    path = None if folder is None else folder / "run.json"
+    return json.loads(path.read_text()).get("global_batch") if path is not None and path.exists() else None
 
 
 def num_processes(cluster: ClusterConfig, config: Config) -> int:

@@ -83,8 +83,9 @@ def select_steps(folder: Path, only: str | None = None, *, kernel_sizes: bool = 
         return steps
     chosen: set[str] = set()
     for part in only.split(","):
-        first, _, last = part.strip().partition("..")
-        found = {step.name for step in steps if part.strip() in (step.name, step.name[:2])}
+        first, dots, last = part.strip().partition("..")
+        last = last if dots else first
+        found = {step.name for step in steps if step.name == part.strip()}
         if first.isdigit() and last.isdigit():
             numbered = [step.name for step in steps if step.name[:2].isdigit()]
             found |= {name for name in numbered if int(first) <= int(name[:2]) <= int(last)}
