@@ -65,15 +65,15 @@ def assert_same_run(folder: Path, other: Path) -> None:
         assert log_without_timings(folder, name) == log_without_timings(other, name)
 
 
-def assert_same_training(folder: Path, other: Path, *, buffers: bool = True) -> None:
-    """The last checkpoints' weights and optimiser state, and the logged losses, agree to TOLERANCE."""
+def assert_same_training(folder: Path, other: Path, *, buffers: bool = True, tolerance: float = TOLERANCE) -> None:
+    """The last checkpoints' weights and optimiser state, and the logged losses, agree to a tolerance."""
     ours, theirs = (read_checkpoint(f / "checkpoint-last.pth") for f in (folder, other))
     assert ours["step"] == theirs["step"]
     for part in ("model", "ema"):
         for name in theirs[part]:
             if buffers or not re.search("running|num_batches", name):
-                assert_equal(ours[part][name], theirs[part][name], where=name, tolerance=TOLERANCE)
-    assert_equal(ours["optimizer"]["state"], theirs["optimizer"]["state"], where="optimizer", tolerance=TOLERANCE)
+                assert_equal(ours[part][name], theirs[part][name], where=name, tolerance=tolerance)
+    assert_equal(ours["optimizer"]["state"], theirs["optimizer"]["state"], where="optimizer", tolerance=tolerance)
     keys = ["epoch", "step", "train_loss"] + (["test_acc1", "test_acc5", "test_loss", "test_loss_ema"] * buffers)
     logs = ([{key: entry[key] for key in keys} for entry in log_without_timings(f)] for f in (folder, other))
-    assert_equal(*logs, where="log", tolerance=TOLERANCE)
+    assert_equal(*logs, where="log", tolerance=tolerance)

@@ -18,6 +18,7 @@ from slurm.two_nodes import TwoNodes, processes_of, wait_until
 ROOT = Path(__file__).resolve().parents[2]
 ONE_HOUR = ("--timeout", "1")  # what the partition allows
 TWO_BY_TWO = ("--nodes", "2", "--ngpus", "2", "--cpus_per_task", "2", *ONE_HOUR)
+TWO_BY_ONE = ("--nodes", "2", "--ngpus", "1", "--cpus_per_task", "2", "--global_batch", "32", *ONE_HOUR)
 
 
 def command_line(

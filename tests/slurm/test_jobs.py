@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import assert_same_run, assert_same_training, train_here
+from runs import assert_same_training, train_here
 
-from slurm.jobs import ROOT, TWO_BY_TWO, Job, command_line, submit
-from slurm.two_nodes import TwoNodes, wait_until
+from slurm.jobs import ONE_HOUR, ROOT, TWO_BY_ONE, TWO_BY_TWO, Job, command_line, submit
+from slurm.two_nodes import TwoNodes
 
 pytestmark = pytest.mark.slurm
+
+# Four processes add up gradients in an order that is gloo's own, and fifty steps carry the rounding on.
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def test_four_processes_on_two_nodes_train_like_one(undisturbed: Job, one_proces
     [start] = starts(undisturbed.folder)
     assert (start["processes"], start["from_step"]) == (4, 0)
     assert {path.name for path in undisturbed.folder.glob("rank*.log")} == {f"rank{rank}.log" for rank in range(4)}
-    assert_same_training(undisturbed.folder, one_process)
+    assert_same_training(undisturbed.folder, one_process, tolerance=TOLERANCE)
 
 
 # --- Slurm ends the job and puts it back into the queue ---------------------------------------------------
@@ -74,18 +78,25 @@ def preempt(job: Job) -> None:
     job.cluster.wait_for_end(job.cluster.tell("sbatch", "--parsable", *urgent), 60)
 
 
-@pytest.mark.parametrize("disturb", [requeue, lose_a_node, preempt])
+@pytest.mark.parametrize(
+    ("disturb", "tasks"), [(requeue, TWO_BY_TWO), (lose_a_node, TWO_BY_ONE), (preempt, TWO_BY_ONE)]
+)
 def test_a_job_that_slurm_requeues_goes_on_within_its_epoch(
-    disturb: Callable[[Job], None], cluster: TwoNodes, undisturbed: Job, settings: dict[str, Any], tmp_path: Path
+    disturb: Callable[[Job], None],
+    tasks: tuple[str, ...],
+    cluster: TwoNodes,
+    undisturbed: Job,
+    settings: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
-    job = submit(cluster, tmp_path / "job", settings, *TWO_BY_TWO)
+    job = submit(cluster, tmp_path / "job", settings, *tasks)
     job.wait_for_step(5)
     disturb(job)
     assert job.finish()["Restarts"] == "1"
     first, second = starts(job.folder)
     assert first["from_step"] == 0
     assert 5 <= second["from_step"] < 25, "saved at the step where it was stopped, in its first epoch"
-    assert_same_run(job.folder, undisturbed.folder)
+    assert_same_training(job.folder, undisturbed.folder, tolerance=TOLERANCE)
 
 
 # --- The job ends by itself -------------------------------------------------------------------------------
@@ -94,48 +105,55 @@ def test_a_job_that_slurm_requeues_goes_on_within_its_epoch(
 def test_a_killed_process_takes_the_job_down_and_it_goes_on_from_its_last_checkpoint(
     cluster: TwoNodes, undisturbed: Job, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    job = submit(cluster, tmp_path / "job", settings, *TWO_BY_TWO, "--save_ckpt_steps", "4")
+    job = submit(cluster, tmp_path / "job", settings, *TWO_BY_ONE, "--save_ckpt_steps", "4")
     job.wait_for_step(6)
-    os.kill(job.process(rank=2), signal.SIGKILL)
+    os.kill(job.process(rank=1), signal.SIGKILL)
     job.wait_for_restart(60)
     reached = job.steps()
     job.finish()
     _, second = starts(job.folder)
-    assert reached - 4 <= second["from_step"] <= reached
     assert second["from_step"] % 4 == 0
-    assert_same_run(job.folder, undisturbed.folder)
+    assert 0 <= reached - second["from_step"] <= 4
+    assert_same_training(job.folder, undisturbed.folder, tolerance=TOLERANCE)
 
 
 def test_a_job_that_runs_out_of_time_saves_and_goes_on(
     cluster: TwoNodes, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """One minute, of which Slurm takes up to half away by looking at its clocks every 30 s only."""
-    time_limit = ("--partition", "short", "--timeout", "0.016", "--slurm_signal", "USR2@15")
-    many = {**settings, "epochs": 10000}
-    job = submit(cluster, tmp_path / "job", many, *TWO_BY_TWO, *time_limit)
+    """One minute is the least that Slurm knows; it looks at its clock every 30 s, and warns so much earlier."""
+    time_limit = ("--partition", "short", "--timeout", "0.016", "--slurm_signal", "USR2@10")
+    tasks = ("--ngpus", "1", "--cpus_per_task", "2")
+    job = submit(cluster, tmp_path / "job", {**settings, "epochs": 100_000}, *tasks, *time_limit)
     job.wait_for_restart(100)
     job.wait_for_step(job.steps() + 1)
+    cluster.cancel_all()
     _, second = starts(job.folder)
     stopped = re.findall(r"stopped by SIGUSR2 after optimiser step (\d+), state saved", job.output(0))
     assert stopped == [str(second["from_step"])]
-    cluster.tell("scancel", job.id)
 
 
 # --- Another number of processes --------------------------------------------------------------------------
 
 
-def test_a_job_comes_back_on_one_node_and_says_which_numbers_of_processes_can_go_on(
+def test_a_job_comes_back_on_one_node_and_its_micro_batches_stay(
     cluster: TwoNodes, undisturbed: Job, settings: dict[str, Any], tmp_path: Path
 ) -> None:
+    """Cancelled on four processes; a command for three is refused; an administrator gives the next one node of two."""
     job = submit(cluster, tmp_path / "job", settings, *TWO_BY_TWO)
     job.wait_for_step(5)
-    cluster.tell("scontrol", "requeuehold", job.id)
-    wait_until(lambda: cluster.state(job.id) != "RUNNING", 60, lambda: cluster.describe(job.id))
-    cluster.tell("scontrol", "update", f"JobId={job.id}", "NumNodes=1", "NumTasks=2")
+    cluster.cancel_all()
+    words = ["train.py", "--job_dir", str(job.folder), *ONE_HOUR, "--ngpus", "3"]
+    refused = command_line(words, settings=settings)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.splitlines()[-1].endswith("which 3 processes cannot share equally; 1, 2, 4 processes can")
+    assert cluster.queue() == []
+
+    job = submit(cluster, job.folder, settings, *TWO_BY_ONE, "--slurm_hold", "true")
+    cluster.tell("scontrol", "update", f"JobId={job.id}", "NumNodes=1-1")
     cluster.tell("scontrol", "release", job.id)
     assert job.finish()["NumNodes"] == "1"
-    assert [start["processes"] for start in starts(job.folder)] == [4, 2]
-    assert_same_training(job.folder, undisturbed.folder)
+    assert [start["processes"] for start in starts(job.folder)] == [4, 1]
+    assert_same_training(job.folder, undisturbed.folder, tolerance=TOLERANCE)
 
 
 # --- Bad input --------------------------------------------------------------------------------------------
@@ -147,8 +165,7 @@ def test_what_cannot_run_is_not_submitted(cluster: TwoNodes, settings: dict[str,
     )
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
-        "error: partition = mian: this cluster has none of that name; did you mean main?; "
-        "there are: main, short, urgent"
+        "error: partition = mian: this cluster has none of that name; nearest: main; there are: main, short, urgent"
     ]
     assert cluster.queue() == []
     assert not (tmp_path / "job").exists()

@@ -1,0 +1,85 @@
+"""A ladder of three steps and two seeds as one array: from its submission to the report."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slurm.jobs import command_line
+from slurm.two_nodes import TwoNodes
+
+pytestmark = pytest.mark.slurm
+
+STEPS = {
+    "00_start": "resnet_layers: 1-1-1-1\nresnet_embed_dim: 8\nrecipe_batch: 32\n",
+    "01_stem": "base: 00_start.yaml\nresnet_stem: patch_embed\n",
+    "02_gelu": "base: 01_stem.yaml\nresnet_act_layer: gelu\n",
+}
+
+
+def ladder(*words: str, settings: dict[str, Any] | None = None) -> str:
+    """What `ffcv-convnext ladder ...` prints."""
+    result = command_line(["-m", "ffcv_convnext.cli", "ladder", *words], settings=settings)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def submitted(output: str) -> dict[str, str]:
+    """Jobs by run, "STEP/seedN"."""
+    lines = re.findall(r"^submitted job (\S+): \S*/(\w+/seed\d), 1 processes", output, flags=re.MULTILINE)
+    return {run: job for job, run in lines}
+
+
+def states(job_dir: Path) -> dict[str, str]:
+    """Of every run, as `ladder status` tells them."""
+    table = ladder("status", str(job_dir)).splitlines()[1:-1]
+    return {f"{name}/seed{seed}": state for name, seed, _job, state, *_ in map(str.split, table)}
+
+
+def test_a_ladder_of_three_steps_and_two_seeds_from_submission_to_report(
+    cluster: TwoNodes, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    configs, job_dir = tmp_path / "configs", tmp_path / "ladder"
+    configs.mkdir()
+    for name, text in STEPS.items():
+        (configs / f"{name}.yaml").write_text(text)
+    theirs = ("resnet_layers", "resnet_embed_dim", "resnet_stem", "recipe_batch")
+    flags = {
+        **{name: value for name, value in settings.items() if name not in theirs},
+        "epochs": 1, "configs": configs, "job_dir": job_dir,
+        "seeds": "0,1", "ngpus": 1, "cpus_per_task": 1, "timeout": 1, "max_parallel": 2,
+    }  # fmt: skip
+    runs = [f"{name}/seed{seed}" for name in STEPS for seed in (0, 1)]
+
+    output = ladder("submit", settings=flags)
+    jobs = submitted(output)
+    assert list(jobs) == runs
+    assert output.startswith("budget: 6 runs, 4,800 training images; hours unknown: ")
+    array = jobs[runs[0]].partition("_")[0]
+    assert list(jobs.values()) == [f"{array}_{task}" for task in range(6)], "one array"
+    assert cluster.job(array)["ArrayTaskThrottle"] == "2"
+
+    ladder("cancel", str(job_dir), runs[-1])
+    assert jobs[runs[-1]] not in {line.split()[0] for line in cluster.queue()}
+    assert states(job_dir)[runs[-1]] == "missing"
+    again = submitted(ladder("submit", settings=flags))
+    assert list(again) == runs[-1:], "what is on its way or done is not submitted twice"
+
+    deadline, most = time.monotonic() + 240, 0
+    while queue := cluster.queue():
+        assert time.monotonic() < deadline, queue
+        most = max(most, sum(line.startswith(array) and line.endswith("RUNNING") for line in queue))
+        time.sleep(0.2)
+    assert most == 2
+    assert Counter(states(job_dir).values()) == {"done": 6}
+    assert "nothing to submit: all 6 runs are finished or on their way" in ladder("submit", settings=flags)
+
+    report = command_line(["-m", "ffcv_convnext.cli", "report", str(job_dir)])
+    assert report.returncode == 0, report.stderr
+    for name in STEPS:
+        assert name in report.stdout
