@@ -139,7 +139,8 @@ def _num_bytes(values: Any) -> int:
 
 def traffic(step: Callable[[], object]) -> int:
     """Bytes that the operations of an eager step read and write, as if none stayed in a cache between two of them."""
-    with _Traffic() as counted:
+    counted = _Traffic()
+    with counted:
         step()
     return counted.bytes
 
