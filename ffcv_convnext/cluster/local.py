@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -153,35 +152,37 @@ def run_all(
     waiting, result = list(runs), 0
     running: list[LocalRun] = []
     free = list(devices)
-    with ExitStack() as stack:
-        stop = stack.enter_context(stop_signals())
-        stack.callback(lambda: [run.kill() for run in running])
-        while running or (waiting and not stop.requested):
-            while waiting and len(running) < at_once and not stop.requested:
-                run = waiting.pop(0)
-                mine, free = free[:world], free[world:]
-                run.start(mine)
-                running.append(run)
-                on = "" if not mine[0] else f" on GPU {', '.join(mine)}"
-                say(f"started {run.folder}, {world} processes{on}; what it prints is in {run.log(0)}")
-            if stop.requested:
-                for run in running:
-                    if run.kill_at is None:
-                        run.stop(AFTER_STOP_S)
-            for run in [run for run in running if run.poll()]:
-                running.remove(run)
-                free = [*run.devices, *free]
-                if run.status == 0:
-                    say(f"finished {run.folder}")
-                elif stop.requested:
-                    say(f"stopped {run.folder}")
-                elif is_worth_another_try(run.folder, f"{LOCAL}{os.getpid()}", run.status):
-                    say(f"{run.folder} ended with exit status {run.status} before it was done; started again")
-                    waiting.insert(0, run)
-                else:
-                    result = result or run.status
-                    say(f"error: {run.folder} failed again without a newer checkpoint: see {run.log(0)}")
-            time.sleep(POLL_S)
+    with stop_signals() as stop:
+        try:
+            while running or (waiting and not stop.requested):
+                while waiting and len(running) < at_once and not stop.requested:
+                    run = waiting.pop(0)
+                    mine, free = free[:world], free[world:]
+                    run.start(mine)
+                    running.append(run)
+                    on = "" if not mine[0] else f" on GPU {', '.join(mine)}"
+                    say(f"started {run.folder}, {world} processes{on}; what it prints is in {run.log(0)}")
+                if stop.requested:
+                    for run in running:
+                        if run.kill_at is None:
+                            run.stop(AFTER_STOP_S)
+                for run in [run for run in running if run.poll()]:
+                    running.remove(run)
+                    free = [*run.devices, *free]
+                    if run.status == 0:
+                        say(f"finished {run.folder}")
+                    elif stop.requested:
+                        say(f"stopped {run.folder}")
+                    elif is_worth_another_try(run.folder, f"{LOCAL}{os.getpid()}", run.status):
+                        say(f"{run.folder} ended with exit status {run.status} before it was done; started again")
+                        waiting.insert(0, run)
+                    else:
+                        result = result or run.status
+                        say(f"error: {run.folder} failed again without a newer checkpoint: see {run.log(0)}")
+                time.sleep(POLL_S)
+        finally:  # nothing is left when an error or a second Ctrl-C ends this
+            for run in running:
+                run.kill()
     if stop.requested:
         raise Interrupted(f"stopped by {stop.name}; the same command continues")
     return result if result >= 0 else EXIT_FAILURE  # killed by a signal
