@@ -79,7 +79,7 @@ def test_a_ladder_of_three_steps_and_two_seeds_from_submission_to_report(
     assert Counter(states(job_dir).values()) == {"done": 6}
     assert "nothing to submit: all 6 runs are finished or on their way" in ladder("submit", settings=flags)
 
-    report = command_line(["-m", "ffcv_convnext.cli", "report", str(job_dir)])
+    report = command_line(["-m", "ffcv_convnext.cli", "report", *(str(job_dir / run) for run in runs)])
     assert report.returncode == 0, report.stderr
     for name in STEPS:
         assert name in report.stdout
