@@ -15,6 +15,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -61,6 +62,7 @@ class TrainingJob:
         )  # MASTER_ADDR and MASTER_PORT are the batch script's
         sys.argv = list(self.command)
         if status := exit_status(lambda: run_config(Config.from_flat(self.settings))):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun's to the others; what srun sees shall be the status
             sys.exit(status)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
