@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ffcv_convnext.training import read_lines
-from slurm.two_nodes import TwoNodes, processes_of, wait_until
+from slurm.two_nodes import ENDED, TwoNodes, processes_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_HOUR = ("--timeout", "1")  # what the partition allows
@@ -60,7 +60,7 @@ class Job:
 
     def wait_for_step(self, step: int, seconds: float = 120) -> None:
         def there() -> bool:
-            assert self.cluster.state(self.id) in ("PENDING", "RUNNING"), self.cluster.describe(self.id)
+            assert self.cluster.state(self.id) not in ENDED, self.cluster.describe(self.id)
             return self.steps() >= step
 
         wait_until(there, seconds, lambda: f"step {step}, but {self.steps()} of {self.cluster.describe(self.id)}")

@@ -69,8 +69,10 @@ def requeue(job: Job) -> None:
 
 def lose_a_node(job: Job) -> None:
     job.cluster.tell("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
-    job.wait_for_restart(30)
-    job.cluster.tell("scontrol", "update", "NodeName=n2", "State=RESUME")
+    try:
+        job.wait_for_restart(30)
+    finally:
+        job.cluster.tell("scontrol", "update", "NodeName=n2", "State=RESUME")
 
 
 def preempt(job: Job) -> None:
@@ -135,38 +137,50 @@ def test_a_job_that_runs_out_of_time_saves_and_goes_on(
 # --- Another number of processes --------------------------------------------------------------------------
 
 
-def test_a_job_comes_back_on_one_node_and_its_micro_batches_stay(
+def test_a_cancelled_run_goes_on_with_other_processes_and_its_micro_batches_stay(
     cluster: TwoNodes, undisturbed: Job, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Cancelled on four processes; a command for three is refused; an administrator gives the next one node of two."""
     job = submit(cluster, tmp_path / "job", settings, *TWO_BY_TWO)
     job.wait_for_step(5)
     cluster.cancel_all()
-    words = ["train.py", "--job_dir", str(job.folder), *ONE_HOUR, "--ngpus", "3"]
-    refused = command_line(words, settings=settings)
+    refused = command_line(["train.py", "--job_dir", str(job.folder), *ONE_HOUR, "--ngpus", "3"], settings=settings)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.splitlines()[-1].endswith("which 3 processes cannot share equally; 1, 2, 4 processes can")
     assert cluster.queue() == []
 
-    job = submit(cluster, job.folder, settings, *TWO_BY_ONE, "--slurm_hold", "true")
-    cluster.tell("scontrol", "update", f"JobId={job.id}", "NumNodes=1-1")
-    cluster.tell("scontrol", "release", job.id)
-    assert job.finish()["NumNodes"] == "1"
-    assert [start["processes"] for start in starts(job.folder)] == [4, 1]
+    job = submit(cluster, job.folder, settings, *ONE_HOUR, "--nodes", "1", "--ngpus", "2", "--cpus_per_task", "2")
+    record = job.finish()
+    assert (record["NumNodes"], record["NumTasks"]) == ("1", "2")
+    first, second = starts(job.folder)
+    assert (first["processes"], second["processes"]) == (4, 2)
+    assert 5 <= second["from_step"] < 25
     assert_same_training(job.folder, undisturbed.folder, tolerance=TOLERANCE)
 
 
 # --- Bad input --------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_run_is_not_submitted(cluster: TwoNodes, settings: dict[str, Any], tmp_path: Path) -> None:
-    result = command_line(
-        ["train.py", "--job_dir", str(tmp_path / "job"), *TWO_BY_TWO, "--partition", "mian"], settings=settings
-    )
-    assert result.returncode == 2
-    assert result.stderr.splitlines() == [
-        "error: partition = mian: this cluster has none of that name; nearest: main; there are: main, short, urgent"
-    ]
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (
+            ("--partition", "mian"),
+            "partition = mian: this cluster has none of that name; nearest: main; there are: main, short, urgent",
+        ),
+        (
+            ("--timeout", "72"),
+            "timeout = 72: partition main runs jobs of at most 1 hours; say --timeout 1: a run goes on in as many jobs "
+            "as it takes",
+        ),
+    ],
+)
+def test_what_slurm_would_never_run_is_not_submitted(
+    flags: tuple[str, str], complaint: str, cluster: TwoNodes, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    words = ["train.py", "--job_dir", str(tmp_path / "job"), *TWO_BY_TWO, *flags]
+    refused = command_line(words, settings=settings)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines() == [f"error: {complaint}"]
     assert cluster.queue() == []
     assert not (tmp_path / "job").exists()
 
@@ -177,9 +191,8 @@ def test_code_that_is_edited_after_the_submission_does_not_change_the_job(
     code = tmp_path / "code"
     shutil.copytree(ROOT / "ffcv_convnext", code / "ffcv_convnext")
     shutil.copy2(ROOT / "train.py", code)
-    job = submit(
-        cluster, tmp_path / "job", {**settings, "epochs": 1}, "--ngpus", "1", "--slurm_hold", "true", code=code
-    )
+    alone = ("--ngpus", "1", "--cpus_per_task", "1", "--slurm_hold", "true", *ONE_HOUR)
+    job = submit(cluster, tmp_path / "job", {**settings, "epochs": 1}, *alone, code=code)
     for module in (code / "ffcv_convnext").rglob("*.py"):
         module.write_text("raise SystemExit('edited')\n")
     cluster.tell("scontrol", "release", job.id)
