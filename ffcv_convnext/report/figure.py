@@ -130,7 +130,7 @@ def _draw_panel(accuracy: Axes, cost: Axes, title: str, bars: Sequence[Bar]) -> 
             accuracy.plot(bar.paper, place - 0.3, "v", color=INK, markeredgecolor="white", markersize=7, zorder=4)
         if bar.gmacs is not None:
             cost.barh(place, bar.gmacs, color="none" if bar.hatched else COST, **looks)
-            cost.text(bar.gmacs + 0.04 * widest, place, f"{bar.gmacs:.2f}", va="center")
+            cost.text(bar.gmacs + 0.04 * widest, place, f"{bar.gmacs:.{2 if widest >= 1 else 3}f}", va="center")
     accuracy.set_xlim(low, high)
     accuracy.set_yticks(places, [bar.label for bar in bars])
     for text, bar in zip(accuracy.get_yticklabels(), bars, strict=True):
