@@ -48,7 +48,7 @@ def test_a_ladder_of_three_steps_and_two_seeds_from_submission_to_report(
     configs.mkdir()
     for name, text in STEPS.items():
         (configs / f"{name}.yaml").write_text(text)
-    theirs = ("resnet_layers", "resnet_embed_dim", "resnet_stem", "recipe_batch")
+    theirs = ("resnet_layers", "resnet_embed_dim", "resnet_stem", "resnet_act_layer", "recipe_batch")
     flags = {
         **{name: value for name, value in settings.items() if name not in theirs},
         "epochs": 1, "configs": configs, "job_dir": job_dir,
