@@ -39,7 +39,8 @@ test-slurm: | setup  ## the tests on a real Slurm: two nodes are started on this
 	@bash scripts/setup.sh slurm
 	$(PYTEST) -m slurm
 
-slow: | setup  ## the tests that take a minute each: benchmarks from end to end, other processors
+slow: | setup  ## the tests that take a minute each: benchmarks from end to end, other processors, the page in Chromium
+	@bash scripts/setup.sh chromium
 	$(PYTEST) -m "slow and not gpu and not slurm"
 
 lint: | setup  ## ruff: rules and formatting

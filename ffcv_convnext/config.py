@@ -65,6 +65,12 @@ class DataConfig:
         "order of the training samples: any after any, or, for files larger than memory, shuffled inside windows of "
         "pages that are drawn anew each epoch; the file must have been written shuffled",
     )
+    repeated_aug: int = setting(
+        1,
+        "copies of a sample in a global batch, each cropped and augmented anew, among as many samples fewer; true: 3, "
+        "DeiT's; 1, 0 or none: off",
+        aliases={"true": "3", "false": "1", "off": "1", "none": "1", "0": "1"},
+    )
     shuffle_window_mb: int = setting(
         2048,
         "window of order quasi_random, MB of the file: twice as much memory a node keeps what an epoch reads ahead",
@@ -79,7 +85,7 @@ class DataConfig:
     batches_ahead: int = setting(3, "micro-batches decoded in advance", free=True)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "update_freq", "shuffle_window_mb", "num_workers", "batches_ahead"):
+        for name in ("batch_size", "update_freq", "repeated_aug", "shuffle_window_mb", "num_workers", "batches_ahead"):
             _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}: expected at least 1")
         _require(
             self.global_batch is None or (self.global_batch >= 1 and self.global_batch % self.batch_size == 0),
@@ -290,11 +296,19 @@ class RunConfig:
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto: cuda where there is one", free=True)
     amp: Literal["bf16", "fp16", "off"] = setting(
         "bf16",
-        "mixed precision: autocast's type (fp16 waits for the device at every step), or off for float32",
+        "mixed precision: autocast's type (fp16 waits for the device at every step unless opt is adamw, adam or sgd), "
+        "or off for float32",
         aliases={"false": "off"},  # YAML reads off as false
     )
     channels_last: bool = setting(True, "memory format of images and convolutions", free=True)
-    compile: bool = setting(False, "compile the network with torch.compile; evaluation stays eager", free=True)
+    compile: Literal["auto", "true", "false"] = setting(
+        "auto",
+        "torch.compile the network for training; evaluation stays eager; auto: on a CUDA device",
+        free=True,
+    )
+    kernels: Literal["torch", "triton"] = setting(
+        "torch", "depthwise convolutions, the norms after them and residual sums: PyTorch's, or ours (CUDA)", free=True
+    )
     model_ema: bool = setting(False, "keep an exponential moving average of the weights")
     model_ema_decay: float = setting(0.9999, "its decay, per optimiser step")
     model_ema_eval: bool = setting(True, "evaluate the averaged weights too, beside the raw ones")
@@ -341,6 +355,10 @@ class Config:
             not (self.augment.mixes and mode == "pair") or size % 2 == 0,
             f"batch_size = {size}: mixup_mode pair needs an even number",
         )
+        if self.run.kernels == "triton":
+            model = self.model.model
+            _require(model == "resnet", f"kernels = triton has no meaning with model = {model}; use --kernels torch")
+            _require(self.run.channels_last, "kernels = triton needs --channels_last true")
         minmax, side = self.augment.cutmix_minmax, self.data.input_size
         _require(
             minmax is None or int(side * minmax[0]) < int(side * minmax[1]),

@@ -77,6 +77,21 @@ def sample_words(seed: int, epoch: int, samples: Any, stream: int, block: int = 
     )
 
 
+def short_words(key: Any, samples: Any) -> tuple[Any, Any]:
+    """Two random 32-bit words for each sample, at half of what four cost: Philox 2x32-10.
+
+    key: below 2^63: an int, or an int64 scalar tensor.   samples: torch int64 tensor of values below 2^32, any shape.
+    The samples are the second word of the counter, which is not multiplied at first: a compiler would take the
+    product of a running number for an address, and compute that in 32 bits.
+    """
+    c0, c1, k = (key >> 32) & MASK, samples, key & MASK
+    for _ in range(10):
+        product = c0 * 0xD256D193
+        c0, c1 = ((product >> 32) ^ c1 ^ k) & MASK, product  # of c1 the lower half counts
+        k = (k + 0x9E3779B9) & MASK
+    return c0, c1 & MASK
+
+
 def uniform(words: Any) -> Any:
     """32-bit words -> numbers in [0, 1): multiples of 2^-24, exact in float32 as in float64."""
     return (words >> 8) * 2.0**-24

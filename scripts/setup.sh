@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv with the project and everything its commands need; quick when nothing is to be done.
 # `make demo` and `make test` call it. PYTHON=/path/to/python chooses the interpreter of a new .venv.
-# `setup.sh slurm` installs the system packages of `make test-slurm` instead, and nothing else.
+# `setup.sh slurm` installs the system packages of `make test-slurm` instead, and nothing else; `setup.sh chromium` the
+# browser of `make slow`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -59,6 +60,10 @@ missing_for_slurm() {
     local PATH=$PATH:/usr/sbin:/sbin
     { command -v slurmctld && command -v slurmd && command -v sbatch; } >/dev/null || echo slurm-wlm
     command -v munged >/dev/null || echo munge
+}
+
+missing_for_chromium() {
+    command -v chromium >/dev/null || command -v google-chrome >/dev/null || echo chromium
 }
 
 install_packages() {  # a command that prints the missing packages
@@ -147,5 +152,6 @@ main() {
 case "$*" in
     "") main ;;
     slurm) install_packages missing_for_slurm ;;
-    *) die "'$*': expected nothing, or slurm" ;;
+    chromium) install_packages missing_for_chromium ;;
+    *) die "'$*': expected nothing, slurm or chromium" ;;
 esac

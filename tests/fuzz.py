@@ -105,7 +105,11 @@ class Bench:
         status[:] = -1
         data = SimpleNamespace(wait=lambda: stored)
         batch = SimpleNamespace(
-            samples=np.array(samples), status=status, data=data, draws=np.array(draws, dtype=np.uint64)
+            listed=np.array(samples),
+            samples=np.array(samples),
+            status=status,
+            data=data,
+            draws=np.array(draws, dtype=np.uint64),
         )
         self.loader._decode(batch, (images, np.empty((num, 1), np.int64)), slice(0, num))
         for guarded in (*self.scratch, self.images, self.status):

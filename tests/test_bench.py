@@ -18,7 +18,7 @@ from PIL import Image
 
 from ffcv_convnext.bench import loader
 from ffcv_convnext.bench.photographs import find_photographs, image_folder
-from ffcv_convnext.bench.rounds import Comparison, compare, first_result, imports_done
+from ffcv_convnext.bench.rounds import Comparison, Timed, compare, first_result, imports_done, note
 from ffcv_convnext.cli import run_command
 
 
@@ -57,6 +57,14 @@ def dying(images: int) -> Any:
 
 def hanging() -> Any:
     return (lambda: time.sleep(600)), None
+
+
+def timing_itself(images: int) -> Any:
+    def work() -> Timed:
+        note(peak_gb=images / 4)
+        return Timed(images, 2.0)
+
+    return work, None
 
 
 def holding(own_mb: int, file: str) -> Any:
@@ -127,6 +135,12 @@ def test_the_first_result_counts_where_a_work_must_be_done_to_its_end() -> None:
     assert row.error is None
     works = 4  # warm-up, two rounds, one for the memory
     assert time.monotonic() - started - row.first_s >= works
+
+
+def test_a_contestant_may_time_itself_and_note_figures() -> None:
+    result = compared({"steady": ("timing_itself", {"images": 10})})
+    assert result.rows[0].median == 5
+    assert result.notes == {"steady": {"peak_gb": 2.5}}
 
 
 def test_a_comparison_without_its_reference_has_no_ratios() -> None:

@@ -135,7 +135,7 @@ def test_no_mutated_sample_crashes_a_decoder_or_makes_it_leave_its_memory(tmp_pa
     )
 
 
-@pytest.mark.parametrize("sample", [-1, 20, 1 << 40])
+@pytest.mark.parametrize("sample", [-1, 20, (1 << 32) - 1, (1 << 32) + 20])
 def test_a_sample_that_is_not_in_the_file_is_refused(beton_dir: Path, sample: int) -> None:
     loader = EvalLoader(Config.from_flat({"data_path": str(beton_dir)}).data, CPU).loader
     with pytest.raises(ValueError, match="expected 0 to 19"):

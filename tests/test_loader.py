@@ -30,7 +30,7 @@ from ffcv_convnext.data import ConversionOptions, EvalLoader, SampleError, Train
 from ffcv_convnext.data.decoders import CenterCropDecoder, RandomCropDecoder, random_crop  # noqa: E402
 from ffcv_convnext.data.loader import SampleLoader  # noqa: E402
 from ffcv_convnext.data.manifest import Manifest  # noqa: E402
-from ffcv_convnext.data.order import Shares  # noqa: E402
+from ffcv_convnext.data.order import COPY, Shares  # noqa: E402
 from ffcv_convnext.rng import Stream, sample_words, uniform  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -364,6 +364,56 @@ def test_a_step_is_update_freq_micro_batches(train: TrainLoader, monkeypatch: py
     steps = [list(step) for step in train.steps(0)]
     assert [len(step) for step in steps] == [3, 3, 3]
     assert same([batch for step in steps for batch in step], alone[:9])
+
+
+@pytest.mark.parametrize("changes", [{}, {"order": "quasi_random", "shuffle_window_mb": 8, "data_cache": "process"}])
+def test_copies_of_a_sample_have_its_label_and_crops_of_their_own(
+    beton_dir: Path, train: TrainLoader, changes: dict[str, Any]
+) -> None:
+    """Two global batches of 24: 8 samples, three times each, in three micro-batches."""
+    config = settings(beton_dir, update_freq=3, repeated_aug=3, **changes)
+    repeating = TrainLoader(config, CPU, seed=0)
+    assert repeating.steps_per_epoch == 3
+    found = epoch(repeating, 1)
+    for number, step in enumerate(np.array(list(repeating.samples(1))).reshape(3, 24)):
+        images, labels = (torch.cat(parts) for parts in zip(*found[3 * number : 3 * number + 3], strict=True))
+        for sample in np.unique(step % COPY).tolist():
+            copies = [images[step == sample + copy * COPY][0] for copy in range(3)]
+            assert len({copy.numpy().tobytes() for copy in copies}) == 3, "each has another crop"
+            assert len(set(labels[step % COPY == sample].tolist())) == 1
+            ((alone, label),) = train.loader.batches([np.array([sample])], 0, 1)
+            assert torch.equal(copies[0], alone[0]), "the first one is that of an epoch without copies"
+            assert label == labels[step % COPY == sample][0]
+    assert same(epoch(repeating, 1, first_step=2), found[6:]), "an epoch continues"
+    ranks = [
+        TrainLoader(settings(beton_dir, repeated_aug=3, num_workers=1, **changes), CPU, seed=0, rank=rank, world=3)
+        for rank in range(3)
+    ]
+    in_turn = [batch for at_once in zip(*(epoch(rank, 1) for rank in ranks), strict=True) for batch in at_once]
+    assert same(in_turn, found), "neither ranks nor workers matter"
+    for loader in (repeating, *ranks):
+        loader.close()
+
+
+def test_a_copy_s_crop_and_flip_are_drawn_for_its_number(photo_dir: Path) -> None:
+    loader = TrainLoader(settings(photo_dir, input_size=64), CPU, seed=5)
+    listed = np.arange(22) + 2 * COPY
+    ((images, _),) = loader.loader.batches([listed], 5, 1)
+    flip = uniform(sample_words(5, 1, listed.astype(np.uint64), Stream.FLIP)[0]) < 0.5
+    assert 0 < flip.sum() < 22
+    for sample in range(22):
+        picture = stored_picture(photo_dir / "train.beton", sample)
+        top, left, height, width = random_crop(
+            np.array([5, 1], dtype=np.uint64), listed[sample], picture.height, picture.width, (0.08, 1), (3 / 4, 4 / 3)
+        )
+        crop = picture.crop((left, top, left + width, top + height))
+        expected = np.asarray(two_passes(crop, (64, 64), Image.Resampling.BICUBIC))
+        assert np.array_equal(images[sample].permute(1, 2, 0), expected[:, ::-1] if flip[sample] else expected)
+
+
+def test_more_copies_than_a_global_batch_holds_are_refused(beton_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"repeated_aug = 9: .* the global batch of 8"):
+        TrainLoader(settings(beton_dir, repeated_aug=9), CPU, seed=0)
 
 
 def test_an_epoch_left_early_leaves_no_work_behind_and_the_loader_usable(

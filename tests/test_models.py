@@ -11,10 +11,11 @@ import timm
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from ffcv_convnext.config import ModelConfig, load_config
 from ffcv_convnext.models import ResNet, build_model, count_gmacs, count_parameters, layers
-from ffcv_convnext.models.layers import Float32LayerNorm2d, LayerNorm2d
+from ffcv_convnext.models.layers import Float32LayerNorm2d, LayerNorm2d, PointwiseConv2d
 from ffcv_convnext.models.resnet import Block, drop_path_rates
 
 CONFIGS = Path(__file__).parents[1] / "rn_configs"
@@ -269,6 +270,70 @@ def test_fp32ln_computes_in_float32_under_autocast(monkeypatch: pytest.MonkeyPat
         for word in ("ln", "fp32ln"):
             model = build_model(small(resnet_norm_layer=word, resnet_final_norm=True, **INVERTED), 5)
             assert model(torch.randn(2, 3, 32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=["last", "first"])
+def test_a_pointwise_convolution_is_the_usual_one_in_either_memory_format(
+    memory_format: torch.memory_format, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    ours = PointwiseConv2d(6, 8, bias=bias).double().to(memory_format=memory_format)  # type: ignore[call-overload]
+    usual = nn.Conv2d(6, 8, 1, bias=bias, dtype=torch.float64).to(memory_format=memory_format)  # type: ignore[call-overload]
+    usual.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 6, 5, 3, dtype=torch.float64).to(memory_format=memory_format)
+    results = []
+    for layer in (ours, usual):
+        own = x.clone().requires_grad_()
+        y = layer(own)
+        y.square().sum().backward()
+        assert own.grad is not None
+        assert y.is_contiguous(memory_format=memory_format)
+        assert own.grad.is_contiguous(memory_format=memory_format)
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.stride() == layer.weight.stride()  # DDP copies, and warns, where they differ
+        results.append([y, own.grad, *(p.grad for p in layer.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_pointwise_convolutions_count_as_the_usual_ones() -> None:
+    assert count_gmacs(nn.Sequential(PointwiseConv2d(3, 8, bias=True)), 10) == 3 * 8 * 100 / 1e9
+
+
+def copied_shapes(step: Any) -> list[list[int]]:
+    """Shapes of all tensors of more than one dimension that PyTorch copies while `step` runs."""
+    step()  # the first one allocates gradients
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+        step()
+    kinds = ("aten::copy_", "aten::clone", "aten::contiguous")
+    return [event.input_shapes[0] for event in found.events() if event.name in kinds and len(event.input_shapes[0]) > 1]
+
+
+@pytest.mark.parametrize("norm", [LayerNorm2d, Float32LayerNorm2d])
+def test_layernorm_copies_nothing_in_channels_last_memory(norm: type[LayerNorm2d]) -> None:
+    layer = norm(16)
+    x = torch.randn(2, 16, 5, 3).to(memory_format=torch.channels_last).requires_grad_()
+    g = torch.randn(2, 16, 5, 3).to(memory_format=torch.channels_last)
+    assert copied_shapes(lambda: layer(x).backward(g)) == []
+    assert x.grad is not None
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+    nchw = x.detach().contiguous().requires_grad_()
+    assert copied_shapes(lambda: layer(nchw).backward(g))  # the count sees what there is
+
+
+def test_a_convnext_block_copies_no_activations() -> None:
+    config = load_config(CONFIGS / "convnext_tiny.yaml").model
+    block = Block(config, 16, 16, stride=1, drop_path=0.3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(2, 16, 9, 9).to(memory_format=torch.channels_last).requires_grad_()
+    g = torch.randn(2, 16, 9, 9).to(memory_format=torch.channels_last)
+    pixels = 2 * 9 * 9
+    # on a CPU a matrix product starts from a copy of its bias, spread over the result
+    biases = [[pixels, 64], [pixels, 16]]
+    copies = [shape for shape in copied_shapes(lambda: block(x).backward(g)) if shape not in biases]
+    assert all(shape == [16, 1, 7, 7] for shape in copies), copies  # the depthwise weights
+    assert x.grad is not None
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_any_timm_model_can_be_named() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ffcv_convnext.config import ModelConfig, OptimConfig
 from ffcv_convnext.models import build_model
-from ffcv_convnext.training.optim import build_optimizer, set_hyperparameters
+from ffcv_convnext.training.optim import build_optimizer, restore_optimizer, set_hyperparameters
 
 
 @pytest.fixture
@@ -115,3 +115,43 @@ def test_no_weight_decay_at_all_is_none_anywhere(network: nn.Module) -> None:
     chosen = optimiser(network, weight_decay=0.0)
     set_hyperparameters(chosen, lr=0.1, weight_decay=0.0)
     assert set(decays(chosen).values()) == {0.0}
+
+
+def steps(optimizer: torch.optim.Optimizer, network: nn.Module, num: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(num):
+        for parameter in network.parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.empty_like(parameter).copy_(values)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_checkpoint_of_either_kind_goes_on_in_another_memory_format(fused: bool) -> None:
+    """Fused steps pair numbers in the order of memory: moments in the old order would be others'."""
+    before, after, whole = (nn.Conv2d(3, 8, 3) for _ in range(3))
+    before.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    whole.load_state_dict(before.state_dict())
+    saved = build_optimizer(before, OptimConfig())
+    for group in saved.param_groups:
+        group["fused"] = fused
+    steps(saved, before, 2)
+    after.load_state_dict(before.state_dict())
+    ours = build_optimizer(after, OptimConfig())
+    restore_optimizer(ours, saved.state_dict())
+    assert all(group["fused"] for group in ours.param_groups), "how steps are computed is not the checkpoint's affair"
+    moment = ours.state[after.weight]["exp_avg"]
+    assert moment.stride() == after.weight.stride() != before.weight.stride()
+    steps(ours, after, 3)
+    undisturbed = build_optimizer(whole, OptimConfig())
+    steps(undisturbed, whole, 2)
+    for group in undisturbed.param_groups:
+        assert group["fused"]
+    steps(undisturbed, whole, 3)
+    assert torch.allclose(after.weight, whole.weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("opt", "fused"), [("adamw", True), ("sgd", True), ("lamb", False), ("nadam", False)])
+def test_torchs_common_optimisers_are_fused(opt: str, fused: bool) -> None:
+    optimizer = build_optimizer(nn.Linear(2, 2), OptimConfig(opt=opt))
+    assert optimizer.param_groups[0].get("fused", False) in ((True,) if fused else (False, None))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ffcv_convnext.data.order import QuasiRandom, Shares, eval_batches, is_shuffled
+from ffcv_convnext.data.order import COPY, QuasiRandom, Shares, eval_batches, is_shuffled
 from ffcv_convnext.rng import permutation
 
 
@@ -67,6 +67,102 @@ def test_evaluation_has_every_image_exactly_once(num: int, batch_size: int, worl
 def test_ranks_share_an_evaluation_evenly() -> None:
     shares = [sum(len(batch) for batch in eval_batches(50_000, 128, rank, 32)) for rank in range(32)]
     assert max(shares) - min(shares) <= 1
+
+
+# --- repeated augmentation -----------------------------------------------------------------------------------------
+
+
+def steps(shares: Shares, *, num: int = 100, epoch: int = 3) -> NDArray[np.int64]:
+    """(steps, micro-batches, batch_size), as one process lists them."""
+    return np.array(lists(shares, 0, num=num, epoch=epoch)).reshape(-1, shares.update_freq, shares.batch_size)
+
+
+@pytest.mark.parametrize("copies", [2, 3, 4, 5])
+def test_a_step_holds_copies_of_its_samples_numbered_from_0(copies: int) -> None:
+    """24 places: 12, 8, 6 or 5 samples; where the copies do not divide 24, some samples lack their last one."""
+    found = steps(Shares(3, 8, 1, copies))
+    num_different = Shares(3, 8, 1, copies).num_different
+    assert num_different == -(-24 // copies)
+    assert len(found) == Shares(3, 8, 1).num_steps(100), "as many steps as without"
+    for step in found:
+        assert len(np.unique(step)) == 24, "a sample and a copy come once"
+        samples, counts = np.unique(step % COPY, return_counts=True)
+        assert len(samples) == num_different
+        assert set(counts) <= {copies, copies - 1}
+        for sample, count in zip(samples, counts, strict=True):
+            assert sorted((step[step % COPY == sample] // COPY).tolist()) == list(range(count))
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_an_epoch_with_copies_is_the_start_of_its_permutation(copies: int) -> None:
+    """No sample is in two steps, and other epochs begin with other samples."""
+    found = steps(Shares(3, 8, 1, copies)) % COPY
+    different = [sample for step in found for sample in dict.fromkeys(step.ravel().tolist())]
+    assert different == permutation(100, 5, 3)[: 4 * 24 // copies].tolist()
+    seen = {int(s) for epoch in range(40) for s in np.unique(steps(Shares(3, 8, 1, copies), epoch=epoch) % COPY)}
+    assert seen == set(range(100))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "update_freq", "copies"), [(3, 8, 2), (3, 8, 3), (16, 3, 3), (128, 32, 3), (5, 4, 3)]
+)
+def test_copies_are_in_different_micro_batches_and_meet_different_partners(
+    batch_size: int, update_freq: int, copies: int
+) -> None:
+    """The partner of Mixup and CutMix is the one in the mirror position; an odd micro-batch's middle is its own."""
+    for micro_batches in steps(Shares(batch_size, update_freq, 1, copies), num=5000)[:2] % COPY:
+        assert all(len(set(batch.tolist())) == batch_size for batch in micro_batches)
+        pairs = np.stack([micro_batches, micro_batches[:, ::-1]], axis=-1).reshape(-1, 2)
+        met = pairs[pairs[:, 0] != pairs[:, 1]]
+        assert len(met) >= len(pairs) - update_freq * (batch_size % 2)
+        assert len(np.unique(met, axis=0)) == len(met), "no two copies are paired alike"
+
+
+@pytest.mark.parametrize("copies", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize(("batch_size", "update_freq"), [(128, 1), (127, 1), (32, 2), (64, 3)])
+def test_where_copies_share_a_micro_batch_two_samples_at_most_meet_themselves(
+    batch_size: int, update_freq: int, copies: int
+) -> None:
+    for micro_batches in steps(Shares(batch_size, update_freq, 1, copies), num=1000) % COPY:
+        for batch in micro_batches:
+            assert len(set(batch[batch == batch[::-1]].tolist())) <= 2
+
+
+@pytest.mark.parametrize("quasi_random", [False, True])
+@pytest.mark.parametrize("copies", [2, 3])
+def test_copies_do_not_depend_on_how_ranks_share_a_step_and_continue_inside_an_epoch(
+    windows: QuasiRandom, copies: int, quasi_random: bool
+) -> None:
+    order = windows if quasi_random else None
+
+    def batches(shares: Shares, rank: int, first_step: int = 0) -> list[list[int]]:
+        return [b.tolist() for b in shares.micro_batches(3000, 5, 2, rank, first_step, order)]
+
+    alone = batches(Shares(16, 4, 1, copies), 0)
+    for world in (2, 4):
+        shares = Shares(16, 4 // world, world, copies)
+        by_rank = [batches(shares, rank) for rank in range(world)]
+        assert [by_rank[m % world][m // world] for m in range(len(alone))] == alone
+        assert batches(shares, 1, first_step=20) == by_rank[1][20 * 4 // world :]
+
+
+def test_pages_are_read_ahead_for_copies_as_the_epoch_gets_to_them(windows: QuasiRandom) -> None:
+    shares = Shares(16, 4, 1, 2)
+    order = windows.pages[windows.order(5, 2)]
+    positions = list(shares.positions(3000, 0))
+    assert positions[:9] == [0, 16, 32, 32, 32, 48, 64, 64, 64]
+    due: set[int] = set()
+    for position, offsets in zip(positions, windows.pages_ahead(5, 2, iter(positions)), strict=True):
+        due |= set((offsets // MB - 1).tolist())
+        if position >= 300:
+            assert set(order[300:position].tolist()) <= due
+    assert len(due) == pytest.approx(30 * positions[-1] / 300, abs=1), "half an epoch's pages"
+
+
+def test_more_copies_than_a_global_batch_holds_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"repeated_aug = 9: .* into the global batch of 8; lower repeated_aug"):
+        Shares(4, 2, 1, 9).num_steps(100)
+    assert Shares(4, 2, 1, 8).num_steps(100) == 12
 
 
 # --- page-wise ----------------------------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 from ffcv_convnext.cli import COMMANDS
+from ffcv_convnext.cluster import ClusterConfig
 from ffcv_convnext.config import SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +28,7 @@ FLOORS = [
     {"data", "augment", "models"},
     {"training"},
     {"bench"},
-    {"cluster"},
+    {"cluster", "preview"},
     {"ladder"},
     {"report"},
     {"cli"},
@@ -327,7 +328,8 @@ def test_readme_names_only_commands_scripts_and_configs_that_exist() -> None:
                 continue
             if scripts == ["train.py"]:
                 flags = [word[2:].partition("=")[0] for word in words[words.index("train.py") :] if word[:2] == "--"]
-                unknown = set(flags) - set(SETTINGS) - {"config", "help"}
+                declared = {*SETTINGS, *(field.name for field in fields(ClusterConfig)), "config", "help", "dry_run"}
+                unknown = set(flags) - declared
                 assert not unknown, f"{line}: {unknown}"
         else:
             continue

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ffcv_convnext.rng import PHILOX, Stream, permutation, philox_rounds, sample_words, step_seed, uniform
+from ffcv_convnext.rng import PHILOX, Stream, permutation, philox_rounds, sample_words, short_words, step_seed, uniform
 
 # Random123 1.14's kat_vectors, "philox4x32 10": counter, key, result.
 KNOWN_ANSWERS = [
@@ -30,6 +30,26 @@ def test_philox_gives_random123_s_known_answers(counter: str, key: str, result: 
     assert [int(word[0]) for word in philox_rounds(*as_numpy, PHILOX)] == words(result)
     as_torch = [torch.tensor([word]) for word in words(counter) + words(key)]
     assert [int(word) for word in philox_rounds(*as_torch, PHILOX)] == words(result)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "result"),  # of the same file, "philox2x32 10"
+    [
+        ("00000000 00000000", "00000000", "ff1dae59 6cd10df2"),
+        ("ffffffff ffffffff", "ffffffff", "2c3f628b ab4fd7ad"),
+        ("243f6a88 85a308d3", "13198a2e", "dd7ce038 f62a4c12"),
+    ],
+)
+def test_short_philox_gives_random123_s_known_answers(counter: str, key: str, result: str) -> None:
+    first, second, low = (torch.tensor(word) for word in words(f"{counter} {key}"))
+    assert [int(word) for word in short_words(first << 32 | low, second)] == words(result)
+
+
+def test_a_key_of_short_philox_is_a_number_or_a_tensor() -> None:
+    samples = torch.tensor([0, 9, 2**32 - 1])
+    for key in (0, 2**32 - 1, 2**40 + 3, 2**63 - 1):
+        by_number, by_tensor = short_words(key, samples), short_words(torch.tensor(key), samples)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(by_number, by_tensor, strict=True))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

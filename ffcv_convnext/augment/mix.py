@@ -7,35 +7,42 @@ draws come from (seed, optimiser step, micro-batch).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ffcv_convnext.augment.ops import inside
 from ffcv_convnext.config import AugmentConfig
 
 
 @dataclass(frozen=True, slots=True)
 class MixDraws:
-    """What was drawn for a micro-batch; arrays have one row for the batch, a pair or an image, as the mode says.
+    """What was drawn for a micro-batch; one row an image, whether it was drawn for the batch, the pair or the image.
 
-    lam: (n,) float64, the image's own weight in the mixture (CutMix: the share of its area that stays).
-    boxes: (n, 4) int64, top, bottom, left, right of what CutMix pastes; empty boxes where it does not.
+    lam: (N,) float32, the image's own weight in the mixture (CutMix: the share of its area that stays).
+    boxes: (N, 4) int64, top, bottom, left, right of what CutMix pastes; empty boxes where it does not.
     """
 
-    lam: NDArray[np.float64]
+    lam: NDArray[np.float32]
     boxes: NDArray[np.int64]
 
 
-def draw_mix(config: AugmentConfig, height: int, width: int, num: int, generator: np.random.Generator) -> MixDraws:
-    """Draw weights and boxes, `num` of each."""
-    lam = np.ones(num)
-    boxes = np.zeros((num, 4), dtype=np.int64)
+def draw_mix(config: AugmentConfig, num: int, height: int, width: int, generator: np.random.Generator) -> MixDraws:
+    """Draw weights and boxes for `num` images. Raises ValueError for an odd number of them in mode pair."""
+    mode = config.mixup_mode
+    if mode == "pair" and num % 2:
+        raise ValueError(
+            f"mixup_mode = pair: {num} images do not pair up; use an even batch_size, or mode batch or elem"
+        )
+    rows = {"batch": 1, "pair": num // 2, "elem": num}[mode]
+    lam = np.ones(rows)
+    boxes = np.zeros((rows, 4), dtype=np.int64)
     cuts_possible = config.cutmix > 0 or config.cutmix_minmax is not None
-    for i in range(num):
+    for i in range(rows):
         if generator.random() >= config.mixup_prob:
             continue
         cut = cuts_possible and (config.mixup == 0 or generator.random() < config.mixup_switch_prob)
@@ -61,44 +68,38 @@ def draw_mix(config: AugmentConfig, height: int, width: int, num: int, generator
             )
         boxes[i] = box
         lam[i] = 1 - (box[1] - box[0]) * (box[3] - box[2]) / (height * width)  # after clipping at the border
-    return MixDraws(lam, boxes)
-
-
-def apply_mix(images: Tensor, targets: Tensor, draws: MixDraws) -> tuple[Tensor, Tensor]:
-    """Blend every image with its mirror-position partner in the batch, or paste a box of the partner into it.
-
-    images: (N, 3, H, W) floating, normalised, channels_last; left untouched.   targets: (N, K) float32, rows sum
-    to 1.   draws: of length 1 (one for the batch), N / 2 (one for image i and its partner N - 1 - i) or N.
-    Returns new tensors of the same shapes, dtypes and memory format. Raises ValueError for another length.
-    """
-    num, _, height, width = images.shape
-    lam, boxes = draws.lam, draws.boxes
-    if len(lam) not in (1, num) and 2 * len(lam) != num:
-        raise ValueError(f"{len(lam)} draws for {num} images: expected 1, {num} or half as many")
-    partner = images.flip(0)
-    if len(lam) == 1:  # one decision, known on the host: no masks are needed
-        weight, (top, bottom, left, right) = float(lam[0]), (int(x) for x in boxes[0])
-        mixed_targets = torch.lerp(targets.flip(0), targets, weight)
-        if bottom == top or right == left:
-            return torch.lerp(partner, images, weight), mixed_targets
-        partner[:, :, :top], partner[:, :, bottom:] = images[:, :, :top], images[:, :, bottom:]
-        partner[:, :, top:bottom, :left] = images[:, :, top:bottom, :left]
-        partner[:, :, top:bottom, right:] = images[:, :, top:bottom, right:]
-        return partner, mixed_targets
-    if len(lam) < num:
+    if mode == "batch":
+        lam, boxes = np.repeat(lam, num), np.repeat(boxes, num, axis=0)
+    elif mode == "pair":
         lam, boxes = np.concatenate([lam, lam[::-1]]), np.concatenate([boxes, boxes[::-1]])
+    return MixDraws(lam.astype(np.float32), boxes)
+
+
+def mixed(image: Tensor, partner: Tensor, lam: float, box: Sequence[int]) -> Tensor:
+    """An image blended with its partner, or with a box of the partner pasted into it; a new tensor.
+
+    image, partner: (H, W, 3) floating, normalised.   lam, box: the image's row of MixDraws.
+    """
+    top, bottom, left, right = box
+    if bottom == top or right == left:
+        return torch.lerp(partner, image, lam)
+    result = image.clone()
+    result[top:bottom, left:right] = partner[top:bottom, left:right]
+    return result
+
+
+def mix_everywhere(images: Tensor, lam: Tensor, boxes: Tensor) -> Tensor:
+    """Every image mixed with its mirror-position partner in the batch, in static shapes; a new tensor.
+
+    images: (N, 3, H, W) floating, normalised.   lam: (N,) float32.   boxes: (N, 4), as in MixDraws.
+    """
     cut = (boxes[:, 1] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 2])
-    own = to_device(lam.astype(np.float32), images.device)[:, None]
-    blend = to_device(np.where(cut, 1, lam).astype(np.float32), images.device)[:, None, None, None]
-    tops, bottoms, lefts, rights = to_device(boxes, images.device)[:, :, None, None, None].unbind(1)
-    ys = torch.arange(height, device=images.device)[:, None]
-    xs = torch.arange(width, device=images.device)
-    inside = (ys >= tops) & (ys < bottoms) & (xs >= lefts) & (xs < rights)
-    mixed = torch.where(inside, partner, torch.lerp(partner, images, blend.to(images.dtype)))
-    return mixed, torch.lerp(targets.flip(0), targets, own)
+    weight = torch.where(cut, 1.0, lam)[:, None, None, None]
+    partner = images.flip(0)
+    pasted = inside(boxes, *images.shape[2:])[:, None]
+    return torch.where(pasted, partner, torch.lerp(partner, images, weight))
 
 
-def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A small host array on the device, without waiting for the device."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def mix_targets(targets: Tensor, lam: Tensor) -> Tensor:
+    """targets: (N, K) float32, rows sum to 1; left untouched.   lam: (N,) float32."""
+    return torch.lerp(targets.flip(0), targets, lam[:, None])

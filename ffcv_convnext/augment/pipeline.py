@@ -2,24 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ffcv_convnext.augment.erasing import draw_boxes, erase
-from ffcv_convnext.augment.mix import apply_mix, draw_mix
-from ffcv_convnext.augment.ops import color_jitter, normalise
-from ffcv_convnext.augment.randaugment import Interpolation, apply_policy, draw_policy
+from ffcv_convnext.augment.erasing import ErasingDraws, draw_erasing, erase, erase_everywhere
+from ffcv_convnext.augment.everywhere import PolicyTensors, apply_policy_everywhere, policy_kinds, policy_tensors
+from ffcv_convnext.augment.mix import MixDraws, draw_mix, mix_everywhere, mix_targets, mixed
+from ffcv_convnext.augment.ops import JitterDraws, color_jitter, draw_jitter, normalise, normalised_planes
+from ffcv_convnext.augment.randaugment import Interpolation, PolicyDraws, apply_policy, draw_policy
+from ffcv_convnext.augment.transfer import all_to_device
 from ffcv_convnext.config import AugmentConfig
 from ffcv_convnext.policies import parse_policy
 from ffcv_convnext.rng import Stream, step_seed
+
+_STREAMS = (Stream.POLICY, Stream.COLOR_JITTER, Stream.ERASING, Stream.MIX)
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Everything random about a micro-batch; None: what the settings leave out."""
+
+    policy: PolicyDraws | None
+    jitter: JitterDraws | None
+    erasing: ErasingDraws | None
+    mix: MixDraws | None
+
+
+class DrawTensors(NamedTuple):
+    """The same on the device, but for the policy. Shapes and types depend on the settings and the images' number."""
+
+    jitter: tuple[Tensor, ...] | None  # as color_jitter takes them
+    erasing: tuple[Tensor, ...] | None  # as erase_everywhere takes them
+    mix: tuple[Tensor, ...] | None  # as mix_everywhere takes them
 
 
 class TrainAugment:
     """Turns uint8 crops and labels into the network's input and soft targets.
 
     Every draw is a function of (seed, optimiser step, micro-batch), so it does not depend on which process a
-    micro-batch falls to. Decisions are drawn on the host and noise on the device; the host never waits.
+    micro-batch falls to. Decisions are drawn on the host; the host never waits for the device. They are then applied
+    in one of two ways, with the same result: image by image, touching no pixel in vain, which suits a CPU; or
+    everywhere, in static shapes and without a choice that depends on a draw, which torch.compile makes few kernels of.
     """
 
     def __init__(
@@ -30,48 +60,127 @@ class TrainAugment:
         seed: int,
         device: torch.device,
         interpolation: Interpolation = "bicubic",
+        compile: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """interpolation: of the policy's geometric operations; random: either, for each operation of each image."""
+        """interpolation: of the policy's geometric operations; random: either, for each operation of each image.
+
+        compile: one graph for a whole run, by torch.compile.   dtype: of the inputs that come out.
+        """
         self.config = config
         self.num_classes = num_classes
         self.seed = seed
-        self.generator = torch.Generator(device)
+        self.device = device
         self.interpolation = interpolation
+        self.dtype = dtype
         self.policy = None if config.aa == "none" else parse_policy(config.aa)
-        self.jitter = config.color_jitter if config.jitters else None
+        self.kinds = policy_kinds(self.policy) if self.policy else frozenset()
+        self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
+        if compile:
+            self._compiled = torch.compile(self._everywhere, fullgraph=True, dynamic=False)
 
+    @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor, *, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
         """Augment one micro-batch.
 
         images: (N, 3, H, W) uint8, channels_last; left untouched.   labels: (N,) int64.
         step: optimiser step in the run; micro_batch: its number in the step's global batch.
-        Returns float32 images, normalised, in the same memory format, and targets (N, num_classes) float32.
+        Returns normalised images of the dtype asked for, channels_last, and targets (N, num_classes) float32. They
+        are computed in float32 and rounded once. Raises ValueError for other images, and for an odd number of them
+        where they are mixed in pairs.
         """
-        config = self.config
-        if self.policy is not None:
-            height, width = images.shape[2:]
-            policy_draws = self._draws(step, micro_batch, Stream.POLICY)
-            drawn = draw_policy(self.policy, len(images), height, width, self.interpolation, policy_draws)
-            images = apply_policy(images, drawn)
-        if self.jitter is not None:
-            jitter_draws = self._draws(step, micro_batch, Stream.COLOR_JITTER)
-            inputs = normalise(color_jitter(images, self.jitter, jitter_draws))
-        else:
-            inputs = normalise(images)
-        num, _, height, width = inputs.shape
-        if config.reprob > 0:
-            boxes = draw_boxes(config, num, height, width, self._draws(step, micro_batch, Stream.ERASING))
-            self.generator.manual_seed(step_seed(self.seed, step, micro_batch, Stream.ERASING))
-            erase(inputs, boxes, config, self.generator)
-        targets = soft_targets(labels, self.num_classes, config.smoothing)
-        if config.mixes:
-            rows = {"batch": 1, "pair": num // 2, "elem": num}[config.mixup_mode]
-            draws = draw_mix(config, height, width, rows, self._draws(step, micro_batch, Stream.MIX))
-            inputs, targets = apply_mix(inputs, targets, draws)
-        return inputs, targets
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+            found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
+            raise ValueError(f"images are {found}: augmentation is for uint8 (N, 3, H, W), of red, green and blue")
+        num, _, height, width = images.shape
+        draws = self.draw(num, height, width, step=step, micro_batch=micro_batch)
+        if self._compiled is not None:
+            policy = None if draws.policy is None else policy_tensors(draws.policy, height, width, self.device)
+            return self._compiled(images, labels, policy, _tensors(draws, self.device))
+        if draws.policy is not None:
+            images = apply_policy(images, draws.policy)
+        if self.device.type == "cpu":
+            return self._image_by_image(images, labels, draws)
+        return self._everywhere(images, labels, None, _tensors(draws, self.device))
 
-    def _draws(self, step: int, micro_batch: int, stream: Stream) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=step_seed(self.seed, step, micro_batch, stream)))
+    def draw(self, num: int, height: int, width: int, *, step: int, micro_batch: int) -> Draws:
+        """All that is random about a micro-batch of `num` images of this size."""
+        config = self.config
+        seeds = {stream: step_seed(self.seed, step, micro_batch, stream) for stream in _STREAMS}
+        generators = {stream: np.random.Generator(np.random.Philox(key=seed)) for stream, seed in seeds.items()}
+        policy = jitter = erasing = mix = None
+        if self.policy is not None:
+            policy = draw_policy(self.policy, num, height, width, self.interpolation, generators[Stream.POLICY])
+        if config.jitters:
+            assert config.color_jitter is not None
+            jitter = draw_jitter(config.color_jitter, num, generators[Stream.COLOR_JITTER])
+        if config.reprob > 0:
+            key = seeds[Stream.ERASING]
+            erasing = draw_erasing(config, num, height, width, key, generators[Stream.ERASING])
+        if config.mixes:
+            mix = draw_mix(config, num, height, width, generators[Stream.MIX])
+        return Draws(policy, jitter, erasing, mix)
+
+    def _image_by_image(self, images: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Everything but the policy, on a CPU: an image and its partner stay in the caches until they are done."""
+        num, _, height, width = images.shape
+        # numpy asks for huge pages, as PyTorch does not: without them, fresh memory costs more than what fills it
+        memory = torch.from_numpy(np.empty(images.numel() * self.dtype.itemsize, np.uint8))
+        inputs = memory.view(self.dtype).view(num, height, width, 3)
+        targets = soft_targets(labels, self.num_classes, self.config.smoothing)
+        if draws.mix is None:
+            for i in range(num):
+                inputs[i] = self._prepared(images, i, draws)
+            return inputs.permute(0, 3, 1, 2), targets
+        for i in range((num + 1) // 2):
+            pair = i, num - 1 - i
+            prepared = [self._prepared(images, each, draws) for each in pair]
+            for each, own, partner in zip(pair, prepared, reversed(prepared), strict=True):
+                inputs[each] = mixed(own, partner, float(draws.mix.lam[each]), draws.mix.boxes[each].tolist())
+        return inputs.permute(0, 3, 1, 2), mix_targets(targets, torch.from_numpy(draws.mix.lam))
+
+    def _prepared(self, images: Tensor, index: int, draws: Draws) -> Tensor:
+        """(H, W, 3) float32: an image jittered, normalised and erased."""
+        image = images[index : index + 1]
+        if draws.jitter is not None:
+            steps, factors = draws.jitter.steps[index : index + 1], draws.jitter.factors[index : index + 1]
+            image = color_jitter(image, torch.from_numpy(steps), torch.from_numpy(factors))
+        result = normalise(image)[0].permute(1, 2, 0)
+        if draws.erasing is not None:
+            erase(result, index, draws.erasing)
+        return result
+
+    def _everywhere(
+        self, images: Tensor, labels: Tensor, policy: PolicyTensors | None, draws: DrawTensors
+    ) -> tuple[Tensor, Tensor]:
+        """Everything, as a function of tensors whose shapes never change in a run."""
+        if policy is not None:
+            images = apply_policy_everywhere(images, policy, self.kinds, self.interpolation)
+        if draws.jitter is not None:
+            images = color_jitter(images, *draws.jitter)
+        planes = normalised_planes(images)
+        targets = soft_targets(labels, self.num_classes, self.config.smoothing)
+        if draws.erasing is not None:
+            planes = erase_everywhere(planes, *draws.erasing)
+        inputs = torch.stack(planes, -1).permute(0, 3, 1, 2)
+        if draws.mix is not None:
+            inputs = mix_everywhere(inputs, *draws.mix)
+            targets = mix_targets(targets, draws.mix[0])
+        return inputs.to(self.dtype), targets
+
+
+def _tensors(draws: Draws, device: torch.device) -> DrawTensors:
+    """In one copy to the device."""
+    jitter, erasing, mix = draws.jitter, draws.erasing, draws.mix
+    groups: list[list[NDArray[Any]]] = [
+        [] if jitter is None else [jitter.steps, jitter.factors],
+        [] if erasing is None else [erasing.boxes, erasing.colours],
+        [] if mix is None else [mix.lam, mix.boxes],
+    ]
+    if erasing is not None and erasing.key is not None:
+        groups[1].append(np.array(erasing.key))
+    tensors = iter(all_to_device([array for group in groups for array in group], device))
+    return DrawTensors(*(tuple(islice(tensors, len(group))) or None for group in groups))
 
 
 def soft_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:

@@ -1,102 +1,168 @@
-"""PIL's image operations on batches of 8-bit pixels, to the last bit where integers allow it.
+"""PIL's image operations, to the last bit where integers allow it.
 
-pixels: (n, H, W, 3) uint8, contiguous. Everything stays on its device; nothing waits for it.
+pixels: (H, W, 3) uint8, contiguous, left untouched; each operation returns a new tensor like it. On a CPU a pass over
+bytes costs a tenth of one that gathers or interleaves, so values are computed, not looked up, where that is exact.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
-_LUMA_16 = (19595, 38470, 7471)  # ITU-R 601 in 16-bit fixed point: how PIL makes an image gray
+_LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R 601 in 16-bit fixed point: how PIL makes an image gray
+NUDGE = 2.0**-12  # added before fractions are cut off: rounding leaves no whole number just below itself
 
-
-def lookup(pixels: Tensor, tables: Tensor) -> Tensor:
-    """Each value replaced by its entry. tables: (n, 1 or 3, 256) uint8, for an image or each of its channels."""
-    num, channels, _ = tables.shape
-    places = _places(num, channels, pixels)
-    return tables.reshape(-1).index_select(0, places.view(-1)).view(pixels.shape)
+Fill = tuple[int, int, int]
+Floats = NDArray[np.float64]
+_T = TypeVar("_T", Tensor, Floats)
 
 
-def _places(num: int, channels: int, pixels: Tensor) -> Tensor:
-    """(n, H, 3 W) int32: where each value's entry stands in tables (n, channels, 256)."""
-    first = torch.arange(num * channels, dtype=torch.int32, device=pixels.device).mul_(256).view(num, 1, channels)
-    places = pixels.flatten(2).int()
-    return places.add_(first.repeat(1, 1, places.shape[2] // channels))  # three at the end would be a slow broadcast
+def invert(pixels: Tensor) -> Tensor:
+    return pixels.bitwise_not()
 
 
-def autocontrast_tables(pixels: Tensor) -> Tensor:
-    """(n, 3, 256) uint8: the least value of a channel becomes 0, the largest 255."""
-    flat = pixels.flatten(1, 2)
-    low, high = flat.amin(1)[..., None].double(), flat.amax(1)[..., None].double()
-    values = torch.arange(256, dtype=torch.float64, device=pixels.device)
+def posterize(pixels: Tensor, bits: int) -> Tensor:
+    """The highest `bits` of eight kept."""
+    return pixels & 255 - (255 >> bits)
+
+
+def solarize(pixels: Tensor, threshold: int) -> Tensor:
+    """Values from the threshold on inverted."""
+    if not 0 < threshold < 256:
+        return pixels.clone() if threshold > 0 else pixels.bitwise_not()
+    reached = pixels.clamp(threshold - 1, threshold).sub_(threshold - 1)
+    return reached.neg_().bitwise_xor_(pixels)
+
+
+def solarize_add(pixels: Tensor, amount: int) -> Tensor:
+    """Values below 128 increased. amount: 0 to 128."""
+    below = pixels.clamp(127, 128).neg_().add_(128)
+    return below.mul_(amount).add_(pixels)
+
+
+def brightness(pixels: Tensor, factor: float) -> Tensor:
+    """0: black, 1: as it is."""
+    return _to_bytes(pixels.float().mul_(factor))
+
+
+def color(pixels: Tensor, factor: float) -> Tensor:
+    """0: gray, 1: as it is."""
+    planes = _planes(pixels).float()
+    return _interleaved(_to_bytes(_blend(gray(*planes), planes, factor)))
+
+
+def contrast(pixels: Tensor, factor: float) -> Tensor:
+    """0: the mean gray, 1: as it is."""
+    mean = float(rounded_mean(gray(*_planes(pixels).float())))
+    return _to_bytes(_blend(mean, pixels.float(), factor))
+
+
+def sharpness(pixels: Tensor, factor: float) -> Tensor:
+    """0: a mean of each pixel, weight 5, and its eight neighbours, weight 1; 1: as it is. The border stays."""
+    wide = pixels.flatten(1).short()
+    columns = wide[:-2] + wide[1:-1]
+    columns.add_(wide[2:])
+    inner = wide[1:-1, 3:-3]
+    total = columns[:, :-6] + columns[:, 3:-3]
+    total.add_(columns[:, 6:]).add_(inner, alpha=4)
+    result = pixels.clone()
+    result.flatten(1)[1:-1, 3:-3] = _to_bytes(_blend(thirteenth(total), inner.float(), factor))
+    return result
+
+
+def thirteenth(totals: Tensor) -> Tensor:
+    """Rounded, float32: a thirteenth is never halfway. totals: integers from 0 to 13 * 255."""
+    return (totals.float() + 6).mul_((1 + 2.0**-20) / 13).floor_()
+
+
+def autocontrast(pixels: Tensor) -> Tensor:
+    """The least value of a channel becomes 0, the largest 255."""
+    channels = pixels.shape[1:]
+    low = pixels.amin(0).view(channels).amin(0)[:, None]
+    high = pixels.amax(0).view(channels).amax(0)[:, None]
+    if bool(((low == 0) & (high == 255)).all()):
+        return pixels.clone()
+    return _look_up(autocontrast_tables(low, high), _entries(pixels))
+
+
+def autocontrast_tables(low: Tensor, high: Tensor) -> Tensor:
+    """(..., 256) uint8: low becomes 0, high 255. low, high: (..., 1), the least and largest value of a channel."""
+    low, high = low.double(), high.double()
+    values = torch.arange(256, dtype=torch.float64, device=low.device)
     scale = torch.full_like(low, 255.0) / (high - low)  # infinite where a channel has one value, which then keeps it
     stretched = torch.where(high > low, values * scale + -low * scale, values)
-    return stretched.clamp_(0, 255).to(torch.uint8)
+    return stretched.clamp(0, 255).to(torch.uint8)
 
 
-def equalize_tables(pixels: Tensor) -> Tensor:
-    """(n, 3, 256) uint8: tables that give each channel a flat histogram."""
-    num = len(pixels)
-    places = _places(num, 3, pixels).view(-1).long()
-    counts = torch.zeros(num * 3 * 256, dtype=torch.int64, device=pixels.device)
-    counts = counts.scatter_add_(0, places, torch.ones_like(places)).view(num, 3, 256)
-    values = torch.arange(256, device=pixels.device)
+def equalize(pixels: Tensor) -> Tensor:
+    """Each channel with a flat histogram."""
+    entries = _entries(pixels)
+    return _look_up(equalize_tables(entries.view(-1).bincount(minlength=768).view(3, 256)), entries)
+
+
+def equalize_tables(counts: Tensor) -> Tensor:
+    """(..., 256) uint8: tables that give each channel a flat histogram. counts: (..., 256), integers."""
+    values = torch.arange(256, device=counts.device)
     last = torch.where(counts > 0, values, 0).amax(-1, keepdim=True)
     step = (counts.sum(-1, keepdim=True) - counts.gather(-1, last)) // 255
     below = counts.cumsum(-1) - counts
     flat = (step // 2 + below) // step.clamp(min=1)
-    return torch.where(step > 0, flat, values).clamp_(0, 255).to(torch.uint8)
+    return torch.where(step > 0, flat, values).clamp(0, 255).to(torch.uint8)
 
 
-def gray(pixels: Tensor) -> Tensor:
-    """(n, H, W) int32 brightness, rounded to 0..255."""
-    red, green, blue = (channel.int().mul_(weight) for weight, channel in zip(_LUMA_16, pixels.unbind(-1), strict=True))
-    return red.add_(green).add_(blue).add_(1 << 15) >> 16
+def _entries(pixels: Tensor) -> Tensor:
+    """(H, 3 W) int32: where each value's entry stands in tables (3, 256)."""
+    first = torch.arange(0, 768, 256, dtype=torch.int32, device=pixels.device)
+    return pixels.flatten(1).int().add_(first.repeat(pixels.shape[1]))
 
 
-def mean_gray(pixels: Tensor) -> Tensor:
-    """(n,) float32: the mean of an image's gray, rounded to 0..255."""
-    level = gray(pixels)
-    mean = level.sum((1, 2)).double() / level[0].numel()
-    return (mean + 0.5).floor().float()
+def _look_up(tables: Tensor, entries: Tensor) -> Tensor:
+    height, width = entries.shape
+    return tables.view(-1).index_select(0, entries.view(-1)).view(height, width // 3, 3)
 
 
-def smooth(pixels: Tensor) -> Tensor:
-    """(n, H, W, 3) uint8: the mean of a pixel, weight 5, and its eight neighbours, weight 1; the border stays."""
-    wide = pixels.short()
-    columns = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
-    total = columns[:, :, :-2] + columns[:, :, 1:-1] + columns[:, :, 2:] + 4 * wide[:, 1:-1, 1:-1]
-    result = pixels.clone()
-    result[:, 1:-1, 1:-1] = (2 * total + 13) // 26  # total / 13, rounded: it is never halfway
-    return result
+def gray(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
+    """Brightness, rounded to 0..255. float32 all, whole numbers: every step is exact."""
+    return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).add_(0.5).floor_()
 
 
-def blend(base: Tensor, values: Tensor, factors: Tensor) -> Tensor:
-    """base + factor (values - base), cut off towards 0 as PIL does: uint8 of the values' shape, n first.
-
-    base: of that shape, or (n,), one level an image.   factors: (n,) float32, 1: the values as they are.
-    """
-    shape = (-1, *(1,) * (values.ndim - 1))
-    base = base.float() if base.ndim > 1 else base.view(shape)
-    mixed = values.float().sub_(base).mul_(factors.view(shape)).add_(base)
-    return mixed.clamp_(0, 255).int().to(torch.uint8)
+def rounded_mean(levels: Tensor) -> Tensor:
+    """(...) float64: the mean of (..., H, W) float32, whole numbers up to 255, rounded."""
+    total = levels.sum(-1).double().sum(-1)
+    return (total / (levels.shape[-2] * levels.shape[-1]) + 0.5).floor()
 
 
-def blend_gray(pixels: Tensor, factors: Tensor) -> Tensor:
-    """blend with the image's own gray."""
-    base = gray(pixels).float()
-    return torch.stack([blend(base, channel, factors) for channel in pixels.unbind(-1)], -1)
+def _blend(base: Tensor | float, values: Tensor, factor: float) -> Tensor:
+    """base + factor (values - base). values: float32, overwritten."""
+    return values.sub_(base).mul_(factor).add_(base)
+
+
+def _to_bytes(values: Tensor) -> Tensor:
+    """float32 -> uint8: fractions are cut off, as in PIL. By way of int16, which is faster."""
+    return values.to(torch.int16).clamp_(0, 255).to(torch.uint8)
+
+
+def _planes(pixels: Tensor) -> Tensor:
+    """(3, H, W)."""
+    return pixels.permute(2, 0, 1).contiguous()
+
+
+def _interleaved(planes: Tensor) -> Tensor:
+    return torch.stack(planes.unbind(0), -1)
 
 
 def gaussian_blur(pixels: Tensor, weights: Tensor) -> Tensor:
     """Three box filters along rows, then three along columns, each rounded to 8 bits: PIL's Gaussian.
 
-    weights: (n, 3) int64, of a pixel, its neighbours and theirs, in 1 / 2^24.
+    pixels: (..., H, W, 3).   weights: (..., 3) int64, of a pixel, its neighbours and theirs, in 1 / 2^24.
     """
-    middle, near, far = weights.int()[:, :, None, None, None].unbind(1)
-    for axis in (2, 2, 2, 1, 1, 1):
+    middle, near, far = weights.int()[..., None, None, None].unbind(-4)
+    for axis in (-2, -2, -2, -3, -3, -3):
         size = pixels.shape[axis]
         first, last = pixels.narrow(axis, 0, 1), pixels.narrow(axis, size - 1, 1)
         wide = torch.cat([first, first, pixels, last, last], axis).int()
@@ -106,86 +172,177 @@ def gaussian_blur(pixels: Tensor, weights: Tensor) -> Tensor:
     return pixels
 
 
-def shift_rows(pixels: Tensor, shifts: Tensor, fill: Tensor, *, bicubic: bool) -> Tensor:
-    """Row i moved left by shifts[:, i] pixels. shifts: (n, H) float64.   fill: (3,) uint8, colour of outside."""
-    return _unpack(_shift_rows(_pack(pixels), shifts, _pack(fill), bicubic=bicubic))
+def translate(pixels: Tensor, shift: float, axis: int, fill: Fill, *, bicubic: bool) -> Tensor:
+    """Moved up (axis 0) or left (axis 1) by `shift` pixels. fill: colour of what comes from outside."""
+    size = pixels.shape[axis]
+    result = torch.empty_like(pixels)
+    result.flatten(1).copy_(_row_of(fill, pixels))
+    first = math.ceil(-0.5 - shift)  # of the lines that come from inside
+    begin, end = max(0, first), min(size, first + size)
+    if begin >= end:
+        return result
+    whole = math.floor(shift)
+    shares = weights(np.array(shift - whole), bicubic=bicubic)
+    start, stop = begin + whole + 1 - len(shares) // 2, end + whole + len(shares) // 2  # the lines that are read
+    inner = pixels.narrow(axis, max(0, start), min(size, stop) - max(0, start))
+    edges = pixels.narrow(axis, 0, 1), pixels.narrow(axis, size - 1, 1)
+    taken = torch.cat([*[edges[0]] * -start, inner, *[edges[1]] * (stop - size)], axis).float()
+    moved = taken.narrow(axis, 0, end - begin) * float(shares[0])
+    for i, share in enumerate(shares[1:], 1):
+        moved.add_(taken.narrow(axis, i, end - begin), alpha=float(share))
+    result.narrow(axis, begin, end - begin).copy_(_to_bytes(moved.add_(NUDGE)))
+    return result
 
 
-def shift_columns(pixels: Tensor, shifts: Tensor, fill: Tensor, *, bicubic: bool) -> Tensor:
-    """Column j moved up by shifts[:, j] pixels. shifts: (n, W) float64."""
-    columns = _pack(pixels).transpose(1, 2).contiguous()
-    return _unpack(_shift_rows(columns, shifts, _pack(fill), bicubic=bicubic).transpose(1, 2).contiguous())
+def shear_rows(pixels: Tensor, slope: float, fill: Fill, *, bicubic: bool) -> Tensor:
+    """Each row moved left by `slope` pixels for each pixel down to its centre. fill: colour of what is outside."""
+    height, width, _ = pixels.shape
+    shifts = (np.arange(height) + 0.5) * slope
+    whole = np.floor(shifts)
+    margin, padded = width + 2, width + 4  # pixels before the first row and after the last; a row and two on each side
+    store = pixels.new_zeros((2 * margin + height * padded) * 3)
+    rows = store[3 * margin : -3 * margin].view(height, padded, 3)
+    rows[:, 2:-2] = pixels
+    rows[:, :2], rows[:, -2:] = pixels[:, :1], pixels[:, -1:]
+    starts = margin + 1 + np.arange(height) * padded + np.clip(whole, -margin, margin - 4)
+    taken = _windows(store, 3 * starts, 3 * (width + 3)).float()
+    moved = _sum_of_taps(taken, 1, 3, (shifts - whole)[:, None], bicubic=bicubic)
+    inside = torch.full((3 * width,), 255, dtype=torch.uint8, device=pixels.device)
+    outside, none = _row_of(fill, pixels), torch.zeros_like(inside)
+    begins = 3 * (width - np.clip(np.ceil(-0.5 - shifts), -width, width))
+    moved &= _windows(torch.cat([none, inside, none]), begins, 3 * width)
+    moved |= _windows(torch.cat([outside, none, outside]), begins, 3 * width)
+    return moved.view(pixels.shape)
 
 
-def affine(pixels: Tensor, matrices: Tensor, fill: Tensor, *, bicubic: bool) -> Tensor:
-    """Output pixel (x, y) taken from (a x + b y + c, d x + e y + f); pixel centres are at halves.
+def shear_columns(pixels: Tensor, slope: float, fill: Fill, *, bicubic: bool) -> Tensor:
+    """Each column moved up by `slope` pixels for each pixel right to its centre. fill: colour of what is outside."""
+    height, width, _ = pixels.shape
+    shifts = ((np.arange(width) + 0.5) * slope).repeat(3)  # of each channel of a column
+    whole = np.floor(shifts)
+    far = min(math.ceil(abs(slope) * width), height) + 2
+    store = torch.cat([pixels[:1].expand(far, -1, -1), pixels, pixels[-1:].expand(far + 1, -1, -1)]).flatten(1)
+    first = np.arange(3 * width) + 3 * width * (far - 1 + np.clip(whole, -far + 1, far - 1))
+    height_read = height + 3
+    lines = store.as_strided((height_read, store.numel() - 3 * width * (height_read - 1)), (3 * width, 1))
+    taken = lines.gather(1, _index(first, pixels).expand(height_read, -1)).float()
+    moved = _sum_of_taps(taken, 0, 1, shifts - whole, bicubic=bicubic)
+    begins = np.clip(np.ceil(-0.5 - shifts), -height, height).astype(np.int16)
+    depth = torch.arange(height, dtype=torch.int16, device=pixels.device)[:, None] - _tensor(begins, pixels)
+    outside = ((height - 1 - depth).bitwise_or_(depth) >> 15).to(torch.uint8)  # 255 where either is negative, or 0
+    moved &= outside.bitwise_not()
+    moved |= outside.bitwise_and_(_row_of(fill, pixels))
+    return moved.view(pixels.shape)
 
-    matrices: (n, 6) float64, a to f.   fill: (3,) uint8, where that lies outside the image.
+
+def _sum_of_taps(taken: Tensor, axis: int, step: int, along: Floats, *, bicubic: bool) -> Tensor:
+    """uint8, shorter by 3 steps along an axis: float32 values one step before, at, and one and two after, weighted."""
+    size = taken.shape[axis] - 3 * step
+    shares = [_tensor(share.astype(np.float32), taken) for share in weights(along, bicubic=bicubic)]
+    first = 0 if bicubic else step
+    total = taken.narrow(axis, first, size) * shares[0]
+    for i, share in enumerate(shares[1:], 1):
+        total.addcmul_(taken.narrow(axis, first + i * step, size), share)
+    return _to_bytes(total.add_(NUDGE))
+
+
+def _windows(store: Tensor, starts: Floats, length: int) -> Tensor:
+    """(n, length): pieces of a store, (size,)."""
+    return store.as_strided((len(store) - length + 1, length), (1, 1)).index_select(0, _index(starts, store))
+
+
+def _row_of(fill: Fill, pixels: Tensor) -> Tensor:
+    """(3 W,) uint8."""
+    return _tensor(np.tile(np.array(fill, np.uint8), pixels.shape[1]), pixels)
+
+
+def _index(places: Floats, like: Tensor) -> Tensor:
+    return _tensor(places.astype(np.int64), like)
+
+
+def _tensor(values: NDArray[Any], like: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(like.device)
+
+
+class Places(NamedTuple):
+    """Where output pixels come from, (..., H, W) each: between columns left and left + 1, rows top and top + 1."""
+
+    left: Tensor  # int32
+    top: Tensor
+    along_x: Tensor  # float32 in [0, 1), from left towards left + 1
+    along_y: Tensor
+    outside: Tensor  # int32: -1 outside the image, 0 in it
+
+
+def places(matrices: Tensor, height: int, width: int) -> Places:
+    """Output pixel (x, y) comes from (a x + b y + c, d x + e y + f); pixel centres are at halves.
+
+    matrices: (..., 6) float64, a to f.
     """
-    num, height, width, _ = pixels.shape
-    ys = torch.arange(height, dtype=torch.float64, device=pixels.device)[:, None] + 0.5
-    xs = torch.arange(width, dtype=torch.float64, device=pixels.device) + 0.5
-    a, b, c, d, e, f = matrices[:, :, None, None].unbind(1)
-    x, y = a * xs + b * ys + c, d * xs + e * ys + f
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    left, top = x.sub_(0.5).floor(), y.sub_(0.5).floor()
-    along_x, along_y = (x - left).float(), (y - top).float()
-    left, top = left.int(), top.int()
-    taps = range(-1, 3) if bicubic else range(2)
-    columns = [(left + tap).clamp_(0, width - 1) for tap in taps]
-    first = torch.arange(num, dtype=torch.int32, device=pixels.device).mul_(height * width)[:, None, None]
-    packed = _pack(pixels).view(-1)
-    rows = []
-    for tap in taps:
-        start = (top + tap).clamp_(0, height - 1).mul_(width).add_(first)
-        fetched = (packed.index_select(0, (start + column).view(-1)).view(inside.shape) for column in columns)
-        rows.append(_interpolate([_planes(each) for each in fetched], along_x))
-    return _unpack(torch.where(inside, _from_planes(_interpolate(rows, along_y)), _pack(fill)))
+    ys = torch.arange(height, dtype=torch.float64, device=matrices.device)[:, None] + 0.5
+    xs = torch.arange(width, dtype=torch.float64, device=matrices.device) + 0.5
+    a, b, c, d, e, f = matrices[..., None, None].unbind(-3)
+    x, y = a * xs + (b * ys + c), d * xs + (e * ys + f)
+    column, row = x.floor().int(), y.floor().int()
+    outside = (column | (width - 1 - column) | row | (height - 1 - row)) >> 31
+    x, y = x.sub_(0.5), y.sub_(0.5)
+    left, top = x.floor(), y.floor()
+    return Places(left.int(), top.int(), x.sub_(left).float(), y.sub_(top).float(), outside)
 
 
-def _shift_rows(packed: Tensor, shifts: Tensor, fill: Tensor, *, bicubic: bool) -> Tensor:
-    """packed: (n, H, W) int32.   shifts: (n, H)."""
-    width = packed.shape[2]
-    columns = torch.arange(width, device=packed.device)
-    whole = shifts.floor()
-    along = (shifts - whole).float()[..., None]
-    source = columns + whole.long()[..., None]
-    taps = range(-1, 3) if bicubic else range(2)
-    values = [_planes(packed.gather(2, (source + tap).clamp_(0, width - 1))) for tap in taps]
-    position = columns + 0.5 + shifts[..., None]
-    inside = (position >= 0) & (position < width)
-    return torch.where(inside, _from_planes(_interpolate(values, along)), fill)
+def affine(pixels: Tensor, matrix: Tensor, fill: Fill, *, bicubic: bool) -> Tensor:
+    """Each pixel taken from where a matrix, (6,) float64, says (see places). fill: colour of what is outside."""
+    height, width, _ = pixels.shape
+    place = places(matrix, height, width)
+    padded = _padded_words(pixels)
+    start = place.top.clamp_(-1, height - 1).add_(1).mul_(width + 4).add_(place.left.clamp_(-1, width - 1)).add_(1)
+    shares_x = weights(place.along_x, bicubic=bicubic)
+    total, line, planes = torch.empty((3, 3, height, width), device=pixels.device).unbind(0)
+    parts = torch.empty((3, height, width), dtype=torch.int32, device=pixels.device)
+    masks = torch.tensor([0xFF, 0xFFFF, 0xFFFFFF], dtype=torch.int32, device=pixels.device)[:, None, None]
+    first = 0 if bicubic else 1
+    for i, share_y in enumerate(weights(place.along_y, bicubic=bicubic), first):
+        for j, share_x in enumerate(shares_x, first):
+            words = padded[i * (width + 4) + j :].index_select(0, start.view(-1)).view(start.shape)
+            planes.copy_(torch.bitwise_and(words, masks, out=parts))  # red; red + 256 green; and + 65536 blue
+            _add_product(line, planes, share_x, first=j == first)
+        _add_product(total, line, share_y, first=i == first)
+    red, green, blue = total
+    blue.sub_(green).mul_(1 / 65536)
+    green.sub_(red).mul_(1 / 256)
+    found = _to_bytes(total.add_(NUDGE))
+    outside = place.outside.to(torch.uint8)
+    inside = outside.bitwise_not()
+    for plane_found, value in zip(found, fill, strict=True):
+        plane_found.bitwise_and_(inside).bitwise_or_(outside & value)
+    return _interleaved(found)
 
 
-def _interpolate(values: list[Tensor], along: Tensor) -> Tensor:
-    """Linear between two, cubic (Keys 1981, a = -1) between four, in the form that leaves equal values exact.
-
-    values: (3, n, H, W) float32 each.   along: (n, H, W or 1), in [0, 1).
-    """
-    if len(values) == 2:
-        first, second = values
-        return (second - first).mul_(along).add_(first)
-    before, first, second, after = values
-    step, ahead = first - before, second - after
-    cubic = (step - ahead).mul_(along)
-    cubic.add_(ahead).sub_(step, alpha=2).mul_(along)
-    return cubic.add_(second - before).mul_(along).add_(first)
+def _add_product(total: Tensor, values: Tensor, share: Tensor, *, first: bool) -> None:
+    """Into the total, whatever it holds where this is the first."""
+    if first:
+        torch.mul(values, share, out=total)
+    else:
+        total.addcmul_(values, share)
 
 
-def _pack(pixels: Tensor) -> Tensor:
-    """(..., 3) uint8 -> (...) int32: a pixel is fetched as one word."""
-    return F.pad(pixels, (0, 1)).view(torch.int32).squeeze(-1)
+def _padded_words(pixels: Tensor) -> Tensor:
+    """((H + 4) (W + 4),) int32: red, green and blue each a byte of it, and the edge repeated twice around them."""
+    height, width, _ = pixels.shape
+    red, green, blue = _planes(pixels).int()
+    padded = torch.empty((height + 4, width + 4), dtype=torch.int32, device=pixels.device)
+    inner = padded[2:-2, 2:-2]
+    inner.copy_(red.bitwise_or_(green << 8).bitwise_or_(blue << 16))
+    padded[2:-2, :2], padded[2:-2, -2:] = inner[:, :1], inner[:, -1:]
+    padded[:2], padded[-2:] = padded[2], padded[-3]
+    return padded.view(-1)
 
 
-def _unpack(packed: Tensor) -> Tensor:
-    return packed[..., None].view(torch.uint8)[..., :3]
-
-
-def _planes(packed: Tensor) -> Tensor:
-    """(n, H, W) int32 -> (3, n, H, W) float32."""
-    return torch.stack([(packed & 255).float(), (packed >> 8 & 255).float(), (packed >> 16).float()])
-
-
-def _from_planes(planes: Tensor) -> Tensor:
-    red, green, blue = planes.clamp_(0, 255).int().unbind(0)
-    return red | green << 8 | blue << 16
+def weights(along: _T, *, bicubic: bool) -> list[_T]:
+    """Of two neighbours (linear) or four (cubic: Keys 1981, a = -1). along: in [0, 1), from the middle ones' first."""
+    back = 1 - along
+    if not bicubic:
+        return [back, along]
+    outer = -(along * back)
+    inner = 1 - outer
+    return [outer * back, inner * back, inner * along, outer * along]

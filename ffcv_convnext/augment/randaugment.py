@@ -1,8 +1,8 @@
 """RandAugment, AutoAugment and TrivialAugment on a batch: each image draws its own operations and strengths.
 
 What an operation does to the pixels is what timm does with PIL; how strong a magnitude is, is timm's too (for ta_wide
-torchvision's). Draws are made on the host, in float64, and sent along; so the host knows which images an operation is
-for, computes it for those only, and never waits for the device.
+torchvision's). Draws are made on the host, in float64. apply_policy takes image after image through its own operations
+only, which suits a CPU; everywhere.py does the same work as one graph for all, which suits a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ffcv_convnext.augment import pixels as pil
-from ffcv_convnext.augment.mix import to_device
 from ffcv_convnext.augment.ops import IMAGENET_MEAN
+from ffcv_convnext.augment.transfer import to_device
 from ffcv_convnext.policies import FULL_MAGNITUDE, NUM_WIDE_LEVELS, Policy
 
 Interpolation = Literal["bicubic", "bilinear", "random"]
-FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)  # colour of what a geometric operation uncovers
-_IMAGES_AT_A_TIME = 2  # on a CPU: intermediate results then stay in its caches
+# Colour of what a geometric operation uncovers.
+FILL = round(255 * IMAGENET_MEAN[0]), round(255 * IMAGENET_MEAN[1]), round(255 * IMAGENET_MEAN[2])
 
 
 class Kind(IntEnum):
@@ -49,6 +49,9 @@ class Kind(IntEnum):
     TRANSLATE_Y = 15  # pixels up
     ROTATE = 16  # degrees, counterclockwise
 
+
+TABLES = frozenset({Kind.INVERT, Kind.POSTERIZE, Kind.SOLARIZE, Kind.SOLARIZE_ADD, Kind.BRIGHTNESS})
+BLENDS = frozenset({Kind.COLOR, Kind.CONTRAST, Kind.SHARPNESS})  # with gray, the mean gray, the smoothed image
 
 Floats = NDArray[np.float64]
 
@@ -164,6 +167,18 @@ class PolicyDraws:
     arguments: Floats
     bicubic: NDArray[np.bool_]
 
+    def words(self) -> list[list[str]]:
+        """Each image's operations in turn, such as 'rotate -12.3', with the arguments that Kind tells of."""
+        return [
+            [_words(Kind(kind), argument) for kind, argument in zip(*row, strict=True) if kind != Kind.IDENTITY]
+            for row in zip(self.kinds.tolist(), self.arguments.tolist(), strict=True)
+        ]
+
+
+def _words(kind: Kind, argument: float) -> str:
+    name = kind.name.lower().replace("_", " ")
+    return name if kind in (Kind.AUTO_CONTRAST, Kind.EQUALIZE, Kind.INVERT) else f"{name} {argument:.3g}"
+
 
 def draw_policy(
     policy: Policy, num: int, height: int, width: int, interpolation: Interpolation, generator: np.random.Generator
@@ -201,172 +216,113 @@ def draw_policy(
 
 
 def apply_policy(images: Tensor, draws: PolicyDraws) -> Tensor:
-    """Apply each image's operations, one round after the other.
+    """Apply each image's operations, one round after the other. Meant for a CPU: elsewhere the host waits for it.
 
     images: (N, 3, H, W) uint8, left untouched.   draws: of N images, made for their height and width.
     Returns a new tensor of the same shape, dtype and memory format. Raises ValueError for other images.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-        found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
-        raise ValueError(f"images are {found}: a policy is for uint8 (N, 3, H, W); use --aa none for others")
-    num, _, height, width = images.shape
-    if len(draws.kinds) != num:
-        raise ValueError(f"{len(draws.kinds)} rows of draws for {num} images")
-    pixels = images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-    plan = _Plan(draws, height, width, images.device)
-    for name, rows, params in plan.parts():
-        at_a_time = _IMAGES_AT_A_TIME if images.device.type == "cpu" else max(1, len(rows))
-        for some, their in zip(torch.split(rows, at_a_time), torch.split(params, at_a_time), strict=True):
-            _put(pixels, some, _FAMILIES[name](pixels.index_select(0, some), their, plan.fill))
-    result = pixels.permute(0, 3, 1, 2)
+    check_images(images, len(draws.kinds))
+    pixels = images.permute(0, 2, 3, 1).contiguous()
+    result = torch.empty_like(pixels)
+    for image, found, kinds, arguments, bicubic in zip(
+        pixels, result, draws.kinds.tolist(), draws.arguments.tolist(), draws.bicubic.tolist(), strict=True
+    ):
+        for kind, argument, cubic in zip(kinds, arguments, bicubic, strict=True):
+            if kind != Kind.IDENTITY:
+                image = _APPLY[Kind(kind)](image, argument, cubic)
+        found.copy_(image)
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
+    result = result.permute(0, 3, 1, 2)
     return result if channels_last else result.contiguous()
 
 
-def _put(pixels: Tensor, rows: Tensor, values: Tensor) -> None:
-    if pixels.device.type != "cpu":
-        pixels.index_copy_(0, rows, values)
-        return
-    for row, value in zip(rows.tolist(), values, strict=True):  # whole images: index_copy_ goes byte by byte
-        pixels[row] = value
+def check_images(images: Tensor, num: int) -> None:
+    """Raises ValueError for images that are not uint8 (num, 3, H, W)."""
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
+        raise ValueError(f"images are {found}: a policy is for uint8 (N, 3, H, W); use --aa none for others")
+    if len(images) != num:
+        raise ValueError(f"{num} rows of draws for {len(images)} images")
 
 
-def _blend_color(pixels: Tensor, params: Tensor, _: Tensor) -> Tensor:
-    return pil.blend_gray(pixels, _factors(params))
+def _rotate(image: Tensor, angle: float, bicubic: bool) -> Tensor:
+    height, width, _ = image.shape
+    matrix = _matrices(np.array(Kind.ROTATE), np.array(angle), height, width)
+    return pil.affine(image, to_device(matrix, image.device), FILL, bicubic=bicubic)
 
 
-def _blend_contrast(pixels: Tensor, params: Tensor, _: Tensor) -> Tensor:
-    return pil.blend(pil.mean_gray(pixels), pixels, _factors(params))
+def _blur(image: Tensor, sigma: float, _: bool) -> Tensor:
+    return pil.gaussian_blur(image, torch.tensor(_box_weights(sigma), dtype=torch.int64, device=image.device))
 
 
-def _blend_sharpness(pixels: Tensor, params: Tensor, _: Tensor) -> Tensor:
-    return pil.blend(pil.smooth(pixels), pixels, _factors(params))
-
-
-def _factors(params: Tensor) -> Tensor:
-    return params[:, 0].float()
-
-
-def _shifts(params: Tensor, num: int) -> Tensor:
-    """(n, num) pixels: slope at the centres of lines 0, 1, ..., and an offset."""
-    lines = torch.arange(num, dtype=torch.float64, device=params.device) + 0.5
-    return params[:, :1] * lines + params[:, 1:2]
-
-
-def _geometric(which: str, *, bicubic: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    def apply(pixels: Tensor, params: Tensor, fill: Tensor) -> Tensor:
-        if which == "affine":
-            return pil.affine(pixels, params, fill, bicubic=bicubic)
-        if which == "rows":
-            return pil.shift_rows(pixels, _shifts(params, pixels.shape[1]), fill, bicubic=bicubic)
-        return pil.shift_columns(pixels, _shifts(params, pixels.shape[2]), fill, bicubic=bicubic)
-
-    return apply
-
-
-_FAMILIES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "table": lambda pixels, tables, _: pil.lookup(pixels, tables[:, None]),
-    "autocontrast": lambda pixels, _, __: pil.lookup(pixels, pil.autocontrast_tables(pixels)),
-    "equalize": lambda pixels, _, __: pil.lookup(pixels, pil.equalize_tables(pixels)),
-    "color": _blend_color,
-    "contrast": _blend_contrast,
-    "sharpness": _blend_sharpness,
-    "blur": lambda pixels, weights, _: pil.gaussian_blur(pixels, weights[:, :3].long()),
-    **{
-        f"{which} {word}": _geometric(which, bicubic=word == "bicubic")
-        for which in ("rows", "columns", "affine")
-        for word in ("bicubic", "bilinear")
-    },
-}
-_FAMILY = {
-    **dict.fromkeys((Kind.INVERT, Kind.POSTERIZE, Kind.SOLARIZE, Kind.SOLARIZE_ADD, Kind.BRIGHTNESS), "table"),
-    Kind.AUTO_CONTRAST: "autocontrast",
-    Kind.EQUALIZE: "equalize",
-    Kind.COLOR: "color",
-    Kind.CONTRAST: "contrast",
-    Kind.SHARPNESS: "sharpness",
-    Kind.GAUSSIAN_BLUR: "blur",
-    **dict.fromkeys((Kind.SHEAR_X, Kind.TRANSLATE_X), "rows"),
-    **dict.fromkeys((Kind.SHEAR_Y, Kind.TRANSLATE_Y), "columns"),
-    Kind.ROTATE: "affine",
+# An image (H, W, 3), the operation's argument, and whether to interpolate bicubically.
+_APPLY: dict[Kind, Callable[[Tensor, float, bool], Tensor]] = {
+    Kind.AUTO_CONTRAST: lambda image, _, __: pil.autocontrast(image),
+    Kind.EQUALIZE: lambda image, _, __: pil.equalize(image),
+    Kind.INVERT: lambda image, _, __: pil.invert(image),
+    Kind.POSTERIZE: lambda image, bits, _: pil.posterize(image, min(max(int(bits), 0), 8)),
+    Kind.SOLARIZE: lambda image, threshold, _: pil.solarize(image, math.ceil(threshold)),
+    Kind.SOLARIZE_ADD: lambda image, amount, _: pil.solarize_add(image, int(amount)),
+    Kind.BRIGHTNESS: lambda image, factor, _: pil.brightness(image, factor),
+    Kind.COLOR: lambda image, factor, _: pil.color(image, factor),
+    Kind.CONTRAST: lambda image, factor, _: pil.contrast(image, factor),
+    Kind.SHARPNESS: lambda image, factor, _: pil.sharpness(image, factor),
+    Kind.GAUSSIAN_BLUR: _blur,
+    Kind.SHEAR_X: lambda image, slope, cubic: pil.shear_rows(image, slope, FILL, bicubic=cubic),
+    Kind.SHEAR_Y: lambda image, slope, cubic: pil.shear_columns(image, slope, FILL, bicubic=cubic),
+    Kind.TRANSLATE_X: lambda image, by, cubic: pil.translate(image, by, 1, FILL, bicubic=cubic),
+    Kind.TRANSLATE_Y: lambda image, by, cubic: pil.translate(image, by, 0, FILL, bicubic=cubic),
+    Kind.ROTATE: _rotate,
 }
 
 
-class _Plan:
-    """Which images each family of operations is for, round by round, with parameters: three copies to the device."""
-
-    def __init__(self, draws: PolicyDraws, height: int, width: int, device: torch.device) -> None:
-        rows: list[NDArray[np.int64]] = []
-        params: list[Any] = []
-        tables: list[Any] = []
-        self._lengths: list[tuple[str, int]] = []
-        for kinds, arguments, bicubic in zip(draws.kinds.T, draws.arguments.T, draws.bicubic.T, strict=True):
-            members: dict[str, list[int]] = {}
-            for i in np.flatnonzero(kinds).tolist():
-                family = _FAMILY[Kind(kinds[i])]
-                if family in ("rows", "columns", "affine"):
-                    family += " bicubic" if bicubic[i] else " bilinear"
-                members.setdefault(family, []).append(i)
-            for family, chosen in members.items():
-                self._lengths.append((family, len(chosen)))
-                rows.append(np.array(chosen))
-                for i in chosen:
-                    kind, argument = Kind(kinds[i]), float(arguments[i])
-                    if family == "table":
-                        tables.append(_table(kind, argument))
-                    else:
-                        params.append(_params(kind, argument, height, width))
-        self.fill = to_device(np.array(FILL, np.uint8), device)
-        self._rows = to_device(np.concatenate(rows) if rows else np.zeros(0, np.int64), device)
-        self._params = to_device(np.array(params, np.float64).reshape(-1, 6), device)
-        self._tables = to_device(np.array(tables, np.uint8).reshape(-1, 256), device)
-
-    def parts(self) -> list[tuple[str, Tensor, Tensor]]:
-        """Family, images (n,) int64 and parameters (n, 6) float64 or tables (n, 256) uint8; in order."""
-        all_rows = torch.split(self._rows, [length for _, length in self._lengths]) if self._lengths else ()
-        found: list[tuple[str, Tensor, Tensor]] = []
-        params, tables = self._params, self._tables
-        for (family, length), rows in zip(self._lengths, all_rows, strict=True):
-            if family == "table":
-                found.append((family, rows, tables[:length]))
-                tables = tables[length:]
-            else:
-                found.append((family, rows, params[:length]))
-                params = params[length:]
-        return found
+def kind_tables(kinds: NDArray[np.int64], arguments: Floats) -> NDArray[np.uint8]:
+    """(..., 256): what becomes of each value; where the kind is none of TABLES, nothing."""
+    found = np.empty((*kinds.shape, 256), np.uint8)
+    found[...] = values = np.arange(256)
+    for kind in TABLES:
+        at = kinds == kind
+        argument = arguments[at][:, None]
+        if kind == Kind.INVERT:
+            found[at] = 255 - values
+        elif kind == Kind.POSTERIZE:
+            found[at] = values & 255 << 8 - np.clip(argument.astype(np.int64), 0, 8)
+        elif kind == Kind.SOLARIZE:
+            found[at] = np.where(values < argument, values, 255 - values)
+        elif kind == Kind.SOLARIZE_ADD:
+            found[at] = np.where(values < 128, np.minimum(255, values + argument.astype(np.int64)), values)
+        else:  # cut off by the cast, as in PIL
+            found[at] = np.clip(values.astype(np.float32) * argument.astype(np.float32), 0, 255)
+    return found
 
 
-def _table(kind: Kind, argument: float) -> NDArray[np.uint8]:
-    """(256,): what becomes of each value."""
-    values: NDArray[Any] = np.arange(256)
-    if kind == Kind.INVERT:
-        values = 255 - values
-    elif kind == Kind.POSTERIZE:
-        bits = min(max(int(argument), 0), 8)
-        values = values & ~(2 ** (8 - bits) - 1)
-    elif kind == Kind.SOLARIZE:
-        values = np.where(values < argument, values, 255 - values)
-    elif kind == Kind.SOLARIZE_ADD:
-        values = np.where(values < 128, np.minimum(255, values + int(argument)), values)
-    else:
-        values = np.clip(values.astype(np.float32) * np.float32(argument), 0, 255)  # cut off by the cast, as in PIL
-    return values.astype(np.uint8)
+def kind_numbers(kinds: NDArray[np.int64], arguments: Floats, height: int, width: int) -> Floats:
+    """(..., 10): a matrix's six (see pixels.places), a blend's factor, a blur's three weights; without effect if none.
+
+    height, width: of the images, pixels.
+    """
+    found = np.zeros((*kinds.shape, 10))
+    found[..., :6] = _matrices(kinds, arguments, height, width)
+    found[..., 6] = np.where(np.isin(kinds, list(BLENDS)), arguments, 1.0)
+    found[..., 7] = 1 << 24
+    blurred = kinds == Kind.GAUSSIAN_BLUR
+    found[blurred, 7:] = np.array([_box_weights(sigma) for sigma in arguments[blurred].tolist()]).reshape(-1, 3)
+    return found
 
 
-def _params(kind: Kind, argument: float, height: int, width: int) -> tuple[float, ...]:
-    """Six numbers for the operation's family."""
-    if kind in (Kind.SHEAR_X, Kind.SHEAR_Y):
-        return argument, 0.0, 0.0, 0.0, 0.0, 0.0
-    if kind in (Kind.TRANSLATE_X, Kind.TRANSLATE_Y):
-        return 0.0, argument, 0.0, 0.0, 0.0, 0.0
-    if kind == Kind.GAUSSIAN_BLUR:
-        return *_box_weights(argument), 0.0, 0.0, 0.0
-    if kind == Kind.ROTATE:  # around the centre, from the output to the input
-        angle = -math.radians(argument % 360.0)
-        cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
-        x, y = width / 2, height / 2
-        return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
-    return argument, 0.0, 0.0, 0.0, 0.0, 0.0
+def _matrices(kinds: NDArray[np.int64], arguments: Floats, height: int, width: int) -> Floats:
+    """(..., 6): from the output to the input; the identity of kinds that are not geometric."""
+    found = np.zeros((*kinds.shape, 6))
+    found[..., (0, 4)] = 1.0
+    for column, kind in ((1, Kind.SHEAR_X), (3, Kind.SHEAR_Y), (2, Kind.TRANSLATE_X), (5, Kind.TRANSLATE_Y)):
+        at = kinds == kind
+        found[at, column] = arguments[at]
+    turned = kinds == Kind.ROTATE
+    angles = -np.radians(arguments[turned] % 360.0)
+    cos, sin = np.cos(angles).round(15), np.sin(angles).round(15)
+    x, y = width / 2, height / 2  # the centre stays
+    found[turned] = np.stack([cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y], -1)
+    return found
 
 
 def _box_weights(sigma: float) -> tuple[float, float, float]:

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ffcv_convnext.bench.augment import bench_augment as bench_augment
     from ffcv_convnext.bench.cold import bench_cold as bench_cold
     from ffcv_convnext.bench.convert import bench_convert as bench_convert
     from ffcv_convnext.bench.doctor import Diagnosis as Diagnosis
@@ -16,14 +17,17 @@ if TYPE_CHECKING:
     from ffcv_convnext.bench.loader import bench_loader as bench_loader
     from ffcv_convnext.bench.rounds import Comparison as Comparison
     from ffcv_convnext.bench.startup import bench_startup as bench_startup
+    from ffcv_convnext.bench.step import bench_step as bench_step
 
 _HOMES = {
     "Comparison": "rounds",
     "Diagnosis": "doctor",
+    "bench_augment": "augment",
     "bench_cold": "cold",
     "bench_convert": "convert",
     "bench_loader": "loader",
     "bench_startup": "startup",
+    "bench_step": "step",
     "diagnose": "doctor",
 }
 __all__ = sorted(_HOMES)

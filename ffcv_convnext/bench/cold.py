@@ -22,7 +22,7 @@ import numpy as np
 from ffcv_convnext.bench.loader import REFERENCE, choose, convert_for_all
 from ffcv_convnext.bench.peers import BATCH, SIZE, stock_ffcv
 from ffcv_convnext.bench.photographs import image_folder
-from ffcv_convnext.bench.rounds import Comparison, Contestant, compare, imports_done, patience, use_cores
+from ffcv_convnext.bench.rounds import Comparison, Contestant, Timed, compare, imports_done, patience, use_cores
 
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -117,7 +117,7 @@ def evict(path: Path) -> None:
 def cold_stock(stock: str, num_workers: int) -> Contestant:
     work, _ = stock_ffcv(stock, num_workers)
 
-    def cold() -> int:
+    def cold() -> int | Timed:
         evict(Path(stock))
         return work()
 

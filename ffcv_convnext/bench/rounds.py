@@ -24,7 +24,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-Work = Callable[[], int]  # does a round's work and returns how many images that were
+
+class Timed(NamedTuple):
+    """A round's work that took its own time, since not all of it counts."""
+
+    images: int
+    seconds: float
+
+
+Work = Callable[[], int | Timed]  # does a round's work and returns how many images that were
 Contestant = tuple[Work, Callable[[], Any] | None]  # the work, and what gives a first result; None: the work itself
 
 SAMPLE_SECONDS = 0.02  # between two looks at the memory
@@ -58,6 +66,7 @@ class Comparison:
     facts: dict[str, Any]
     rows: list[Row]
     columns: dict[str, dict[str, float]] = field(default_factory=dict)  # further ones: heading -> row's name -> value
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)  # row's name -> what it noted, see note()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -150,7 +159,9 @@ def compare(
         "python": platform.python_version(),
         **facts,
     }
-    return Comparison(title, reference, result, facts, [process.row(base) for process in processes.values()])
+    rows = [process.row(base) for process in processes.values()]
+    notes = {name: process.notes for name, process in processes.items() if process.notes}
+    return Comparison(title, reference, result, facts, rows, notes=notes)
 
 
 def processor() -> str:
@@ -167,6 +178,7 @@ class _Process:
         self.name = name
         self.patience_s = patience_s
         self.rates: list[float] = []
+        self.notes: dict[str, Any] = {}
         self.error: str | None = None
         self.given_up = False
         self.peak_mb = 0.0
@@ -230,6 +242,7 @@ class _Process:
                 if line.startswith("{"):  # a library may print to stdout as well
                     answer: dict[str, Any] = json.loads(line)
                     self.error = answer.get("error")
+                    self.notes |= answer.get("notes", {})
                     return answer
         finally:
             patience.cancel()
@@ -317,6 +330,7 @@ def _family(pid: int) -> list[int]:
 _SERVE = f"import sys; from {__name__} import serve; serve(*sys.argv[1:])"
 _imports_mb: float | None = None
 _first_at: float | None = None
+_notes: dict[str, Any] = {}
 
 
 def imports_done() -> None:
@@ -329,6 +343,11 @@ def first_result() -> None:
     """Called by a work that must not be left early whenever it has a result; the first time counts (Row.first_s)."""
     global _first_at
     _first_at = _first_at or time.time()
+
+
+def note(**facts: Any) -> None:
+    """Called by a contestant with figures of its own, as JSON can hold them (Comparison.notes); the last ones count."""
+    _notes.update(facts)
 
 
 def serve(function: str, arguments: str, started_at: str) -> None:
@@ -346,13 +365,13 @@ def serve(function: str, arguments: str, started_at: str) -> None:
         if first:
             work()
         _settle()
-        answer(first_s=first_s, imports_mb=_imports_mb)
+        answer(first_s=first_s, imports_mb=_imports_mb, notes=_notes)
         for _ in sys.stdin:
             started = time.perf_counter()
-            images = work()
-            seconds = time.perf_counter() - started
+            done = work()
+            timed = done if isinstance(done, Timed) else Timed(done, time.perf_counter() - started)
             _settle()
-            answer(images=images, seconds=seconds)
+            answer(**timed._asdict(), notes=_notes)
     except Exception as error:  # the parent reports it as this contestant's row
         answer(error=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 

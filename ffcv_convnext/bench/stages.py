@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ffcv_convnext import data
+from ffcv_convnext.bench.rounds import Timed
 from ffcv_convnext.config import Config, DataConfig
 from ffcv_convnext.errors import Failure
 from ffcv_convnext.rng import permutation
@@ -80,6 +81,12 @@ def rate(work: Callable[[], int], seconds: float, *, wait: Callable[[], None] = 
 
     wait: until the device has done what was asked of it.
     """
+    timed = timed_work(work, seconds, wait)
+    return timed.images / timed.seconds
+
+
+def timed_work(work: Callable[[], int], seconds: float, wait: Callable[[], None]) -> Timed:
+    """What `rate` measures."""
     wait()
     started, num, calls = time.perf_counter(), 0, 0
     while not calls or time.perf_counter() - started < seconds:
@@ -88,7 +95,25 @@ def rate(work: Callable[[], int], seconds: float, *, wait: Callable[[], None] = 
         if calls % 16 == 0:
             wait()  # or the host would run far ahead of the device
     wait()
-    return num / (time.perf_counter() - started)
+    return Timed(num, time.perf_counter() - started)
+
+
+def repeating(work: Callable[[], int], seconds: float, device: torch.device) -> Callable[[], Timed]:
+    """A round of about so many seconds for `rounds.compare`: `work`, which returns how many images it did, repeated.
+
+    It gives a GPU's memory back when it is done, since the other contestants' turns come; so it begins with work
+    that does not count.
+    """
+    wait = waiting_for(device)
+
+    def round_of_work() -> Timed:
+        work()
+        done = timed_work(work, seconds, wait)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return done
+
+    return round_of_work
 
 
 def waiting_for(device: torch.device) -> Callable[[], None]:

@@ -18,6 +18,7 @@ _HOMES = {
     "convert": "writer",
     "ending_like_ctrl_c": "writer",
     "join_parts": "joining",
+    "COPY": "order",
     "Shares": "order",
     "TrainLoader": "loader",
     "EvalLoader": "loader",

@@ -1,8 +1,9 @@
 """FFCV operations that turn stored images into crops: random ones for training, central ones for evaluation.
 
-Crop, flip and interpolation of a training sample are drawn from (seed, epoch, sample index), so they do not depend
-on threads, processes or what came before. `draws`, a (2,) uint64 array with seed and epoch, travels in FFCV's
-storage state beside the stored data and the addresses of the C functions.
+Crop, flip and interpolation of a training sample are drawn from (seed, epoch, sample as listed in order.py: index and
+copy), so they do not depend on threads, processes or what came before. `draws`, a (2,) uint64 array with seed and
+epoch, and `listed`, (n,) int64, travel in FFCV's storage state beside the stored data and the addresses of the C
+functions.
 """
 
 from __future__ import annotations
@@ -126,15 +127,15 @@ def _decode_random_crops(samples, memory, metadata, state, parameters):  # type:
     scale_low, scale_high, ratio_low, ratio_high, hflip, bicubic_share = parameters
     size, draws = images.shape[1], state[3]
     for i in range(len(samples)):
-        sample = samples[i]
+        sample, listed = samples[i], state[6][i]
         height, width = int(metadata[sample]["height"]), int(metadata[sample]["width"])
         scale, ratio = (scale_low, scale_high), (ratio_low, ratio_high)
-        crop = random_crop(draws, sample, height, width, scale, ratio)
+        crop = random_crop(draws, listed, height, width, scale, ratio)
         status[i], pixels, top, left = read_region(sample, crop, metadata, state, scratch)
         if status[i] != OK:
             continue
-        flip = _uniforms(draws, sample, _FLIP)[0] < hflip
-        kind = BICUBIC if _uniforms(draws, sample, _INTERPOLATION)[0] < bicubic_share else BILINEAR
+        flip = _uniforms(draws, listed, _FLIP)[0] < hflip
+        kind = BICUBIC if _uniforms(draws, listed, _INTERPOLATION)[0] < bicubic_share else BILINEAR
         origin = (top - crop[0], left - crop[1])  # the crop is an image of its own: the filter ends at its edges
         resize_window(pixels, origin, (crop[2], crop[3]), (size, size), (0, 0), kind, flip, scratch[1], images[i])
 
@@ -204,7 +205,7 @@ class CropDecoder(Operation):  # type: ignore[misc]
 
 
 class RandomCropDecoder(CropDecoder):
-    """Training: a random resized crop, perhaps mirrored, each a function of (seed, epoch, sample index)."""
+    """Training: a random resized crop, perhaps mirrored, each a function of (seed, epoch, sample and its copy)."""
 
     kernel = staticmethod(_decode_random_crops)
 

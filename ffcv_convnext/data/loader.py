@@ -12,10 +12,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,7 @@ from ffcv_convnext.data.decoders import (
 from ffcv_convnext.data.jpeg import OK, REASONS, addresses
 from ffcv_convnext.data.manifest import Manifest, check_header
 from ffcv_convnext.data.memory import available_memory, describe_need
-from ffcv_convnext.data.order import QuasiRandom, Shares, eval_batches, is_shuffled
+from ffcv_convnext.data.order import COPY, QuasiRandom, Shares, eval_batches, is_shuffled
 from ffcv_convnext.data.storage import Fetch, LoadedFile, MappedFile, ReadError, ReadFile, num_bytes_in_memory
 from ffcv_convnext.errors import Failure
 from ffcv_convnext.files import in_bytes
@@ -61,6 +61,7 @@ class SampleError(Failure):
 class _Pending:
     """A batch whose chunks are being decoded."""
 
+    listed: NDArray[np.int64]  # sample + copy * COPY
     samples: NDArray[np.int64]
     data: Fetch
     draws: NDArray[np.uint64]  # (seed, epoch)
@@ -136,7 +137,7 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         none = np.empty(0, np.int64)
         images, labels = torch.empty((0, *self.image_memory[0].shape), dtype=torch.uint8), torch.empty((0, 1)).long()
         draws, status = np.zeros(2, np.uint64), np.zeros(0, np.int32)
-        batch = _Pending(none, self.file.begin(none), draws, images, labels, status, [])
+        batch = _Pending(none, none, self.file.begin(none), draws, images, labels, status, [])
         with announced_compilation(what):
             self.pool.submit(self._decode, batch, (images.numpy(), labels.numpy()), slice(0, 0)).result()
         batch.data.release()
@@ -148,8 +149,9 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         raise TypeError("iterate over batches(...) instead, which says which samples")
 
     def batches(self, samples: Iterable[NDArray[np.int64]], seed: int, epoch: int) -> Iterator[Batch]:
-        """Decode the given lists of sample indices, `batches_ahead` of them in advance, and yield them in order.
+        """Decode the given lists of samples, `batches_ahead` of them in advance, and yield them in order.
 
+        samples: arrays (n,) of index + copy * COPY, see order.py; each copy of a sample has a crop and flip of its own.
         Yields images (n, 3, size, size) uint8 in channels_last memory and labels (n,) int64 on the device, both
         the caller's own. Leaving the iteration early ends the work.
         A sample that cannot be decoded raises SampleError, or, with replace_bad, gives way to the next good one of
@@ -158,10 +160,11 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         self.file.prepare()
         draws = np.array([seed, epoch], dtype=np.uint64)
         pending: deque[_Pending] = deque()
-        fetched = self.file.fetch(map(self._checked, samples))
+        lists, wanted = tee(samples)
+        fetched = self.file.fetch(map(self._indices, wanted))
         try:
-            for indices, data in fetched:
-                pending.append(self._submit(indices, data, draws))
+            for listed, (indices, data) in zip(lists, fetched, strict=True):
+                pending.append(self._submit(listed, indices, data, draws))
                 if len(pending) > self.batches_ahead:
                     yield self._finish(pending.popleft())
             while pending:
@@ -173,19 +176,22 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
                 batch.data.release()
             fetched.close()
 
-    def _checked(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Compiled code looks at no bounds."""
-        if len(samples) and not 0 <= samples.min() <= samples.max() < len(self):
-            raise ValueError(f"samples {samples.min()} to {samples.max()}: expected 0 to {len(self) - 1}")
+    def _indices(self, listed: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples without the numbers of their copies, checked: compiled code looks at no bounds."""
+        samples = listed % COPY
+        if len(samples) and not (listed.min() >= 0 and samples.max() < len(self)):
+            raise ValueError(f"samples {listed.min()} to {listed.max()}: expected 0 to {len(self) - 1}")
         return samples
 
-    def _submit(self, samples: NDArray[np.int64], data: Fetch, draws: NDArray[np.uint64]) -> _Pending:
+    def _submit(
+        self, listed: NDArray[np.int64], samples: NDArray[np.int64], data: Fetch, draws: NDArray[np.uint64]
+    ) -> _Pending:
         pinned = self.device.type == "cuda"
         images_query = self.image_memory[0]
         num = len(samples)
         images = torch.empty((num, *images_query.shape), dtype=torch.uint8, pin_memory=pinned)
         labels = torch.empty((num, 1), dtype=torch.int64, pin_memory=pinned)
-        batch = _Pending(samples, data, draws, images, labels, np.zeros(num, np.int32), [])
+        batch = _Pending(listed, samples, data, draws, images, labels, np.zeros(num, np.int32), [])
         arrays = images.numpy(), labels.numpy()
         for start in range(0, num, _CHUNK):
             batch.chunks.append(self.pool.submit(self._decode, batch, arrays, slice(start, min(start + _CHUNK, num))))
@@ -204,7 +210,7 @@ class SampleLoader(ffcv.loader.Loader):  # type: ignore[misc]
         arguments: dict[str, Any] = {
             "batch_indices": batch.samples[part],
             "metadata": self.reader.metadata,
-            "storage_state": (content, places, sizes, batch.draws, self.functions, offsets),
+            "storage_state": (content, places, sizes, batch.draws, self.functions, offsets, batch.listed[part]),
             f"memory_{image_node}": (images[part], batch.status[part], self.scratch.memory),
             f"memory_{label_node}": labels[part],
             f"shared_memory_{image_node}": None,
@@ -345,7 +351,7 @@ class TrainLoader(_SplitLoader):
         num_local: int = 1,
     ) -> None:
         super().__init__(config, device, RandomCropDecoder(config), local_rank, num_local)
-        self.shares = Shares(config.batch_size, config.update_freq, world)
+        self.shares = Shares(config.batch_size, config.update_freq, world, config.repeated_aug)
         self.seed = seed
         self.rank = rank
         self.steps_per_epoch = self.shares.num_steps(self.num_samples)
@@ -365,15 +371,17 @@ class TrainLoader(_SplitLoader):
         log.info("order quasi_random: %d windows of about %s", windows, in_bytes(page_size * pages / windows))
         return quasi_random
 
-    def steps(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[Batch]]:
+    def samples(self, epoch: int, first_step: int = 0) -> Iterator[NDArray[np.int64]]:
+        """What `steps` takes, micro-batch by micro-batch: (batch_size,) index + copy * COPY, see order.py."""
+        return self.shares.micro_batches(self.num_samples, self.seed, epoch, self.rank, first_step, self.quasi_random)
+
+    def steps(self, epoch: int, first_step: int = 0) -> Generator[Iterator[Batch], None, None]:
         """Yield, for each optimiser step of the epoch from `first_step` on, its micro-batches of this rank.
 
         Each is images (batch_size, 3, input_size, input_size) uint8 channels_last and labels (batch_size,) int64 on
         the device. A step's micro-batches must be used up before the next step is asked for.
         """
-        samples = self.shares.micro_batches(
-            self.num_samples, self.seed, epoch, self.rank, first_step, self.quasi_random
-        )
+        samples = self.samples(epoch, first_step)
         if self.quasi_random is not None and isinstance(self.loader.file, MappedFile):
             positions = self.shares.positions(self.num_samples, self.rank, first_step)
             samples = self._reading_pages(samples, self.quasi_random.pages_ahead(self.seed, epoch, positions))

@@ -3,6 +3,11 @@
 An optimiser step consumes a fixed list of samples, the global batch. It is cut into micro-batches of `batch_size`;
 micro-batch m goes to rank m mod world. So 8 processes x update_freq 4 and 32 x update_freq 1 see the same
 micro-batches, and a run may come back on another number of processes.
+
+With repeated augmentation (Hoffer et al. 2020, "Augment your batch", arXiv:1901.09335; Berman et al. 2019,
+"MultiGrain", arXiv:1902.05509) a global batch holds several copies of each of its samples, and an epoch sees so many
+samples fewer. Copy c of sample s is listed as s + c * COPY: a number of its own, for which crop, flip and filter are
+drawn anew. Copy 0 is the sample itself.
 """
 
 from __future__ import annotations
@@ -14,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffcv_convnext.rng import Stream, permutation
+
+COPY = 1 << 32  # more than any file has samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,21 +91,40 @@ def is_shuffled(labels: NDArray[np.int64]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """How a global batch is cut: images in a micro-batch, micro-batches a rank accumulates, number of ranks."""
+    """How a global batch is cut: images in a micro-batch, micro-batches a rank accumulates, number of ranks.
+
+    Copies come in rounds, each begun one sample later than the one before: a b c d, b c d a, ... So two copies of a
+    sample are in different micro-batches wherever there are as many of those as copies: BatchNorm sees different
+    samples, and Mixup and CutMix, which pair mirror positions of a micro-batch, pair no sample with itself and each
+    copy with another partner. In fewer micro-batches, at most two samples of one are paired with themselves. Side by
+    side, as DeiT lists them for its ranks to deal out, copies would crowd into one micro-batch here.
+    """
 
     batch_size: int
     update_freq: int
     world: int
+    copies: int = 1  # of a sample in a global batch; some have one fewer where this does not divide the global batch
 
     @property
     def global_batch(self) -> int:
         return self.batch_size * self.update_freq * self.world
 
-    def num_steps(self, num_samples: int) -> int:
-        """Optimiser steps in an epoch; the rest of the order, less than a global batch, sits this epoch out.
+    @property
+    def num_different(self) -> int:
+        """Samples in a global batch, copies of one counted once."""
+        return -(-self.global_batch // self.copies)
 
-        Raises ValueError when not even one global batch can be filled.
+    def num_steps(self, num_samples: int) -> int:
+        """Optimiser steps in an epoch, as many with copies as without.
+
+        What they do not get to, without copies less than a global batch, sits this epoch out.
+        Raises ValueError when not even one global batch can be filled, or has no room for all copies of a sample.
         """
+        if self.copies > self.global_batch:
+            raise ValueError(
+                f"repeated_aug = {self.copies}: the copies of a sample do not fit into the global batch of "
+                f"{self.global_batch}; lower repeated_aug, or raise batch_size or update_freq"
+            )
         if num_samples < self.global_batch:
             raise ValueError(
                 f"the training set has {num_samples} images, fewer than the global batch of {self.global_batch} "
@@ -118,17 +144,23 @@ class Shares:
     ) -> Iterator[NDArray[np.int64]]:
         """A rank's micro-batches of an epoch from optimiser step `first_step` (counted in the epoch) on.
 
-        Each is (batch_size,) int64 sample indices; update_freq of them in a row belong to one step.
+        Each is (batch_size,) int64, sample + copy * COPY; update_freq of them in a row belong to one step.
         """
         order = quasi_random.order(seed, epoch) if quasi_random else permutation(num_samples, seed, epoch)
-        for start in self.positions(num_samples, rank, first_step):
-            yield order[start : start + self.batch_size]
+        for step, start in self._starts(num_samples, rank, first_step):
+            copy, place = np.divmod(np.arange(start, start + self.batch_size), self.num_different)
+            yield order[step * self.num_different + (place + copy) % self.num_different] + copy * COPY
 
     def positions(self, num_samples: int, rank: int, first_step: int = 0) -> Iterator[int]:
-        """Where a rank's micro-batches begin in the order of an epoch, from optimiser step `first_step` on."""
+        """How far the order of an epoch has been used before each of a rank's micro-batches."""
+        for step, start in self._starts(num_samples, rank, first_step):
+            yield step * self.num_different + min(start, self.num_different)
+
+    def _starts(self, num_samples: int, rank: int, first_step: int) -> Iterator[tuple[int, int]]:
+        """A rank's micro-batches: optimiser step in the epoch, and where each begins in the step's global batch."""
         for step in range(first_step, self.num_steps(num_samples)):
             for m in range(rank, self.update_freq * self.world, self.world):
-                yield step * self.global_batch + m * self.batch_size
+                yield step, m * self.batch_size
 
 
 def eval_batches(num_samples: int, batch_size: int, rank: int, world: int) -> list[NDArray[np.int64]]:

@@ -20,6 +20,7 @@ from ffcv_convnext.ladder.steps import (
     read_released,
     read_step,
     select_steps,
+    size_of,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "read_status",
     "read_step",
     "select_steps",
+    "size_of",
     "submit_ladder",
     "watch",
     "with_gpus_per_job",

@@ -10,12 +10,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ffcv_convnext.config import Config, load_config
+from ffcv_convnext.config import Config, ModelConfig, load_config
 from ffcv_convnext.settings import format_value
 
 STARTING_POINT = "ResNet-50 with the modern recipe"  # the change of a step that has no base
@@ -111,28 +112,37 @@ def read_paper(folder: Path) -> dict[str, dict[str, float | None]]:
         raise ValueError(f'{path}: expected {{"step": {{"top1": 78.82, "std": 0.07}}, ...}}: {error}') from None
 
 
+@cache
+def size_of(config: ModelConfig, input_size: int, num_classes: int) -> tuple[int, float]:
+    """Parameters of a network and its GMACs for a square image of input_size pixels (three decimals).
+
+    The network is built on the meta device: no memory, no computing.
+    """
+    import torch  # seconds, which the names and settings of the steps do not need
+
+    from ffcv_convnext.models import build_model, count_gmacs, count_parameters
+
+    with torch.device("meta"):
+        model = build_model(config, num_classes)
+    return count_parameters(model), round(count_gmacs(model, input_size), 3)
+
+
 def describe(folder: Path, *, input_size: int = 224, num_classes: int = 1000) -> list[dict[str, Any]]:
     """Every step of a ladder, and the released network after them, with its size and the paper's result.
 
     input_size: side of the image that GMACs are counted for, pixels. Returns rows with keys `name`, `change`,
-    `parameters`, `gmacs` (three decimals) and `paper_top1` (percent, or None). Networks are built on the meta
-    device: no memory, no computing.
+    `parameters`, `gmacs` (three decimals) and `paper_top1` (percent, or None).
     """
-    import torch  # which takes seconds that a ladder's status need not wait for
-
-    from ffcv_convnext.models import build_model, count_gmacs, count_parameters
-
     paper = read_paper(folder)
     rows = []
     for step in [*read_ladder(folder), *read_released(folder)]:
-        with torch.device("meta"):
-            model = build_model(step.config.model, num_classes)
+        parameters, gmacs = size_of(step.config.model, input_size, num_classes)
         rows.append(
             {
                 "name": step.name,
                 "change": step.change,
-                "parameters": count_parameters(model),
-                "gmacs": round(count_gmacs(model, input_size), 3),
+                "parameters": parameters,
+                "gmacs": gmacs,
                 "paper_top1": paper.get(step.name, {}).get("top1"),
             }
         )

@@ -7,6 +7,7 @@ from torch import nn
 
 from ffcv_convnext.config import ModelConfig
 from ffcv_convnext.models.complexity import count_gmacs, count_parameters
+from ffcv_convnext.models.kernels import use_triton
 from ffcv_convnext.models.resnet import ResNet
 from ffcv_convnext.models.weights import (
     Layout,
@@ -31,6 +32,7 @@ __all__ = [
     "load_pretrained",
     "to_timm_convnext",
     "to_torchvision_resnet",
+    "use_triton",
 ]
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ffcv_convnext.models.kernels.block import FusedBlock
+
 
 def count_parameters(model: nn.Module) -> int:
     """Trainable and frozen numbers alike; a shared one counts once."""
@@ -25,10 +27,14 @@ def count_gmacs(model: nn.Module, input_size: int = 224) -> float:
 
     def count(module: nn.Module, _: Any, output: Tensor) -> None:
         nonlocal macs
-        assert isinstance(module, nn.Conv2d | nn.Linear)
-        macs += output.numel() * module.weight[0].numel()  # each output is a dot product with one filter
+        if isinstance(module, FusedBlock):
+            macs += module.count_depthwise(output)
+        else:
+            assert isinstance(module, nn.Conv2d | nn.Linear)
+            macs += output.numel() * module.weight[0].numel()  # each output is a dot product with one filter
 
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    counted = (nn.Conv2d, nn.Linear, FusedBlock)
+    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, counted)]
     training = [module for module in model.modules() if module.training]
     tensors = [*model.named_parameters(), *model.named_buffers()]
     try:

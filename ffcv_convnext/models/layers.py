@@ -1,4 +1,4 @@
-"""The small parts of the network: norms, activations, layer scale, and a sequence of named parts."""
+"""The small parts of the network: pointwise convolution, norms, activations, layer scale, a sequence of parts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,25 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution of stride 1: one matrix product over the channels for a channels_last input.
+
+    x: (N, in_channels, H, W). Returns (N, out_channels, H, W), in channels_last memory if x is; the permutations are
+    free views and nothing is copied. An input in another memory format is convolved as usual, in its own. Weight and
+    bias are those of nn.Conv2d.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        # by way of channels_last, so that the weight's gradient gets the memory layout of a channels_last weight
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -12,7 +12,7 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
 from ffcv_convnext.config import ModelConfig
-from ffcv_convnext.models.layers import ACTIVATIONS, NORMS, LayerScale, sequence
+from ffcv_convnext.models.layers import ACTIVATIONS, NORMS, LayerScale, PointwiseConv2d, sequence
 
 EXPANSION = 4  # wide / narrow width of a block
 
@@ -40,8 +40,8 @@ class Block(nn.Module):
         middle = width_in if config.resnet_conv_first else hidden
         groups = middle if config.resnet_depthwise else 1
         spatial = nn.Conv2d(middle, middle, kernel, stride, padding=kernel // 2, groups=groups, bias=bias)
-        first = nn.Conv2d(width_in, hidden, 1, bias=bias)
-        last = nn.Conv2d(hidden, out, 1, bias=bias)
+        first = PointwiseConv2d(width_in, hidden, bias=bias)
+        last = PointwiseConv2d(hidden, out, bias=bias)
         convolutions = (spatial, first, last) if config.resnet_conv_first else (first, spatial, last)
         norm_after = (1,) if config.resnet_reorg_norm else (1, 2, 3)
         activation_after = (2,) if config.resnet_del_act else (1, 2)

@@ -3,16 +3,20 @@
 from ffcv_convnext.files import read_lines
 from ffcv_convnext.training.checks import Plan, check_config
 from ffcv_convnext.training.distributed import Processes
-from ffcv_convnext.training.engine import Learner, train_step
-from ffcv_convnext.training.run import build_learner, evaluate_only, train
+from ffcv_convnext.training.engine import Learner, autocast, input_dtype, train_step
+from ffcv_convnext.training.run import build_learner, compiles, count_classes, evaluate_only, train
 
 __all__ = [
     "Learner",
     "Plan",
     "Processes",
+    "autocast",
     "build_learner",
     "check_config",
+    "compiles",
+    "count_classes",
     "evaluate_only",
+    "input_dtype",
     "read_lines",
     "train",
     "train_step",

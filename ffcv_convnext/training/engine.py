@@ -21,15 +21,12 @@ from ffcv_convnext.signals import stop_signals
 from ffcv_convnext.training.checkpoint import BEST, BEST_EMA, Checkpoints
 from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.metrics import LossMean, LossTracker, Throughput, evaluate
-from ffcv_convnext.training.optim import set_hyperparameters
+from ffcv_convnext.training.optim import restore_optimizer, set_hyperparameters
 from ffcv_convnext.training.runlog import RunLog
 from ffcv_convnext.training.schedule import Schedules
 
 if TYPE_CHECKING:  # at run time it needs ffcv, which the tests of this file do without
     from ffcv_convnext.data import EvalLoader, TrainLoader
-
-
-HYPERPARAMETERS = {"betas", "eps", "momentum", "weight_decay", "decays"}  # of the settings, not of a checkpoint
 
 
 @dataclass(slots=True)
@@ -124,12 +121,7 @@ class Run(Learner):
         self.network.load_state_dict(content["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(content["ema"])
-        asked_for = [
-            {key: group[key] for key in HYPERPARAMETERS & group.keys()} for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(content["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, asked_for, strict=True):
-            group.update(own)
+        restore_optimizer(self.optimizer, content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
         self.tracker.epoch = LossMean(**content["epoch_loss"])
         self.tracker.interval = LossMean(**content["interval_loss"])
@@ -141,9 +133,13 @@ def memory_format(config: Config) -> torch.memory_format:
     return torch.channels_last if config.run.channels_last else torch.contiguous_format
 
 
+def input_dtype(config: Config) -> torch.dtype:
+    """Of images as the network gets them in training, and of what autocast computes in."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[config.run.amp]
+
+
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[config.run.amp]
-    return torch.autocast(device.type, dtype=dtype, enabled=config.run.amp != "off")
+    return torch.autocast(device.type, dtype=input_dtype(config), enabled=config.run.amp != "off")
 
 
 def fit(run: Run) -> dict[str, float]:

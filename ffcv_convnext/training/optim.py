@@ -1,18 +1,24 @@
-"""The optimiser and its parameter groups; both are timm's."""
+"""The optimiser and its parameter groups, both timm's, and what a checkpoint holds of them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
-from torch import nn
+from torch import Tensor, nn
 
 from ffcv_convnext.config import OptimConfig
 from ffcv_convnext.settings import nearest
+
+FUSED = (torch.optim.Adam, torch.optim.SGD)  # AdamW is one; a step is one kernel for many parameters
+KEPT = {"betas", "eps", "momentum", "weight_decay", "decays", "fused"}  # the settings', not a checkpoint's
 
 
 def build_optimizer(network: nn.Module, config: OptimConfig, *, peak_lr: float = 4e-3) -> torch.optim.Optimizer:
     """An optimiser over two groups: parameters of one dimension and biases have no weight decay.
 
+    Adam, AdamW and SGD are torch's fused ones: with fp16 they take the loss scale on the device.
     peak_lr: the schedule's; some of timm's optimisers scale their weight decay by it.
     Learning rate and weight decay are set before each step. Raises ValueError for a name timm does not know, and
     for betas that the optimiser does not take.
@@ -29,7 +35,9 @@ def build_optimizer(network: nn.Module, config: OptimConfig, *, peak_lr: float =
         if value is not None and not taken:
             raise ValueError(f"{name} has no meaning with opt = {config.opt}, which takes none; drop it")
     options = {"betas": config.opt_betas, "eps": config.opt_eps, "momentum": config.momentum}
-    extra = {name: value for name, value in options.items() if value is not None}
+    extra: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if isinstance(info.opt_class, type) and issubclass(info.opt_class, FUSED):  # a name: of a package not installed
+        extra["fused"] = True
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         network,
         opt=config.opt,
@@ -48,3 +56,20 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_d
         group["lr"] = lr * group.get("lr_scale", 1.0)
         if group["decays"]:
             group["weight_decay"] = weight_decay
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
+    """Take over a state dict's moments, whether it was made with fused steps or not, on a CPU or a GPU.
+
+    They get their parameters' memory format: fused steps pair the numbers of both in the order of memory, and
+    channels_last may have changed since. Hyperparameters stay the settings'.
+    """
+    groups = [
+        {**theirs, **{key: own[key] for key in KEPT & own.keys()}}
+        for theirs, own in zip(content["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**content, "param_groups": groups})
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -6,6 +6,8 @@ Paths, data, batch arithmetic and combinations of settings are checked before th
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
@@ -22,15 +24,15 @@ from ffcv_convnext import data
 from ffcv_convnext.augment import TrainAugment
 from ffcv_convnext.config import Config, ModelConfig, differences
 from ffcv_convnext.files import remove_leftovers
-from ffcv_convnext.models import build_model, load_pretrained
+from ffcv_convnext.models import build_model, load_pretrained, use_triton
 from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.settings import format_value
 from ffcv_convnext.training.checkpoint import Checkpoints, read_checkpoint
 from ffcv_convnext.training.distributed import Processes
-from ffcv_convnext.training.engine import Learner, Run, State, autocast, fit, memory_format
+from ffcv_convnext.training.engine import Learner, Run, State, autocast, fit, input_dtype, memory_format
 from ffcv_convnext.training.metrics import LossTracker, evaluate
 from ffcv_convnext.training.optim import build_optimizer
-from ffcv_convnext.training.runlog import FolderLock, RunLog, check_same_config, is_done, setup_logging
+from ffcv_convnext.training.runlog import FolderLock, RunLog, check_same_config, is_done, log_end, setup_logging
 from ffcv_convnext.training.schedule import build_schedules
 
 if TYPE_CHECKING:  # at run time `data` imports it, and ffcv with it, when a run is built
@@ -70,6 +72,9 @@ def train(config: Config) -> dict[str, Any]:
                 run.log.done(scores)
         log.info("finished: %s", ", ".join(f"{key} {value:.4g}" for key, value in scores.items()))
         return scores
+    except Exception as error:
+        log_end(error)
+        raise
     finally:
         if lock is not None:
             lock.release()
@@ -79,6 +84,8 @@ def _processes(config: Config) -> Processes:
     processes = Processes.from_environment(config.run.device)
     if config.run.amp == "fp16" and processes.device.type == "cpu":
         raise ValueError("amp = fp16 needs a CUDA device; use --amp bf16 or --amp off on a CPU")
+    if config.run.kernels == "triton" and processes.device.type == "cpu":
+        raise ValueError("kernels = triton needs a CUDA device; use --kernels torch on a CPU")
     return processes
 
 
@@ -141,12 +148,16 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
     num_classes: of the network's head.   Raises ValueError for settings that do not go together.
     """
     device, seed = processes.device, config.run.seed
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # batches have one size: the fastest convolutions are found once
     schedules = build_schedules(config, steps_per_epoch)
     torch.manual_seed(step_seed(seed, 0, 0, Stream.INITIALISATION))
     network = _network(config, num_classes, device)
     ema = ModelEmaV3(network, decay=config.run.model_ema_decay) if config.run.model_ema else None
-    model: nn.Module = torch.compile(network) if config.run.compile else network  # type: ignore[assignment]
-    if processes.world > 1:
+    compile = compiles(config, device)
+    model = compiled(network, config) if compile else network
+    if processes.world > 1:  # around the compiled network: DDP cuts the graph at its buckets, and its own forward,
+        # which is another one in micro-batches that do not reduce, is in no graph
         model = DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
@@ -168,11 +179,40 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
             seed=seed,
             device=device,
             interpolation=config.data.train_interpolation,
+            compile=compile,  # a graph of its own, beside the network's
+            dtype=input_dtype(config),
         ),
         criterion=SoftTargetCrossEntropy(),
         tracker=LossTracker(processes),
         state=State(),
     )
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether the network is compiled for training.
+
+    Raises ValueError when it shall be and there is no compiler: torch builds C++ for a CPU, C around a GPU's kernels.
+    """
+    choice = config.run.compile
+    if choice == "false" or (choice == "auto" and device.type != "cuda"):
+        return False
+    variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
+    if variable not in os.environ and not any(map(shutil.which, names)):
+        raise ValueError(
+            f"compile = {choice}: torch.compile needs {' or '.join(names)}, or another compiler named in {variable}; "
+            "install one, or use --compile false"
+        )
+    return True
+
+
+def compiled(network: nn.Module, config: Config) -> nn.Module:
+    """`network` behind torch.compile, for batches of one size: parameters, buffers and names stay its own.
+
+    Ours is one graph. A network of timm's may break into several, which is slower and no error.
+    """
+    whole = config.model.model == "resnet"
+    model: nn.Module = torch.compile(network, fullgraph=whole, dynamic=False)  # type: ignore[assignment]
+    return model
 
 
 def build_run(config: Config, processes: Processes, train_loader: TrainLoader, val_loader: EvalLoader) -> Run:
@@ -208,6 +248,8 @@ def _network(config: Config, num_classes: int, device: torch.device) -> nn.Modul
             f"model = {config.model.model} takes images of {fixed['input_size'][-1]} pixels only; "
             f"use --input_size {fixed['input_size'][-1]}"
         )
+    if config.run.kernels == "triton":
+        use_triton(network)
     return network.to(device, memory_format=memory_format(config))  # type: ignore[call-overload, no-any-return]
 
 
@@ -232,6 +274,8 @@ def _announce(run: Run, parameters: int) -> None:
         config.schedule.epochs,
         loader.steps_per_epoch,
     )
+    if compiles(config, run.processes.device):
+        log.info("the network and the augmentation are compiled in the first step, which may take minutes")
     recipe = config.schedule.recipe_batch
     if shares.global_batch != recipe:
         log.warning(

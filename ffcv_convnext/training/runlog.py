@@ -25,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ffcv_convnext.config import Config, differences, load_config
+from ffcv_convnext.errors import Failure, Interrupted
 from ffcv_convnext.files import read_lines, write_atomically
 from ffcv_convnext.snapshot import source_commit
 from ffcv_convnext.training.distributed import Processes
@@ -84,6 +85,16 @@ def setup_logging(folder: Path | None, processes: Processes) -> None:
         root.addHandler(handler)
 
 
+def log_end(error: Exception) -> None:
+    """Write what ended the run to this process's own file; the console hears it from the command line."""
+    level = logging.WARNING if isinstance(error, Interrupted) else logging.ERROR
+    plain = isinstance(error, Failure | Interrupted | ValueError | FileNotFoundError)
+    text = " ".join((str(error) if plain else f"{type(error).__name__}: {error}").split())
+    for handler in logging.getLogger("ffcv_convnext").handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(log.makeRecord(log.name, level, __file__, 0, text, (), None))
+
+
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
@@ -127,6 +138,7 @@ def describe_machine(processes: Processes) -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "processes": processes.world,
+        "device_type": device.type,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "cpu_cores": os.cpu_count(),
         "git": source_commit(),

@@ -1,0 +1,48 @@
+"""The command line: `ffcv-convnext write|train|ladder|report|export|bench|doctor|verify|data`.
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 75 interrupted and ready to be resumed. What a user can mend is one
+line on stderr; anything else keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from ffcv_convnext import __version__
+from ffcv_convnext.cli.data import data, verify, write
+from ffcv_convnext.cli.ladder import ladder
+from ffcv_convnext.cli.measure import bench, doctor
+from ffcv_convnext.cli.runs import export, report, train
+from ffcv_convnext.errors import EXIT_USAGE, complain, exit_status
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "write": write,
+    "train": train,
+    "ladder": ladder,
+    "report": report,
+    "export": export,
+    "bench": bench,
+    "doctor": doctor,
+    "verify": verify,
+    "data": data,
+}
+
+
+def run_command(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; argv defaults to the process's."""
+    return exit_status(lambda: COMMANDS[name](sys.argv[1:] if argv is None else argv))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    listing = "\n".join(f"  {name:8} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items())
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: ffcv-convnext COMMAND ...\n\ncommands:\n{listing}\n\nffcv-convnext COMMAND --help tells more.")
+        return 0 if arguments else EXIT_USAGE
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    if arguments[0] not in COMMANDS:
+        return complain(f"error: no command '{arguments[0]}'; there are: {', '.join(COMMANDS)}", EXIT_USAGE)
+    return run_command(arguments[0], arguments[1:])

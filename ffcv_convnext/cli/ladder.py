@@ -1,0 +1,133 @@
+"""The command ladder and its actions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from ffcv_convnext.cli.parsing import parser_of
+from ffcv_convnext.config import add_flags, settings_from_args
+
+
+def ladder(argv: Sequence[str]) -> int:
+    """The ladder: its steps (describe), and their runs as jobs (submit, status, cancel, logs)."""
+    actions = {
+        "describe": ladder_describe,
+        "submit": ladder_submit,
+        "status": ladder_status,
+        "cancel": ladder_cancel,
+        "logs": ladder_logs,
+    }
+    listing = "\n".join(f"  {name:8} {(action.__doc__ or '').splitlines()[0]}" for name, action in actions.items())
+    if argv[:1] and argv[0] in ("-h", "--help"):
+        print(f"usage: ffcv-convnext ladder ACTION ...\n\n{listing}\n\nffcv-convnext ladder ACTION --help tells more.")
+        return 0
+    if not argv or argv[0] not in actions:
+        found = f"no action '{argv[0]}'" if argv else "no action given"
+        raise ValueError(f"ladder: {found}; there are: {', '.join(actions)}")
+    return actions[argv[0]](argv[1:])
+
+
+def ladder_describe(argv: Sequence[str]) -> int:
+    """Each step's change, size and published accuracy."""
+    parser = parser_of("ladder describe", ladder_describe)
+    _add_configs_flag(parser)
+    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    options = parser.parse_args(argv)
+    from ffcv_convnext.ladder import describe, format_table
+
+    rows = describe(options.configs)
+    print(json.dumps(rows, indent=2) if options.json else format_table(rows))
+    return 0
+
+
+def ladder_submit(argv: Sequence[str]) -> int:
+    """Submit a run for each step and seed, as one job array; what is done or queued is left out."""
+    from ffcv_convnext.cluster import add_cluster_flags, cluster_from_args, split_slurm_options
+    from ffcv_convnext.ladder import (
+        check_overrides,
+        parse_seeds,
+        plan_ladder,
+        select_steps,
+        submit_ladder,
+        with_gpus_per_job,
+    )
+
+    parser = parser_of("ladder submit", ladder_submit)
+    _add_configs_flag(parser)
+    flag = parser.add_argument
+    flag("--seeds", default="0,1,2", metavar="S,S,...", help="a run of each step for each seed (default 0,1,2)")
+    flag("--only", metavar="STEPS", help="some steps only, e.g. 05..08,convnext_tiny")
+    flag("--kernel_sizes", action="store_true", help="step 7's other kernel sizes too")
+    flag("--max_parallel", type=int, metavar="N", help="runs at the same time, at most")
+    flag("--gpus_per_job", type=int, metavar="N", help="with --executor local: GPUs of a run; others get the rest")
+    flag(
+        "--images_per_s", type=float, metavar="RATE", help="what one run trains on its GPUs, to foresee the hours from"
+    )
+    add_flags(parser)
+    add_cluster_flags(parser)
+    parser.usage = "%(prog)s --job_dir DIR [--seeds 0,1,2] [--only STEPS] [--CLUSTER VALUE ...] [--SETTING VALUE ...]"
+    rest, sbatch = split_slurm_options(argv)
+    overrides, options = settings_from_args(parser, rest)
+    cluster = with_gpus_per_job(cluster_from_args(options, sbatch), options.gpus_per_job)
+    if cluster.job_dir is None:
+        parser.error("the following arguments are required: --job_dir")
+    check_overrides(overrides)
+    steps = select_steps(options.configs, options.only, kernel_sizes=options.kernel_sizes)
+    tasks = plan_ladder(steps, parse_seeds(options.seeds), cluster, configs=options.config, overrides=overrides)
+    return submit_ladder(
+        tasks,
+        cluster,
+        command=["ffcv-convnext", "ladder", "submit", *argv],
+        dry_run=options.dry_run,
+        max_parallel=options.max_parallel,
+        images_per_s=options.images_per_s,
+        say=partial(print, flush=True),
+    )
+
+
+def ladder_status(argv: Sequence[str]) -> int:
+    """Show how every run stands: state, epoch, time left, best top-1, images/s, restarts, last error."""
+    parser = parser_of("ladder status", ladder_status)
+    parser.add_argument("job_dir", type=Path, metavar="DIR", help="--job_dir of ladder submit")
+    parser.add_argument("--watch", action="store_true", help="show it anew every 10 s until nothing is on its way")
+    options = parser.parse_args(argv)
+    from ffcv_convnext.ladder import format_status, read_status, watch
+
+    if options.watch:
+        watch(options.job_dir, partial(print, flush=True))
+    else:
+        print(format_status(read_status(options.job_dir)))
+    return 0
+
+
+def ladder_cancel(argv: Sequence[str]) -> int:
+    """Take runs out of the queue; their folders stay, and submitting again continues them."""
+    parser = parser_of("ladder cancel", ladder_cancel)
+    parser.add_argument("job_dir", type=Path, metavar="DIR", help="--job_dir of ladder submit")
+    parser.add_argument("names", nargs="*", metavar="STEP", help="STEP or STEP/seedN (default: all runs)")
+    options = parser.parse_args(argv)
+    from ffcv_convnext.ladder import cancel_runs
+
+    cancel_runs(options.job_dir, options.names, print)
+    return 0
+
+
+def ladder_logs(argv: Sequence[str]) -> int:
+    """Print the end of what a step's latest jobs said on stderr."""
+    parser = parser_of("ladder logs", ladder_logs)
+    parser.add_argument("name", metavar="STEP", help="STEP or STEP/seedN")
+    parser.add_argument("--job_dir", type=Path, required=True, metavar="DIR", help="as of ladder submit")
+    parser.add_argument("--lines", type=int, default=40, metavar="N", help="of each job, at most (default 40)")
+    options = parser.parse_args(argv)
+    from ffcv_convnext.ladder import read_log
+
+    print(read_log(options.job_dir, options.name, options.lines))
+    return 0
+
+
+def _add_configs_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--configs", type=Path, default=Path("rn_configs"), help="folder of steps (default rn_configs)")

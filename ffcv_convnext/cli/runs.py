@@ -1,0 +1,84 @@
+"""Commands about runs: train, report, export."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from ffcv_convnext.cli.parsing import parser_of
+from ffcv_convnext.config import add_flags, config_from_args
+from ffcv_convnext.errors import EXIT_FAILURE, complain
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train a network, continue a run, or evaluate a checkpoint; with --job_dir, as a job on a cluster."""
+    from ffcv_convnext.cluster import add_cluster_flags, cluster_from_args, run_config, split_slurm_options, submit_run
+
+    parser = parser_of("train", train)
+    add_flags(parser)
+    add_cluster_flags(parser)
+    rest, sbatch = split_slurm_options(argv)
+    config, options = config_from_args(parser, rest)
+    cluster = cluster_from_args(options, sbatch)
+    if cluster.job_dir is None:
+        return run_config(config)
+    command = [sys.argv[0], *argv]
+    return submit_run(config, cluster, command=command, dry_run=options.dry_run, say=partial(print, flush=True))
+
+
+def report(argv: Sequence[str]) -> int:
+    """Hold run folders against the ladder: table, figure and page."""
+    parser = parser_of("report", report)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="run folders, or folders that hold some")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write ladder.md, .csv, .json, .png and .svg there (default: the DIR, where one is given that holds runs)",
+    )
+    parser.add_argument("--html", action="store_true", help="write ladder.html too, one page with training curves")
+    parser.add_argument("--configs", type=Path, metavar="DIR", help="the ladder (default rn_configs, where it is)")
+    options = parser.parse_args(argv)
+    from ffcv_convnext.report import is_run, summarise, to_markdown, write_files
+
+    out, configs = options.out, options.configs
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be made: {error.strerror}; choose another folder") from None
+    elif len(options.folders) == 1 and not is_run(options.folders[0]):
+        out = options.folders[0]
+    elif options.html:
+        raise ValueError("--html: say where the page shall be, with --out DIR")
+    if configs is None and Path("rn_configs").is_dir():
+        configs = Path("rn_configs")
+    found = summarise(options.folders, configs)
+    print(to_markdown(found), flush=True)
+    if out is None:
+        return 0
+    if not os.access(out, os.W_OK):
+        status = 0 if options.out is None else EXIT_FAILURE
+        return complain(f"{out} cannot be written, so no files were; --out DIR puts them elsewhere", status)
+    written = write_files(found, out, page=options.html)
+    return complain(f"wrote {', '.join(path.name for path in written)} to {out}", 0)
+
+
+def export(argv: Sequence[str]) -> int:
+    """Write a checkpoint's weights under the names that timm or torchvision use."""
+    parser = parser_of("export", export)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint of a run folder")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, readable with torch.load")
+    parser.add_argument(
+        "--layout", choices=["timm", "torchvision", "ours"], default="ours", help="names of the weights"
+    )
+    parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the raw ones")
+    options = parser.parse_args(argv)
+    from ffcv_convnext.models import export_weights
+
+    export_weights(options.checkpoint, options.out, options.layout, ema=options.ema)
+    print(f"wrote {options.out}")
+    return 0

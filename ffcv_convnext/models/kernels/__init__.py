@@ -1,0 +1,28 @@
+"""Triton kernels for the network's memory-bound parts, each with a plain PyTorch twin. docs/kernels.md lists them.
+
+Only `use_triton` imports Triton, and with it the kernels.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from torch import nn
+
+from ffcv_convnext.models.kernels.block import fuse_blocks
+from ffcv_convnext.models.kernels.twins import TWINS, Operations
+
+__all__ = ["TWINS", "Operations", "fuse_blocks", "use_triton"]
+
+
+def use_triton(network: nn.Module) -> None:
+    """Let the kernels compute the blocks of a `ResNet`, in place; parameters and state dict stay as they are.
+
+    Raises ValueError where Triton is not installed.
+    """
+    if find_spec("triton") is None:
+        raise ValueError("kernels = triton: the package triton is not installed; install it, or use --kernels torch")
+    from ffcv_convnext.models.kernels import depthwise, norm, residual
+
+    operations = Operations(depthwise.depthwise_conv2d, norm.depthwise_layer_norm, residual.add_branch)
+    fuse_blocks(network, operations)

@@ -1,0 +1,234 @@
+"""Depthwise convolution in channels_last memory: forward, input gradient and weight gradient.
+
+Numbers are stored as they come (float32, bfloat16, float16) and added in float32. Nothing is added atomically: equal
+inputs give equal bits, whatever configuration is the fastest on a device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ffcv_convnext.models.kernels.launch import OPTIONS, autocast_type, channels_last, empty, on, output_shape
+from ffcv_convnext.models.kernels.strips import correlate, place, start_sums
+
+# Each thread holds ROWS x 8 or ROWS x 4 sums. More rows: fewer loads a product, more registers.
+CONFIGS = [
+    triton.Config({"ROWS": rows, "STRIPS": strips, "CHANNELS": channels}, num_warps=warps)
+    for rows, strips, channels, warps in [(7, 32, 32, 4), (4, 32, 32, 4), (7, 8, 32, 1), (7, 8, 64, 4), (4, 16, 64, 4)]
+]
+
+
+def _candidates(configs: list[Any], args: dict[str, Any], **_: Any) -> list[Any]:
+    return configs if args["x"].is_cuda else configs[:1]  # the interpreter measures nothing
+
+
+@triton.autotune(
+    CONFIGS, key=["OUT_H", "OUT_W", "C", "K", "STRIDE", "SPREAD"], prune_configs_by={"early_config_prune": _candidates}
+)
+@triton.jit(do_not_specialize=["num_images"])
+def _convolve(
+    x,
+    weight,
+    bias,
+    out,
+    num_images,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OUT_H: tl.constexpr,
+    OUT_W: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SPREAD: tl.constexpr,
+    FLIP: tl.constexpr,
+    ROWS: tl.constexpr,
+    STRIPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    blocks: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    strip = tl.program_id(0) // blocks * STRIPS + tl.arange(0, STRIPS)
+    channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    image, row, column = place(strip, OUT_H, OUT_W, ROWS)
+    exists = image < num_images
+    sums = start_sums(bias, channel, C, ROWS, STRIPS, CHANNELS)
+    sums = correlate(sums, x, weight, image, row, column, channel, exists, H, W, C, K, ROWS, STRIDE, SPREAD, FLIP)
+    start = out + image.to(tl.int64)[:, None] * (OUT_H * OUT_W * C) + channel[None, :]
+    known = exists[:, None] & (channel < C)[None, :]
+    for r in tl.static_range(ROWS):
+        pixel = (row + r) * OUT_W + column
+        tl.store(
+            start + (pixel * C)[:, None], sums[r].to(out.dtype.element_ty), mask=known & (row + r < OUT_H)[:, None]
+        )
+
+
+@triton.jit(do_not_specialize=["num_strips", "strips_each"])
+def _weight_gradient(
+    x,
+    g,
+    partial,  # (chunks, K * K, C) float32
+    num_strips,
+    strips_each,  # of a chunk
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OUT_H: tl.constexpr,
+    OUT_W: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STRIPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of the kernel, that a program computes
+):
+    """Each program sums a chunk of strips, for a block of channels and some columns of the kernel."""
+    blocks: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    groups: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
+    channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    first_column = tl.program_id(0) // blocks % groups * COLUMNS
+    chunk = tl.program_id(0) // (blocks * groups)
+    end = tl.minimum((chunk + 1) * strips_each, num_strips)
+
+    columns = ()
+    for _ in tl.static_range(COLUMNS):
+        sums = ()
+        for _ in tl.static_range(K):
+            sums = sums + (tl.zeros([STRIPS, CHANNELS], tl.float32),)
+        columns = columns + (sums,)
+    for first in range(chunk * strips_each, end, STRIPS):
+        strip = first + tl.arange(0, STRIPS)
+        image, row, column = place(strip, OUT_H, OUT_W, ROWS)
+        known = (strip < end)[:, None] & (channel < C)[None, :]
+        start = g + image.to(tl.int64)[:, None] * (OUT_H * OUT_W * C) + channel[None, :]
+        gradients = ()
+        for r in tl.static_range(ROWS):
+            pixel = (row + r) * OUT_W + column
+            value = tl.load(start + (pixel * C)[:, None], mask=known & (row + r < OUT_H)[:, None], other=0.0)
+            gradients = gradients + (value.to(tl.float32),)
+        start = x + image.to(tl.int64)[:, None] * (H * W * C) + channel[None, :]
+        updated = ()
+        for j in tl.static_range(COLUMNS):
+            across = column * STRIDE - K // 2 + first_column + j
+            visible = known & ((across >= 0) & (across < W))[:, None]
+            sums = columns[j]
+            for i in tl.static_range((ROWS - 1) * STRIDE + K):
+                down = row * STRIDE - K // 2 + i
+                seen = visible & ((down >= 0) & (down < H))[:, None]
+                value = tl.load(start + ((down * W + across) * C)[:, None], mask=seen, other=0.0).to(tl.float32)
+                more = ()
+                for tap in tl.static_range(K):
+                    if i >= tap and (i - tap) % STRIDE == 0 and i - tap < ROWS * STRIDE:
+                        more = more + (tl.fma(value, gradients[(i - tap) // STRIDE], sums[tap]),)
+                    else:
+                        more = more + (sums[tap],)
+                sums = more
+            updated = updated + (sums,)
+        columns = updated
+    for j in tl.static_range(COLUMNS):
+        for tap in tl.static_range(K):
+            start = partial + chunk.to(tl.int64) * (K * K * C) + (tap * K + first_column + j) * C
+            end_of_channels = tl.where(first_column + j < K, C, 0)  # the last group may be narrower
+            tl.store(start + channel, tl.sum(columns[j][tap], 0), mask=channel < end_of_channels)
+
+
+def by_tap(weight: Tensor) -> Tensor:
+    """(C, 1, K, K) -> (K * K, C), a small copy: channels side by side, as in the images."""
+    return weight.flatten(1).t().contiguous()
+
+
+def _launch_convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, stride: int = 1, spread: int = 1, flip: bool = False
+) -> Tensor:
+    (n, c, h, w), (out_h, out_w), k = x.shape, out.shape[2:], weight.shape[-1]
+
+    def grid(config: dict[str, Any]) -> tuple[int]:
+        strips = n * triton.cdiv(out_h, config["ROWS"]) * out_w
+        return (triton.cdiv(strips, config["STRIPS"]) * triton.cdiv(c, config["CHANNELS"]),)
+
+    with on(x):
+        _convolve[grid](
+            x, by_tap(weight), bias, out, n, h, w, out_h, out_w, c, k, stride, spread, flip, **OPTIONS
+        )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("ffcv_convnext::depthwise", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dtype: torch.dtype) -> Tensor:
+    return _launch_convolve(channels_last(x), weight, bias, empty(output_shape(x, stride), x, dtype), stride=stride)
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dtype: torch.dtype) -> Tensor:
+    return empty(output_shape(x, stride), x, dtype)
+
+
+@torch.library.custom_op("ffcv_convnext::depthwise_input_gradient", mutates_args=())
+def input_gradient(g: Tensor, weight: Tensor, stride: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """d/dx for g = d/dout: the correlation of g, spread by the stride, with the kernel turned round."""
+    out = empty((*g.shape[:2], height, width), g, dtype)
+    return _launch_convolve(channels_last(g), weight, None, out, spread=stride, flip=True)
+
+
+@input_gradient.register_fake
+def _(g: Tensor, weight: Tensor, stride: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    return empty((*g.shape[:2], height, width), g, dtype)
+
+
+@torch.library.custom_op("ffcv_convnext::depthwise_weight_gradient", mutates_args=())
+def weight_gradient(x: Tensor, g: Tensor, stride: int, kernel_size: int, dtype: torch.dtype) -> Tensor:
+    """d/dweight (C, 1, K, K), in channels_last memory, for g = d/dout: partial sums of chunks, then their sum."""
+    x, g = channels_last(x), channels_last(g)
+    (n, c, h, w), (out_h, out_w), k = x.shape, g.shape[2:], kernel_size
+    rows, channels = 7, 64 if c % 64 == 0 else 32
+    groups = triton.cdiv(k * k, 50)  # two sums a thread for each tap: up to 100 registers
+    columns = triton.cdiv(k, groups)
+    blocks, strips = triton.cdiv(c, channels), n * triton.cdiv(out_h, rows) * out_w
+    chunks = max(1, min(2048 // (blocks * groups), triton.cdiv(strips, 16)))
+    strips_each = triton.cdiv(triton.cdiv(strips, chunks), 64 // channels) * (64 // channels)
+    chunks = triton.cdiv(strips, strips_each)
+    partial = x.new_empty((chunks, k * k, c), dtype=torch.float32)
+    with on(x):
+        _weight_gradient[(chunks * groups * blocks,)](
+            x, g, partial, strips, strips_each, h, w, out_h, out_w, c, k, stride,
+            ROWS=rows, STRIPS=64 // channels, CHANNELS=channels, COLUMNS=columns, num_warps=1, **OPTIONS,
+        )  # fmt: skip
+    return empty((c, 1, k, k), x, dtype).copy_(partial.sum(0).t().view(c, 1, k, k))
+
+
+@weight_gradient.register_fake
+def _(x: Tensor, g: Tensor, stride: int, kernel_size: int, dtype: torch.dtype) -> Tensor:
+    return empty((x.shape[1], 1, kernel_size, kernel_size), x, dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, ctx.stride, _ = inputs
+    ctx.bias_type = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+    return (
+        input_gradient(g, weight, ctx.stride, *x.shape[2:], x.dtype) if wants_x else None,
+        weight_gradient(x, g, ctx.stride, weight.shape[-1], weight.dtype) if wants_weight else None,
+        g.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_type) if wants_bias else None,
+        None,
+        None,
+    )
+
+
+_forward.register_autograd(_backward, setup_context=_save)
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """The kernels' `twins.depthwise_conv2d`; the result is in channels_last memory.
+
+    Raises ValueError for a data type other than float32, bfloat16 or float16.
+    """
+    result: Tensor = _forward(x, weight, bias, stride, autocast_type(x))
+    return result

@@ -1,0 +1,113 @@
+"""A report as one HTML page that needs nothing else: tables, the figure, training curves, every run."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from ffcv_convnext.report.figure import INK, draw
+from ffcv_convnext.report.runs import Run, finite
+from ffcv_convnext.report.summary import Report, Row
+from ffcv_convnext.report.tables import (
+    Table,
+    caption,
+    others_caption,
+    others_table,
+    section_table,
+    table_of_runs,
+)
+
+CURVES = ("test_acc1", "test_acc1_ema", "test_loss", "test_loss_ema", "train_loss", "images_per_s")
+
+
+def to_html(report: Report) -> str:
+    """The page; its script draws the curves from numbers inside it. Raises ModuleNotFoundError without matplotlib."""
+    template = files("ffcv_convnext.report").joinpath("page.html").read_text(encoding="utf-8")
+    parts = {"TABLES": _tables(report), "FIGURE": _figure(report), "RUNS": _runs(report), "CURVES": _curves(report)}
+    return re.sub(r"<!--([A-Z]+)-->", lambda marker: parts[marker[1]], template)
+
+
+def _tables(report: Report) -> str:
+    parts = []
+    for section in report.sections:
+        marks = [_mark(row) for row in section.rows]
+        parts.append(f"<section><h2>{_text(section.title)}</h2>{_table(section_table(section), marks)}")
+        parts.append(f"{_list(caption(section))}</section>")
+    if report.others:
+        parts.append(f"<section><h2>Other runs</h2>{_table(others_table(report.others))}")
+        parts.append(f"{_list(others_caption(report.others))}</section>")
+    if report.notes:
+        parts.append(f"<section><h2>Notes</h2>{_list(report.notes)}</section>")
+    return "\n".join(parts)
+
+
+def _mark(row: Row) -> str:
+    """Attributes of a table's row: its change, and a class for what a reader looks for."""
+    kind = {None: "", True: "within", False: "outside"}[row.within]
+    return f' class="{kind}" title="{_text(row.rung.step.change)}"'
+
+
+def _figure(report: Report) -> str:
+    """Inline SVG that takes the page's text colour."""
+    svg = draw(report, "svg", background="none").decode()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+
+
+def _runs(report: Report) -> str:
+    return _table(table_of_runs(report.runs))
+
+
+def _curves(report: Report) -> str:
+    """What the page's script draws, as JSON that may stand inside a script element."""
+    columns = {section.column.folder for section in report.sections}
+    curves = []
+    for section in report.sections:
+        column = f"{section.column.folder.name}/" if len(columns) > 1 else ""
+        departure = section.title.removeprefix(section.column.title)
+        for row in section.rows:
+            curves += [_curve(run, f"{column}{row.name}{departure}") for run in row.runs]
+    curves += [_curve(run, run.name) for run in report.others]
+    text = json.dumps([curve for curve in curves if curve["epochs"]], separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c")
+
+
+def _curve(run: Run, group: str) -> dict[str, Any]:
+    """group: what its seeds have in common. Of the series, those that were measured; null where a number is none."""
+    series = {
+        name: [None if (value := finite(entry.get(name))) is None else round(value, 3) for entry in run.epochs]
+        for name in CURVES
+    }
+    return {
+        "group": group,
+        "name": run.name,
+        "state": run.progress,
+        "epochs": [entry["epoch"] + 1 for entry in run.epochs],
+        "series": {name: values for name, values in series.items() if any(value is not None for value in values)},
+    }
+
+
+def _table(table: Table, marks: Sequence[str] = ()) -> str:
+    header, rows = table
+    head = "".join(f"<th>{_text(name)}</th>" for name in header)
+    lines = [
+        f"<tr{mark}><th>{_text(row[0])}</th>{''.join(map(_cell, row[1:]))}</tr>"
+        for row, mark in zip(rows, marks or [""] * len(rows), strict=True)
+    ]
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    return f"<td>{_text(text)}</td>".replace("+-", "\N{PLUS-MINUS SIGN}")
+
+
+def _list(lines: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>"
+
+
+def _text(text: str) -> str:
+    return html.escape(text)

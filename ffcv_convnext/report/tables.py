@@ -1,0 +1,280 @@
+"""A report as Markdown that reads well on a terminal too, as CSV and as JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ffcv_convnext.report.runs import Metric, Run
+from ffcv_convnext.report.summary import WITHIN, Report, Row, Section, Stats
+
+Table = tuple[list[str], list[list[str]]]  # a header and its rows
+METRICS: tuple[Metric, ...] = ("test_acc1", "test_acc1_ema")  # of the raw and of the averaged weights
+
+
+def to_markdown(report: Report) -> str:
+    """Every section's table and caption, then the other runs, then the notes."""
+    parts: list[str] = []
+    for section in report.sections:
+        parts += [f"## {escape(section.title)}", _table(section_table(section)), _list(caption(section))]
+    if report.others:
+        parts += ["## Other runs"] if report.sections else []
+        parts += [_table(others_table(report.others)), _list(others_caption(report.others))]
+    if report.notes:
+        parts += ["Notes:", _list(report.notes)]
+    return "\n\n".join(parts)
+
+
+def section_table(section: Section) -> Table:
+    """A row a step; '-' where there is nothing to tell."""
+    paper = [] if section.why_not else ["paper", "to paper", f"within {WITHIN}"]
+    header = ["step", "seeds", "top-1 %", "to base", *paper, "GMACs", "parameters", "images/s", "GPU-hours", "state"]
+    return header, [_section_row(section, row) for row in section.rows]
+
+
+def _section_row(section: Section, row: Row) -> list[str]:
+    paper = [
+        "-" if row.paper is None else plus_minus(Stats(row.paper, row.rung.paper_std, 3)),
+        _points(row.to_paper),
+        {None: "-", True: "yes", False: "no"}[row.within],
+    ]
+    return [
+        f"({row.name})" if row.rung.optional else row.name,
+        str(row.top1.n) if row.top1 else "-",
+        plus_minus(row.top1),
+        _points(row.to_base),
+        *([] if section.why_not else paper),
+        f"{row.gmacs:.3f}",
+        f"{row.parameters:,}",
+        _number(row.images_per_s, ".0f"),
+        _number(row.gpu_hours, ".1f"),
+        row.state,
+    ]
+
+
+def caption(section: Section) -> list[str]:
+    """How to read a section's table, a sentence each."""
+    averaged = [row.name for row in section.rows if row.rung.metric == "test_acc1_ema"]
+    facts, members = section.facts, section.runs
+    devices = sorted({run.devices for run in members if run.devices})
+    hours = [run.gpu_hours for run in members if run.gpu_hours is not None]
+    return [
+        "Top-1: validation accuracy after the last epoch (none is picked by it), mean and sample standard deviation of "
+        "the finished seeds, of the raw weights"
+        + (f"; of {', '.join(averaged)}, the averaged ones" if averaged else ""),
+        "To base: difference to the step that it changes, raw weights on both sides"
+        + ("; in brackets: variants that no step builds on" if any(row.rung.optional for row in section.rows) else ""),
+        f"Not compared with the paper: {section.why_not}"
+        if section.why_not
+        else "Paper: arXiv:2201.03545, Tables 1, 10 and 11; 300 epochs, three seeds where a deviation is given",
+        *([f"The recipe departs from the configs': {' '.join(section.recipe)}"] if section.recipe else []),
+        f"Data: {_counted(facts.num_classes, 'classes')}, {_counted(facts.train_images, 'training')} and "
+        f"{_counted(facts.val_images, 'validation images')} (train.beton {(facts.train_data or 'unknown')[:8]}); "
+        f"global batch {facts.global_batch or 'unknown'}; GMACs at {members[0].config.data.input_size} pixels",
+        "Images/s: of all devices together"
+        + (f" ({', '.join(devices)})" if devices else "")
+        + "; GPU-hours: of one run"
+        + (f", {sum(hours):,.1f} in all" if hours else ""),
+    ]
+
+
+def _counted(count: int | None, what: str) -> str:
+    return f"{'an unknown number of' if count is None else f'{count:,}'} {what}"
+
+
+OTHER_HEADER = ["run", "epochs", "parameters", "top-1 %", "averaged top-1 %", "images/s", "minutes"]
+
+
+def others_table(runs: Sequence[Run]) -> Table:
+    return OTHER_HEADER, [_other_row(run) for run in runs]
+
+
+def _other_row(run: Run) -> list[str]:
+    return [
+        run.name,
+        f"{len(run.epochs)}/{run.num_epochs}" + ("" if run.state == "done" else f" {run.state}"),
+        _number(run.facts.get("n_parameters"), ",d"),
+        _number(run.last("test_acc1"), ".2f"),
+        _number(run.last("test_acc1_ema"), ".2f"),
+        _number(run.images_per_s, ".0f"),
+        f"{60 * run.hours:.1f}",
+    ]
+
+
+def others_caption(runs: Sequence[Run]) -> list[str]:
+    classes = sorted({_counted(run.facts.get("num_classes"), "classes") for run in runs})
+    return [f"Networks that are no step of the ladder ({', '.join(classes)}): not compared with the paper"]
+
+
+def table_of_runs(runs: Sequence[Run]) -> Table:
+    """Every run of a report, with the best epoch beside the last one."""
+    header = ["run", "seed", "state", "last top-1 %", "best top-1 %", "in epoch", "last averaged %", "best averaged %"]
+    return [*header, "in epoch", "GPU-hours", "starts", "commit"], [_run_row(run) for run in runs]
+
+
+def _run_row(run: Run) -> list[str]:
+    starts = run.facts.get("starts") or [{}]
+    cells = [run.name, str(run.seed), run.progress]
+    for metric in METRICS:
+        value, epoch = run.best(metric) or (None, None)
+        cells += [_number(run.last(metric), ".2f"), _number(value, ".2f"), _number(epoch, "d")]
+    return [*cells, _number(run.gpu_hours, ".1f"), str(len(starts)), str(starts[-1].get("git", "-"))[:10]]
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {escape(line)}" for line in lines)
+
+
+def _table(table: Table) -> str:
+    """As Markdown: the first column and the state to the left, the numbers to the right."""
+    header, rows = table
+    lines = [header, *([escape(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    left = [i == 0 or name == "state" for i, name in enumerate(header)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(cells, widths, left, strict=True)]
+        return f"| {' | '.join(padded)} |".replace("\n", " ")
+
+    rule = "|".join("-" * (w + 2) if to_left else "-" * (w + 1) + ":" for w, to_left in zip(widths, left, strict=True))
+    return "\n".join([line(lines[0]), f"|{rule}|", *map(line, lines[1:])])
+
+
+def plus_minus(stats: Stats | None) -> str:
+    if stats is None:
+        return "-"
+    return f"{stats.mean:.2f}" if stats.std is None else f"{stats.mean:.2f} +- {stats.std:.2f}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _points(value: float | None) -> str:
+    return _number(None if value is None else round(value, 2) + 0.0, "+.2f")  # + 0.0: no -0.00
+
+
+def escape(text: str) -> str:
+    """Text that Markdown and a terminal show as it is: a run's name may hold anything a file's name may."""
+    shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return re.sub(r"([\\`*|<>\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", shown)
+
+
+# --- Data -------------------------------------------------------------------------------------------------
+
+
+def to_csv(report: Report) -> str:
+    """A line a step and a line a run that is no step; nothing where there is no number."""
+    records = [_row_record(section, row) for section in report.sections for row in section.rows]
+    records += [_other_record(run) for run in report.others]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, fieldnames=list(FIELDS), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: value for name, value in record.items() if name in FIELDS} for record in records)
+    return file.getvalue()
+
+
+def to_json(report: Report) -> str:
+    """All that the tables and the figure show, and every run with its folder, commit and scores."""
+    content = {
+        "sections": [
+            {
+                "title": section.title,
+                "configs": str(section.column.folder),
+                "recipe": list(section.recipe),
+                **section.facts._asdict(),
+                "compared_with_paper": not section.why_not,
+                "why_not": section.why_not or None,
+                "rows": [
+                    {**_row_record(section, row), "runs": [_run_record(run) for run in row.runs]}
+                    for row in section.rows
+                ],
+            }
+            for section in report.sections
+        ],
+        "others": [_run_record(run) for run in report.others],
+        "notes": report.notes,
+    }
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+FIELDS = (
+    *("section", "name", "change", "optional", "state", "metric", "seeds", "top1", "top1_std", "to_base"),
+    *("paper", "paper_std", "to_paper", "within", "gmacs", "parameters", "images_per_s", "gpu_hours"),
+)
+
+
+def _row_record(section: Section, row: Row) -> dict[str, Any]:
+    top1 = row.top1
+    record = {
+        "section": section.title,
+        "name": row.name,
+        "change": row.rung.step.change,
+        "optional": row.rung.optional,
+        "state": row.state,
+        "metric": row.rung.metric,
+        "seeds": top1.n if top1 else 0,
+        "top1": top1.mean if top1 else None,
+        "top1_std": top1.std if top1 else None,
+        "to_base": row.to_base,
+        "paper": row.paper,
+        "paper_std": None if row.paper is None else row.rung.paper_std,
+        "to_paper": row.to_paper,
+        "within": row.within,
+        "gmacs": row.gmacs,
+        "parameters": row.parameters,
+        "images_per_s": row.images_per_s,
+        "gpu_hours": row.gpu_hours,
+    }
+    return _rounded(record)
+
+
+def _other_record(run: Run) -> dict[str, Any]:
+    """A run of its own as a line among the steps'."""
+    record = {
+        "section": "other runs",
+        "name": run.name,
+        "optional": False,
+        "state": run.progress,
+        "metric": "test_acc1",
+        "seeds": 1,
+        "top1": run.last("test_acc1"),
+        "parameters": run.facts.get("n_parameters"),
+        "images_per_s": run.images_per_s,
+        "gpu_hours": run.gpu_hours,
+    }
+    return _rounded(record)
+
+
+def _run_record(run: Run) -> dict[str, Any]:
+    starts = run.facts.get("starts") or [{}]
+    record: dict[str, Any] = {
+        "name": run.name,
+        "folder": str(run.folder),
+        "seed": run.seed,
+        "state": run.state,
+        "error": run.error,
+        "epochs": len(run.epochs),
+        "num_epochs": run.num_epochs,
+        "starts": len(starts),
+        "git": starts[-1].get("git"),
+        "devices": run.devices,
+        "parameters": run.facts.get("n_parameters"),
+        "images_per_s": run.images_per_s,
+        "hours": run.hours,
+        "gpu_hours": run.gpu_hours,
+    }
+    for metric in METRICS:
+        best = run.best(metric)
+        record[metric] = run.last(metric)
+        record[f"best_{metric}"] = best[0] if best else None
+        record[f"best_{metric}_epoch"] = best[1] if best else None
+    return _rounded(record)
+
+
+def _rounded(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in record.items()}
