@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from slurm.two_nodes import TwoNodes
 pytestmark = pytest.mark.slurm
 
 STEPS = {
-    "00_start": "resnet_layers: 1-1-1-1\nresnet_embed_dim: 8\nrecipe_batch: 32\n",
+    "00_start": "resnet_layers: 1-1-1-1\nresnet_embed_dim: 8\n",
     "01_stem": "base: 00_start.yaml\nresnet_stem: patch_embed\n",
     "02_gelu": "base: 01_stem.yaml\nresnet_act_layer: gelu\n",
 }
@@ -49,9 +51,8 @@ def test_a_ladder_of_three_steps_and_two_seeds_from_submission_to_report(
     configs.mkdir()
     for name, text in STEPS.items():
         (configs / f"{name}.yaml").write_text(text)
-    theirs = ("resnet_layers", "resnet_embed_dim", "resnet_stem", "resnet_act_layer", "recipe_batch")
     flags = {
-        **{name: value for name, value in settings.items() if name not in theirs},
+        **{name: value for name, value in settings.items() if not name.startswith("resnet_")},
         "epochs": 1, "configs": configs, "job_dir": job_dir,
         "seeds": "0,1", "ngpus": 1, "cpus_per_task": 1, "timeout": 1, "max_parallel": 2,
     }  # fmt: skip
@@ -80,9 +81,14 @@ def test_a_ladder_of_three_steps_and_two_seeds_from_submission_to_report(
     assert Counter(states(job_dir).values()) == {"done": 6}
     assert "nothing to submit: all 6 runs are finished or on their way" in ladder("submit", settings=flags)
 
-    report = command_line(["-m", "ffcv_convnext.cli", "report", *(str(job_dir / run) for run in runs)])
+    report = command_line(["-m", "ffcv_convnext.cli", "report", str(job_dir), "--configs", str(configs)])
     assert report.returncode == 0, report.stderr
-    row = r"^\| \S*seed\d +\| +1/1 \| +[\d,]+ \| +([\d.]+) \|"  # run, epochs, parameters, top-1
-    assert re.findall(row, report.stdout, flags=re.MULTILINE) == [
-        f"{read_lines(job_dir / run / 'log.jsonl')[-1]['test_acc1']:.2f}" for run in runs
+    [section] = json.loads((job_dir / "ladder.json").read_text())["sections"]
+    assert [(row["name"], row["state"], row["seeds"]) for row in section["rows"]] == [
+        (name, "done", 2) for name in STEPS
     ]
+    for row in section["rows"]:
+        logs = [read_lines(job_dir / row["name"] / f"seed{seed}" / "log.jsonl") for seed in (0, 1)]
+        top1 = [log[-1]["test_acc1"] for log in logs]
+        assert row["top1"] == pytest.approx(mean(top1), abs=1e-3)
+        assert row["top1_std"] == pytest.approx(stdev(top1), abs=1e-3)
