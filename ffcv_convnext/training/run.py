@@ -161,9 +161,11 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
         model = DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,  # running statistics are averaged before evaluation and saving instead
             gradient_as_bucket_view=True,
         )
+        # not as an argument, of which torch 2.13 and newer warn; running statistics are averaged before evaluation and
+        # saving instead
+        model.broadcast_buffers = False
     return Learner(
         config=config,
         processes=processes,
