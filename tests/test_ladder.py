@@ -1,4 +1,4 @@
-"""rn_configs/: every file loads, every step is one change, and its network has the size shared/LADDER.md states."""
+"""rn_configs/: every file loads, every step is one change, and its network has the size the ladder's table states."""
 
 from __future__ import annotations
 
@@ -169,6 +169,14 @@ def test_the_table_is_aligned_markdown() -> None:
     assert len({len(line) for line in lines}) == 1
     assert all(line.count("|") == 6 for line in lines)
     assert re.search(r"\| 07_kernel7 +\| --resnet_kernel_size 7 +\| +25,863,496 \| +4.146 \| +80.57 \|", lines[9])
+
+
+def test_the_small_ladder_of_the_docs_is_one() -> None:
+    rows = describe(CONFIGS.parent / "docs/demo_ladder", input_size=48, num_classes=10)
+    assert [row["change"].partition(" ")[0].removeprefix("--") for row in rows] == [
+        "", "resnet_stem", "resnet_depthwise", "resnet_embed_dim", "resnet_block", "resnet_conv_first",
+    ]  # fmt: skip
+    assert [row["parameters"] for row in rows] == [511_514, 509_914, 316_234, 701_866, 342_322, 328_594]
 
 
 def test_a_change_is_what_differs_from_the_base(tmp_path: Path) -> None:
