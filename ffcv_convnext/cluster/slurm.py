@@ -239,7 +239,7 @@ def _ask(*command: str) -> str:
         raise Failure(f"{command[0]} did not answer within 60 s; try again") from None
     except subprocess.CalledProcessError as error:
         reason = " ".join(error.stderr.split()) or f"exit status {error.returncode}"
-        raise Failure(f"{command[0]} failed: {reason}") from None
+        raise Failure(f"{command[0]} failed: {reason}; is this a login node of a cluster that runs?") from None
 
 
 def requeue(status: int, folder: Path) -> int:
