@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ffcv_convnext import data
 from ffcv_convnext.augment import TrainAugment, normalise
 from ffcv_convnext.config import Config
 from ffcv_convnext.files import in_bytes, write_atomically
 from ffcv_convnext.training import Processes, count_classes
 
 if TYPE_CHECKING:  # at run time `data` imports it, and ffcv with it
-    from ffcv_convnext.data import TrainLoader
+    from ffcv_convnext.data.load import TrainLoader
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 DEFAULT_NUM = 18
@@ -80,7 +79,9 @@ def preview(
         raise ValueError(f"--epoch {epoch}: the run has the epochs 0 to {config.schedule.epochs - 1}")
     device = Processes.from_environment(config.run.device).device
     for_one_step = replace(config.data, data_cache="os", batches_ahead=1)  # neither changes a batch
-    with closing(data.TrainLoader(for_one_step, device, seed=config.run.seed)) as loader:
+    from ffcv_convnext.data.load import TrainLoader
+
+    with closing(TrainLoader(for_one_step, device, seed=config.run.seed)) as loader:
         global_batch = loader.shares.global_batch
         if not 0 <= step < loader.steps_per_epoch:
             raise ValueError(f"--step {step}: an epoch of this run has the steps 0 to {loader.steps_per_epoch - 1}")
@@ -122,6 +123,8 @@ def _facts(config: Config, epoch: int, step: int, steps_per_epoch: int, num: int
 
 def images_of_step(config: Config, loader: TrainLoader, device: torch.device, epoch: int, step: int) -> Iterator[Shown]:
     """The images of a step's global batch in turn. A micro-batch is augmented whole, as its images are mixed."""
+    from ffcv_convnext.data.load import COPY
+
     classes = loader.manifest.classes
     augment = TrainAugment(
         config.augment,
@@ -138,7 +141,7 @@ def images_of_step(config: Config, loader: TrainLoader, device: torch.device, ep
             num, _, height, width = images.shape
             policy = augment.draw(num, height, width, step=step_of_run, micro_batch=number).policy
             operations: list[list[str]] = [[]] * num if policy is None else policy.words()
-            copies, samples = np.divmod(listed, data.COPY)
+            copies, samples = np.divmod(listed, COPY)
             for pixels, crop, target, label, words, sample, copy in zip(
                 denormalise(inputs), _arrays(images), targets.cpu(), labels.tolist(), operations, samples, copies,
                 strict=True,

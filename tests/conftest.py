@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from imagefolder import make_image_folder
-from nursery import Nursery
+from support.imagefolder import make_image_folder
+from support.nursery import Nursery
+from support.slurm_commands import answer
 
-from ffcv_convnext.config import Config
-from ffcv_convnext.data import ConversionOptions, convert
+from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
 
 
 @pytest.fixture(scope="session")
@@ -65,10 +66,6 @@ def small_settings(beton_dir: Path) -> dict[str, Any]:
     }
 
 
-def config_from(settings: dict[str, Any], **changes: Any) -> Config:
-    return Config.from_flat({**settings, **changes})
-
-
 @pytest.fixture(autouse=True)
 def _same_number_of_threads() -> Any:
     """A test that changes PyTorch's thread count must not change another test's arithmetic."""
@@ -81,3 +78,15 @@ def _same_number_of_threads() -> Any:
 def one_thread(_same_number_of_threads: None) -> None:
     """PyTorch computes with one thread: fast where other processes want the cores too."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder at the head of PATH; `answer` puts commands into it."""
+    folder = tmp_path / "commands"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    for name in ("sbatch", "srun", "squeue", "scontrol", "scancel"):
+        answer(folder, name, "")
+    answer(folder, "sinfo", "main* infinite")
+    return folder

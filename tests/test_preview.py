@@ -11,13 +11,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from runs import train_here
+from support.runs import train_here
 from torch import Tensor
 
 from ffcv_convnext.augment import TrainAugment
 from ffcv_convnext.cli import run_command
 from ffcv_convnext.config import Config
-from ffcv_convnext.data import COPY, TrainLoader
+from ffcv_convnext.data.load.loader import TrainLoader
+from ffcv_convnext.data.load.sampler import COPY
 from ffcv_convnext.preview import Shown, _in_ascii, _Page, images_of_step, mixing_weights, preview
 
 CPU = torch.device("cpu")

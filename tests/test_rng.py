@@ -55,7 +55,7 @@ def test_a_key_of_short_philox_is_a_number_or_a_tensor() -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("epoch", [0, 299, 2**32 - 1])
 def test_numpy_torch_and_numba_agree(seed: int, epoch: int) -> None:
-    decoders = pytest.importorskip("ffcv_convnext.data.decoders")
+    decoders = pytest.importorskip("ffcv_convnext.data.load.crops")
     block = 5
     by_numpy = sample_words(seed, epoch, SAMPLES, Stream.CROP, block)
     by_torch = sample_words(seed, epoch, torch.from_numpy(SAMPLES.astype(np.int64)), Stream.CROP, block)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ffcv_convnext.augment.ops import Planes, inside
+from ffcv_convnext.augment.color import Planes, inside
 from ffcv_convnext.config import AugmentConfig
 from ffcv_convnext.rng import short_words
 

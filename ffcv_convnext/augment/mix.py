@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ffcv_convnext.augment.ops import inside
+from ffcv_convnext.augment.color import inside
 from ffcv_convnext.config import AugmentConfig
 
 

@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ffcv_convnext.augment.batched_ops import PolicyTensors, apply_policy_everywhere, policy_kinds, policy_tensors
+from ffcv_convnext.augment.color import JitterDraws, color_jitter, draw_jitter, normalise, normalised_planes
 from ffcv_convnext.augment.erasing import ErasingDraws, draw_erasing, erase, erase_everywhere
-from ffcv_convnext.augment.everywhere import PolicyTensors, apply_policy_everywhere, policy_kinds, policy_tensors
 from ffcv_convnext.augment.mix import MixDraws, draw_mix, mix_everywhere, mix_targets, mixed
-from ffcv_convnext.augment.ops import JitterDraws, color_jitter, draw_jitter, normalise, normalised_planes
 from ffcv_convnext.augment.randaugment import Interpolation, PolicyDraws, apply_policy, draw_policy
-from ffcv_convnext.augment.transfer import all_to_device
+from ffcv_convnext.augment.to_device import all_to_device
 from ffcv_convnext.config import AugmentConfig
-from ffcv_convnext.policies import parse_policy
+from ffcv_convnext.policy_grammar import parse_policy
 from ffcv_convnext.rng import Stream, step_seed
 
 _STREAMS = (Stream.POLICY, Stream.COLOR_JITTER, Stream.ERASING, Stream.MIX)

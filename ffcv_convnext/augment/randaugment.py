@@ -2,7 +2,7 @@
 
 What an operation does to the pixels is what timm does with PIL; how strong a magnitude is, is timm's too (for ta_wide
 torchvision's). Draws are made on the host, in float64. apply_policy takes image after image through its own operations
-only, which suits a CPU; everywhere.py does the same work as one graph for all, which suits a GPU.
+only, which suits a CPU; batched_ops.py does the same work as one graph for all, which suits a GPU.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ffcv_convnext.augment import pixels as pil
-from ffcv_convnext.augment.ops import IMAGENET_MEAN
-from ffcv_convnext.augment.transfer import to_device
-from ffcv_convnext.policies import FULL_MAGNITUDE, NUM_WIDE_LEVELS, Policy
+from ffcv_convnext.augment import pil_ops as pil
+from ffcv_convnext.augment.color import IMAGENET_MEAN
+from ffcv_convnext.augment.to_device import to_device
+from ffcv_convnext.policy_grammar import FULL_MAGNITUDE, NUM_WIDE_LEVELS, Policy
 
 Interpolation = Literal["bicubic", "bilinear", "random"]
 # Colour of what a geometric operation uncovers.
@@ -297,7 +297,7 @@ def kind_tables(kinds: NDArray[np.int64], arguments: Floats) -> NDArray[np.uint8
 
 
 def kind_numbers(kinds: NDArray[np.int64], arguments: Floats, height: int, width: int) -> Floats:
-    """(..., 10): a matrix's six (see pixels.places), a blend's factor, a blur's three weights; without effect if none.
+    """(..., 10): a matrix's six (see pil_ops.places), a blend's factor, a blur's three weights; without effect if none.
 
     height, width: of the images, pixels.
     """

@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from ffcv_convnext.augment import TrainAugment
+from ffcv_convnext.bench.compare import Comparison, Contestant, compare, imports_done, use_cores
 from ffcv_convnext.bench.loader import choose
-from ffcv_convnext.bench.photographs import find_photographs
-from ffcv_convnext.bench.rounds import Comparison, Contestant, compare, imports_done, use_cores
 from ffcv_convnext.bench.stages import repeating
+from ffcv_convnext.bench.synthetic_data import find_photographs
 from ffcv_convnext.config import Config
 from ffcv_convnext.training import Processes, compiles, input_dtype
 

@@ -13,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+from ffcv_convnext.bench.compare import Comparison, Contestant, compare, imports_done, patience, use_cores
 from ffcv_convnext.bench.loader import choose
-from ffcv_convnext.bench.photographs import image_folder
-from ffcv_convnext.bench.rounds import Comparison, Contestant, compare, imports_done, patience, use_cores
+from ffcv_convnext.bench.synthetic_data import image_folder
 
 REFERENCE = "stock FFCV"
 QUALITIES: dict[str, int | Literal["original"]] = {REFERENCE: 90, "ours": 90, "ours (original JPEGs)": "original"}
@@ -74,7 +74,8 @@ def bench_convert(
 
 
 def ours(folder: str, beton: str, num_workers: int, jpeg_quality: int | Literal["original"]) -> Contestant:
-    from ffcv_convnext.data import ConversionOptions, convert, write_stock_beton  # noqa: F401  brings ffcv, as convert
+    from ffcv_convnext.bench.stock_ffcv import write_stock_beton  # noqa: F401  brings ffcv, as convert
+    from ffcv_convnext.data.convert import ConversionOptions, convert
 
     imports_done()
     options = ConversionOptions(
@@ -92,7 +93,7 @@ def ours(folder: str, beton: str, num_workers: int, jpeg_quality: int | Literal[
 def stock_ffcv(folder: str, beton: str, num_workers: int) -> Contestant:
     from torchvision.datasets import ImageFolder
 
-    from ffcv_convnext.data import write_stock_beton
+    from ffcv_convnext.bench.stock_ffcv import write_stock_beton
 
     imports_done()
 

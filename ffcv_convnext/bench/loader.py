@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ffcv_convnext.bench.photographs import image_folder
-from ffcv_convnext.bench.rounds import Comparison, compare, patience, use_cores
+from ffcv_convnext.bench.compare import Comparison, compare, patience, use_cores
+from ffcv_convnext.bench.synthetic_data import image_folder
 
 REFERENCE = "stock FFCV (area)"
 
@@ -112,7 +112,8 @@ def convert_for_all(folder: Path, work: Path) -> dict[str, Path]:
     """Both files of the same images: ours, and one by FFCV's own writer with the same settings."""
     from torchvision.datasets import ImageFolder
 
-    from ffcv_convnext.data import ConversionOptions, convert, write_stock_beton
+    from ffcv_convnext.bench.stock_ffcv import write_stock_beton
+    from ffcv_convnext.data.convert import ConversionOptions, convert
 
     convert(ConversionOptions(data_path=folder, out_dir=work, split="train"))
     dataset = ImageFolder(str(folder / "train"))

@@ -18,8 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ffcv_convnext import data
-from ffcv_convnext.bench.rounds import Timed
+from ffcv_convnext.bench.compare import Timed
 from ffcv_convnext.config import Config, DataConfig
 from ffcv_convnext.errors import Failure
 from ffcv_convnext.rng import permutation
@@ -34,9 +33,11 @@ class Decoding:
 
     def __init__(self, beton: Path, config: DataConfig, device: torch.device, *, num_workers: int) -> None:
         self.batch_size = config.batch_size
-        self.loader = data.SampleLoader(
+        from ffcv_convnext.data.load import RandomCropDecoder, SampleLoader
+
+        self.loader = SampleLoader(
             beton,
-            data.RandomCropDecoder(config),
+            RandomCropDecoder(config),
             num_workers=num_workers,
             batches_ahead=config.batches_ahead,
             device=device,

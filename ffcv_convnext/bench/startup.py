@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from ffcv_convnext.bench.compare import processor, use_cores
+from ffcv_convnext.bench.contestants.loaders import BATCH, SIZE
 from ffcv_convnext.bench.loader import choose, convert_for_all
-from ffcv_convnext.bench.peers import BATCH, SIZE
-from ffcv_convnext.bench.photographs import image_folder
-from ffcv_convnext.bench.rounds import processor, use_cores
+from ffcv_convnext.bench.synthetic_data import image_folder
 from ffcv_convnext.errors import Failure
 
 # Each prints a line of JSON. Arguments: when the process was started, our folder, stock FFCV's file.
@@ -40,13 +40,13 @@ os._exit(0)
 """
 _OURS = f"""
 from ffcv_convnext.config import DataConfig
-from ffcv_convnext.data import TrainLoader
+from ffcv_convnext.data.load import TrainLoader
 config = DataConfig(data_path=Path(sys.argv[2]), batch_size={BATCH}, input_size={SIZE})
 steps = TrainLoader(config, torch.device("cpu"), seed=0).steps(0)
 images, labels = next(next(steps))
 """
 _STOCK = f"""
-from ffcv_convnext.data import stock_train_loader
+from ffcv_convnext.bench.stock_ffcv import stock_train_loader
 workers = len(os.sched_getaffinity(0))
 loader = stock_train_loader(Path(sys.argv[3]), size={SIZE}, batch_size={BATCH}, num_workers=workers)
 images, labels = next(iter(loader))

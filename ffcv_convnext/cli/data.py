@@ -16,8 +16,8 @@ from ffcv_convnext.files import write_atomically
 
 def write(argv: Sequence[str]) -> int:
     """Convert an ImageFolder to .beton files and manifests."""
-    from ffcv_convnext.data import ConversionOptions, convert, ending_like_ctrl_c, join_parts
-    from ffcv_convnext.settings import nearest
+    from ffcv_convnext.config import nearest
+    from ffcv_convnext.data.convert import ConversionOptions, convert, ending_like_ctrl_c, join_parts
 
     script = Path(sys.argv[0]).name
     parser = Parser(
@@ -109,7 +109,7 @@ def verify(argv: Sequence[str]) -> int:
     parser.epilog = "Exit status: 0 all is good, 1 something is bad, 2 wrong usage."
     options = parser.parse_args(argv)
     check_json(options.json)
-    from ffcv_convnext.data import repair_data, verify_data
+    from ffcv_convnext.data.check import repair_data, verify_data
 
     verification = verify_data(options.data, options.num_workers)
     print(verification.format())
@@ -152,7 +152,7 @@ def data(argv: Sequence[str]) -> int:
     if argv[:1] == ["preview"]:
         return _preview(*config_from_args(preview, argv[1:]))
     options = parser.parse_args(argv)
-    from ffcv_convnext.data import describe_data
+    from ffcv_convnext.data.check import describe_data
 
     described = describe_data(options.data)
     print(described.to_json() if options.json else described.format())

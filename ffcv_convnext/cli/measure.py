@@ -94,7 +94,7 @@ def doctor(argv: Sequence[str]) -> int:
     parser.usage = "%(prog)s [--config YAML ...] [--gpus N --cores N] [--SETTING VALUE ...]"
     config, options = config_from_args(parser, argv)
     check_json(options.json)
-    from ffcv_convnext.bench import diagnose
+    from ffcv_convnext.doctor import diagnose
 
     diagnosis = diagnose(
         config,

@@ -13,8 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ffcv_convnext.config import SETTINGS, add_setting_flags, collect_settings, read_mapping
-from ffcv_convnext.settings import format_value, nearest, setting, to_plain
+from ffcv_convnext.config import (
+    SETTINGS,
+    add_setting_flags,
+    collect_settings,
+    format_value,
+    nearest,
+    read_mapping,
+    setting,
+    to_plain,
+)
 
 OTHER = "slurm_"  # begins the name of any other sbatch option
 

@@ -14,9 +14,9 @@ import yaml
 
 from ffcv_convnext.cluster import slurm
 from ffcv_convnext.cluster.here import run_config
-from ffcv_convnext.cluster.local import LocalRun, choose_devices, run_all
-from ffcv_convnext.cluster.records import LOCAL, Submission, holder, read_submissions, write_submissions
+from ffcv_convnext.cluster.local_executor import LocalRun, choose_devices, run_all
 from ffcv_convnext.cluster.settings import ClusterConfig, flat
+from ffcv_convnext.cluster.submissions import LOCAL, Submission, holder, read_submissions, write_submissions
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import complain
 from ffcv_convnext.snapshot import source_commit, take_snapshot

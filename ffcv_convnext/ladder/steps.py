@@ -16,8 +16,7 @@ from typing import Any
 
 import yaml
 
-from ffcv_convnext.config import Config, ModelConfig, load_config
-from ffcv_convnext.settings import format_value
+from ffcv_convnext.config import Config, ModelConfig, format_value, load_config
 
 STARTING_POINT = "ResNet-50 with the modern recipe"  # the change of a step that has no base
 PAPER = "paper.json"

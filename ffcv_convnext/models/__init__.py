@@ -5,7 +5,7 @@ from __future__ import annotations
 import timm
 from torch import nn
 
-from ffcv_convnext.config import ModelConfig
+from ffcv_convnext.config import ModelConfig, nearest
 from ffcv_convnext.models.complexity import count_gmacs, count_parameters
 from ffcv_convnext.models.kernels import use_triton
 from ffcv_convnext.models.resnet import ResNet
@@ -18,7 +18,6 @@ from ffcv_convnext.models.weights import (
     to_timm_convnext,
     to_torchvision_resnet,
 )
-from ffcv_convnext.settings import nearest
 
 __all__ = [
     "Layout",

@@ -16,10 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ffcv_convnext.config import Config, ModelConfig
+from ffcv_convnext.config import Config, ModelConfig, format_value
 from ffcv_convnext.files import replacing
 from ffcv_convnext.models.resnet import ResNet
-from ffcv_convnext.settings import format_value
 
 log = logging.getLogger(__name__)
 

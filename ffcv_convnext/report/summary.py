@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ffcv_convnext.config import SETTINGS
+from ffcv_convnext.config import SETTINGS, format_value
 from ffcv_convnext.ladder import size_of
-from ffcv_convnext.report.columns import BESIDE_THE_RECIPE, Column, Rung, find_rung, other_recipe, read_columns
+from ffcv_convnext.report.reference import BESIDE_THE_RECIPE, Column, Rung, find_rung, other_recipe, read_columns
 from ffcv_convnext.report.runs import Metric, Run, read_runs
-from ffcv_convnext.settings import format_value
 
 WITHIN = 0.2  # points of top-1: the paper's seeds have a std of 0.02 to 0.18
 ORDER = ("done", "running", "stopped", "failed")  # which run of a seed that was run twice counts

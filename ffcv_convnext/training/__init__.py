@@ -1,9 +1,9 @@
 """Training and evaluation of one run."""
 
 from ffcv_convnext.files import read_lines
-from ffcv_convnext.training.checks import Plan, check_config
 from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.engine import Learner, autocast, input_dtype, train_step
+from ffcv_convnext.training.preflight import Plan, check_config
 from ffcv_convnext.training.run import build_learner, compiles, count_classes, evaluate_only, train
 
 __all__ = [

@@ -26,7 +26,7 @@ from ffcv_convnext.training.runlog import RunLog
 from ffcv_convnext.training.schedule import Schedules
 
 if TYPE_CHECKING:  # at run time it needs ffcv, which the tests of this file do without
-    from ffcv_convnext.data import EvalLoader, TrainLoader
+    from ffcv_convnext.data.load import EvalLoader, TrainLoader
 
 
 @dataclass(slots=True)

@@ -8,8 +8,7 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import Tensor, nn
 
-from ffcv_convnext.config import OptimConfig
-from ffcv_convnext.settings import nearest
+from ffcv_convnext.config import OptimConfig, nearest
 
 FUSED = (torch.optim.Adam, torch.optim.SGD)  # AdamW is one; a step is one kernel for many parameters
 KEPT = {"betas", "eps", "momentum", "weight_decay", "decays", "fused"}  # the settings', not a checkpoint's

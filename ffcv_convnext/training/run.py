@@ -20,13 +20,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ffcv_convnext import data
 from ffcv_convnext.augment import TrainAugment
-from ffcv_convnext.config import Config, ModelConfig, differences
+from ffcv_convnext.config import Config, ModelConfig, differences, format_value
 from ffcv_convnext.files import remove_leftovers
 from ffcv_convnext.models import build_model, load_pretrained, use_triton
 from ffcv_convnext.rng import Stream, step_seed
-from ffcv_convnext.settings import format_value
 from ffcv_convnext.training.checkpoint import Checkpoints, read_checkpoint
 from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.engine import Learner, Run, State, autocast, fit, input_dtype, memory_format
@@ -36,7 +34,8 @@ from ffcv_convnext.training.runlog import FolderLock, RunLog, check_same_config,
 from ffcv_convnext.training.schedule import build_schedules
 
 if TYPE_CHECKING:  # at run time `data` imports it, and ffcv with it, when a run is built
-    from ffcv_convnext.data import EvalLoader, Manifest, TrainLoader
+    from ffcv_convnext.data.beton import Manifest
+    from ffcv_convnext.data.load import EvalLoader, TrainLoader
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +99,9 @@ def _joined(processes: Processes) -> Iterator[None]:
 
 @contextmanager
 def _loaders(config: Config, processes: Processes) -> Iterator[tuple[TrainLoader, EvalLoader]]:
-    train_loader = data.TrainLoader(
+    from ffcv_convnext.data.load import TrainLoader
+
+    train_loader = TrainLoader(
         config.data,
         processes.device,
         seed=config.run.seed,
@@ -125,7 +126,9 @@ def check_same_classes(train: Manifest, val: Manifest, folder: Path | None) -> N
 
 def _val_loader(config: Config, processes: Processes) -> EvalLoader:
     shared = config.run.dist_eval
-    return data.EvalLoader(
+    from ffcv_convnext.data.load import EvalLoader
+
+    return EvalLoader(
         config.data,
         processes.device,
         rank=processes.rank if shared else 0,

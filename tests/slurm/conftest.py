@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from imagefolder import make_image_folder
-
-from ffcv_convnext.data import ConversionOptions, convert
 from slurm.two_nodes import TwoNodes
+from support.imagefolder import make_image_folder
+
+from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ffcv_convnext.files import read_lines
 from slurm.two_nodes import ENDED, TwoNodes, processes_of, wait_until
+
+from ffcv_convnext.files import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_HOUR = ("--timeout", "1")  # what the partition allows

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import assert_same_training, train_here
-
 from slurm.jobs import ONE_HOUR, ROOT, TWO_BY_ONE, TWO_BY_TWO, Job, command_line, submit
 from slurm.two_nodes import TwoNodes
+from support.runs import assert_same_training, train_here
 
 pytestmark = pytest.mark.slurm
 

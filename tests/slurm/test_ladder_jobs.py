@@ -11,10 +11,10 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
-
-from ffcv_convnext.files import read_lines
 from slurm.jobs import command_line
 from slurm.two_nodes import TwoNodes
+
+from ffcv_convnext.files import read_lines
 
 pytestmark = pytest.mark.slurm
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from slurm.two_nodes import TwoNodes, processes_of, wait_until
 
 TESTS = Path(__file__).resolve().parents[1]

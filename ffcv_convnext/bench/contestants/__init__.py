@@ -1,0 +1,1 @@
+"""What is measured side by side: a function each, which its own process imports by name."""

@@ -1,0 +1,222 @@
+"""The contestants of `bench loader`, each with its own documented way of loading training batches.
+
+The same work for all: random resized crop to 224 (8 to 100 % of the area, aspect 3:4 to 4:3), horizontal flip of
+every other image, batches of 128 uint8 images in memory. The resize is the recipe's, antialiased bicubic, or a
+contestant's nearest to it, which its name tells. Each function is one for `rounds.compare`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sized
+from pathlib import Path
+from typing import Any
+
+from ffcv_convnext.bench.compare import Contestant, first_result, imports_done
+
+SIZE, BATCH = 224, 128
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+DALI_AHEAD = 2  # batches, DALI's default
+
+
+def _all_batches(loader: Any) -> Contestant:
+    return lambda: sum(len(batch[0]) for batch in loader), lambda: next(iter(loader))
+
+
+def _counted(batches: Iterable[Sized]) -> int:
+    """How many images they are, for a loader that cannot be left after its first batch."""
+    images = 0
+    for batch in batches:
+        first_result()
+        images += len(batch)
+    return images
+
+
+# --- .beton files -----------------------------------------------------------------------------------------
+
+
+def _ours(beton: str, num_workers: int, interpolation: str) -> Contestant:
+    import torch
+
+    from ffcv_convnext.config import Config
+    from ffcv_convnext.data.load import RandomCropDecoder, SampleLoader, Shares
+
+    imports_done()
+    config = Config.from_flat({"input_size": SIZE, "train_interpolation": interpolation}).data
+    loader = SampleLoader(
+        Path(beton), RandomCropDecoder(config), num_workers=num_workers, batches_ahead=3, device=torch.device("cpu")
+    )
+    shares = Shares(BATCH, 1, 1)
+    epochs = iter(range(1 << 30))
+
+    def work() -> int:
+        epoch = next(epochs)
+        return sum(
+            len(images) for images, _ in loader.batches(shares.micro_batches(len(loader), 0, epoch, 0), 0, epoch)
+        )
+
+    return work, lambda: next(iter(loader.batches(shares.micro_batches(len(loader), 0, 0, 0), 0, 0)))
+
+
+def ours(ours: str, num_workers: int) -> Contestant:
+    return _ours(ours, num_workers, "bicubic")
+
+
+def ours_bilinear(ours: str, num_workers: int) -> Contestant:
+    return _ours(ours, num_workers, "bilinear")
+
+
+def ours_on_stock(stock: str, num_workers: int) -> Contestant:
+    return _ours(stock, num_workers, "bicubic")
+
+
+def stock_ffcv(stock: str, num_workers: int) -> Contestant:
+    from ffcv_convnext.bench.stock_ffcv import stock_train_loader
+
+    imports_done()
+    loader = stock_train_loader(Path(stock), size=SIZE, batch_size=BATCH, num_workers=num_workers)
+
+    # An epoch that is left early leaks a thread and its memory.
+    return lambda: _counted(images for images, _ in loader), None
+
+
+# --- Folders and tar files of JPEGs -----------------------------------------------------------------------
+
+
+def _pil_transform() -> Any:
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE, SCALE, RATIO, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+def torchvision_pil(folder: str, num_workers: int) -> Contestant:
+    from torch.utils.data import DataLoader
+    from torchvision import datasets
+
+    transform = _pil_transform()
+    imports_done()
+    dataset = datasets.ImageFolder(folder, transform)
+    return _all_batches(
+        DataLoader(dataset, BATCH, shuffle=True, num_workers=num_workers, drop_last=True, persistent_workers=True)
+    )
+
+
+def timm_loader(folder: str, num_workers: int) -> Contestant:
+    import torch
+    from timm.data import create_dataset, create_loader
+
+    imports_done()
+    loader = create_loader(
+        create_dataset("", root=folder),
+        input_size=(3, SIZE, SIZE),
+        batch_size=BATCH,
+        is_training=True,
+        no_aug=False,
+        scale=SCALE,
+        ratio=RATIO,
+        hflip=0.5,
+        color_jitter=None,
+        interpolation="bicubic",
+        num_workers=num_workers,
+        use_prefetcher=True,
+        device=torch.device("cpu"),
+        persistent_workers=True,
+    )
+    return _all_batches(loader.loader)  # what the prefetcher adds is normalising, on the device
+
+
+def dali(folder: str, num_workers: int) -> Contestant:
+    """NVIDIA DALI without a GPU: decoding fused with the crop, its resize antialiased.
+
+    It goes on decoding after an epoch's end: the next one's first batches, made in nobody's time, do not count.
+    """
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.plugin.pytorch import DALIClassificationIterator, LastBatchPolicy
+
+    imports_done()
+
+    @pipeline_def(batch_size=BATCH, num_threads=num_workers, device_id=None, prefetch_queue_depth=DALI_AHEAD)  # type: ignore[untyped-decorator]
+    def pipeline() -> Any:
+        jpegs, labels = fn.readers.file(file_root=folder, random_shuffle=True, name="files")
+        crops = fn.decoders.image_random_crop(
+            jpegs, device="cpu", random_area=list(SCALE), random_aspect_ratio=list(RATIO)
+        )
+        images = fn.resize(crops, resize_x=SIZE, resize_y=SIZE, interp_type=types.INTERP_CUBIC, antialias=True)
+        return fn.flip(images, horizontal=fn.random.coin_flip()), labels
+
+    loader = DALIClassificationIterator(
+        pipeline(), reader_name="files", last_batch_policy=LastBatchPolicy.DROP, auto_reset=True
+    )
+
+    def work() -> int:
+        images = _counted(batch[0]["data"] for batch in loader) - DALI_AHEAD * BATCH
+        if images <= 0:
+            raise ValueError(f"num_images: DALI needs at least {(DALI_AHEAD + 1) * BATCH} here")
+        return images
+
+    return work, None
+
+
+def webdataset(shards: str, num_workers: int) -> Contestant:
+    """Tar files read in turn by DataLoader workers, shuffled among 1000 images, decoded by Pillow."""
+    import webdataset
+    from torch.utils.data import DataLoader
+
+    transform = _pil_transform()
+    imports_done()
+    files = sorted(map(str, Path(shards).glob("*.tar")))
+    dataset = (
+        webdataset.WebDataset(files, shardshuffle=len(files))
+        .shuffle(1000)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+        .map_tuple(transform, int)
+    )
+    return _all_batches(DataLoader(dataset, BATCH, num_workers=num_workers, persistent_workers=True))
+
+
+def spdl(folder: str, num_workers: int) -> Contestant:
+    """SPDL's threads around FFmpeg: decode, then crop, scale and flip as one filter graph an image."""
+    import spdl.io
+    import torch
+    from spdl.pipeline import PipelineBuilder
+    from torchvision.transforms import RandomResizedCrop
+
+    files = [str(file) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    spdl.io.to_torch  # noqa: B018  loads FFmpeg
+    imports_done()
+
+    def shuffled() -> Iterator[str]:
+        yield from random.sample(files, len(files))
+
+    def decode(file: str) -> Any:
+        packets = spdl.io.demux_image(file)
+        area = torch.empty(1).expand(3, packets.height, packets.width)
+        top, left, height, width = RandomResizedCrop.get_params(area, list(SCALE), list(RATIO))
+        flip = ",hflip" if random.random() < 0.5 else ""
+        steps = f"crop={width}:{height}:{left}:{top}:exact=1,scale={SIZE}:{SIZE}:flags=bicubic{flip},format=rgb24"
+        return spdl.io.decode_packets(packets, filter_desc=steps)
+
+    def batch(frames: list[Any]) -> Any:
+        return spdl.io.to_torch(spdl.io.convert_frames(frames))
+
+    def work() -> int:
+        pipeline = (
+            PipelineBuilder()
+            .add_source(shuffled())
+            .pipe(decode, concurrency=num_workers, output_order="completion")
+            .aggregate(BATCH, drop_last=True)
+            .pipe(batch)
+            .add_sink(3)
+            .build(num_threads=num_workers)
+        )
+        with pipeline.auto_stop():
+            return _counted(pipeline.get_iterator())
+
+    return work, None

@@ -1,0 +1,188 @@
+"""Runs on this machine: processes of their own, one a device, several runs at a time on disjoint devices.
+
+submitit's local executor waits until every process has ended; here one that dies takes the others down, and the run is
+started again by the same rule as on a cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ffcv_convnext.cluster.requeue_policy import is_worth_another_try
+from ffcv_convnext.cluster.submissions import LOCAL
+from ffcv_convnext.config import Config
+from ffcv_convnext.errors import EXIT_FAILURE, Interrupted
+from ffcv_convnext.files import write_atomically
+from ffcv_convnext.signals import stop_signals
+
+FOLDER = "local"  # in job_dir: what the processes print
+AFTER_DEATH_S = 30  # what is left of a run after a process died is killed after it
+AFTER_STOP_S = 120  # what was told to stop saves at its next step, or is killed after it
+POLL_S = 0.2
+
+
+def choose_devices(wanted: int | None, device: str) -> list[str]:
+    """The devices of a run on this machine: indices of GPUs, as CUDA_VISIBLE_DEVICES takes them; '' for a processor.
+
+    wanted: how many; None: all GPUs, or one process without any.
+    Raises ValueError when there are fewer GPUs.
+    """
+    if device == "cpu":
+        return [""] * (wanted or 1)
+    import torch  # after the word cpu: it takes seconds
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    gpus = visible.split(",")[:count] if visible else [str(index) for index in range(count)]
+    if not gpus and device == "auto":
+        return [""] * (wanted or 1)
+    if wanted is not None and wanted > len(gpus):
+        raise ValueError(f"ngpus = {wanted}: this machine has {len(gpus)} GPUs; --ngpus {len(gpus)}, or --device cpu")
+    return gpus if wanted is None else gpus[:wanted]
+
+
+def log_of(job_dir: Path, name: str, seed: int, rank: int = 0) -> Path:
+    """The file of what a run's process prints."""
+    return job_dir / FOLDER / f"{name}_seed{seed}_{rank}.log"
+
+
+@dataclass(slots=True)
+class LocalRun:
+    """One run and its processes."""
+
+    name: str
+    config: Config
+    code: Path  # snapshot to run
+    job_dir: Path
+    devices: Sequence[str] = ()
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    kill_at: float | None = None  # on time.monotonic's clock, once it ends
+    status: int = 0  # of the first process that did not end well
+
+    @property
+    def folder(self) -> Path:
+        assert self.config.run.output_dir is not None
+        return self.config.run.output_dir
+
+    def log(self, rank: int) -> Path:
+        return log_of(self.job_dir, self.name, self.config.run.seed, rank)
+
+    def start(self, devices: Sequence[str]) -> None:
+        """Start a process on each device."""
+        self.devices, self.kill_at, self.status = devices, None, 0
+        settings = self.log(0).with_suffix(".yaml")
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(settings, self.config.to_yaml().encode())
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(self.code), os.environ.get("PYTHONPATH")])),
+            "CUDA_VISIBLE_DEVICES": ",".join(devices).strip(","),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(len(devices)),
+            "LOCAL_WORLD_SIZE": str(len(devices)),
+        }
+        self.processes = []
+        for rank in range(len(devices)):
+            with open(self.log(rank), "ab") as output:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "ffcv_convnext.cli", "train", "--config", str(settings)],
+                        cwd=self.code,
+                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output,
+                        start_new_session=True,  # Ctrl-C comes from us, once
+                    )
+                )
+
+    def poll(self) -> bool:
+        """Whether all processes have ended. One that failed ends the others."""
+        statuses = [process.poll() for process in self.processes]
+        if not self.status and (failed := [status for status in statuses if status]):
+            self.status = failed[0]
+            self.stop(AFTER_DEATH_S)
+        if self.kill_at is not None and time.monotonic() > self.kill_at:
+            self.kill()
+        return None not in statuses
+
+    def stop(self, grace_s: float) -> None:
+        """Tell the processes to save and exit; after `grace_s` seconds they are killed."""
+        self.kill_at = self.kill_at or time.monotonic() + grace_s
+        self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+
+def run_all(
+    runs: Sequence[LocalRun],
+    *,
+    devices: Sequence[str],
+    world: int,
+    max_parallel: int | None,
+    say: Callable[[str], None],
+) -> int:
+    """Compute runs on this machine, in their order, each on `world` of the devices, as many at a time as fit.
+
+    On a processor, which runs share, it is max_parallel of them, or one.
+    Returns 0, or what the first failed run ended with, after all have ended. Raises Interrupted when a signal stopped
+    them after they had saved.
+    """
+    if not devices[0]:
+        devices = [""] * world * (max_parallel or 1)
+    at_once = min(len(devices) // world, max_parallel or len(runs))
+    waiting, result = list(runs), 0
+    running: list[LocalRun] = []
+    free = list(devices)
+    with stop_signals() as stop:
+        try:
+            while running or (waiting and not stop.requested):
+                while waiting and len(running) < at_once and not stop.requested:
+                    run = waiting.pop(0)
+                    mine, free = free[:world], free[world:]
+                    run.start(mine)
+                    running.append(run)
+                    on = "" if not mine[0] else f" on GPU {', '.join(mine)}"
+                    say(f"started {run.folder}, {world} processes{on}; what it prints is in {run.log(0)}")
+                if stop.requested:
+                    for run in running:
+                        if run.kill_at is None:
+                            run.stop(AFTER_STOP_S)
+                for run in [run for run in running if run.poll()]:
+                    running.remove(run)
+                    free = [*run.devices, *free]
+                    if run.status == 0:
+                        say(f"finished {run.folder}")
+                    elif stop.requested:
+                        say(f"stopped {run.folder}")
+                    elif is_worth_another_try(run.folder, f"{LOCAL}{os.getpid()}", run.status):
+                        say(f"{run.folder} ended with exit status {run.status} before it was done; started again")
+                        waiting.insert(0, run)
+                    else:
+                        result = result or run.status
+                        say(f"error: {run.folder} failed again without a newer checkpoint: see {run.log(0)}")
+                time.sleep(POLL_S)
+        finally:  # nothing is left when an error or a second Ctrl-C ends this
+            for run in running:
+                run.kill()
+    if stop.requested:
+        raise Interrupted(f"stopped by {stop.name}; the same command continues")
+    return result if result >= 0 else EXIT_FAILURE  # killed by a signal

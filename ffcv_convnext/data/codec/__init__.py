@@ -1,0 +1,1 @@
+"""JPEG and pixels: decoding, compressed-domain crops, resizing. Enter through its files."""

@@ -1,0 +1,621 @@
+"""Give a JPEG file restart markers without decoding its pixels, so that crops can be cut from it and nothing is lost.
+
+A scan is one run of Huffman codes, block after block: the DC coefficient as a difference from the block before, then
+63 AC coefficients. After a restart marker data begins at a whole byte, and the first difference is from 0. So the codes
+are walked to find each block's DC coefficient and the place of its AC codes; then differences are coded anew and AC
+codes copied, bit for bit:
+
+    difference AC | difference AC | difference AC | difference AC ...                    the original
+    difference AC | difference AC | 1s RST0 | DC AC | difference AC | 1s RST1 ...       what is stored
+
+Any decoder gives the same pixels for both. Source of the format: ITU-T T.81, Annexes B, C, F and K. Imports neither
+ffcv nor torch, since the worker processes of a conversion import this file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ffcv_convnext.data.codec.jit import jit
+from ffcv_convnext.data.codec.recompress import restart_interval
+from ffcv_convnext.data.codec.turbojpeg import MAX_JPEG_SIDE, library
+
+_MAX_PIXELS = 178_956_970  # as many as Pillow opens: a short file that claims more is a decompression bomb
+
+_TEM, _RST0, _RST7, _EOI, _SOS = 0x01, 0xD0, 0xD7, 0xD9, 0xDA
+_DHT, _DQT, _DRI, _APP0, _APP14 = 0xC4, 0xDB, 0xDD, 0xE0, 0xEE
+_BASELINE, _PROGRESSIVE = (0xC0, 0xC1), (0xC2, 0xCA)  # SOF0, SOF1 use Huffman codes as SOF2 does, SOF10 arithmetic
+_FRAMES = (*_BASELINE, *_PROGRESSIVE, 0xC9)  # SOF9: as SOF1, with arithmetic coding
+_OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF, 0xDE)  # lossless, hierarchical
+_MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)  # any number of fill bytes
+_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
+
+_JFIF = b"JFIF\0\1\1\0\0\1\0\1\0\0"  # version 1.1, square pixels, no thumbnail
+_ADOBE = b"Adobe\0\x64\0\0\0\0"  # version 100; a byte follows that tells the colour space
+
+# Sampling factors (across, down) of luma and of both chroma components: the ways libturbojpeg knows to write 4:4:4,
+# 4:2:2, 4:4:0, 4:2:0 and 4:1:1.
+_SAMPLINGS = {
+    *(((h, v), (h, v)) for h, v in ((1, 1), (2, 1), (3, 1), (1, 2), (1, 3))),
+    *(((2, 1), (1, 1)), ((2, 2), (1, 2))),
+    *(((1, 2), (1, 1)), ((2, 2), (2, 1))),
+    *(((2, 2), (1, 1)), ((4, 1), (1, 1))),
+}
+
+# DC tables with all categories of 8-bit JPEG, 0 to 11: numbers of codes of 1 ... 16 bits, then categories. Source:
+# T.81, Tables K.3 (luminance) and K.4 (chrominance).
+_LUMINANCE = bytes([0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, *range(12)])
+_CHROMINANCE = bytes([0, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, *range(12)])
+_MAX_CATEGORY = 11
+_MAX_DC = (1 << _MAX_CATEGORY) - 1
+
+# A lookup table's entry: the number of bits that belong to the symbol, and from bit 6 on a DC category, or by how many
+# coefficients an AC symbol goes forward. The first 512 entries are for codes of up to 9 bits; a 0 there means a longer
+# code, to be found by 16 bits behind them.
+_SHORT, _SHORT_SIZE = 9, 512
+_TO_SHORT, _TO_LONG = np.uint64(64 - _SHORT), np.uint64(64 - 16)
+_TABLE_SIZE = _SHORT_SIZE + (1 << 16)
+_END_OF_BLOCK, _UNDEFINED = 128, 100
+_PADDING = 512  # bytes behind the data: a block of 64 * 31 bits may begin at its last bit
+
+_OK, _CUT_OFF, _DAMAGED, _DC_RANGE, _MARKERS = range(5)
+_BAD_HEADER = "its JPEG header is cut off or damaged"
+_REASONS = {
+    _CUT_OFF: "its JPEG data is cut off",
+    _DAMAGED: "its JPEG data is damaged: an undefined code",
+    _DC_RANGE: "its JPEG data is damaged: a DC coefficient beyond 11 bits",
+    _MARKERS: "its JPEG data is damaged: a restart marker out of order",
+}
+
+
+class NotTranscodable(ValueError):
+    """A file that is no JPEG, is damaged, or of a kind our decoder does not read. The message is the reason."""
+
+
+def add_restart_markers(jpeg: bytes) -> bytes:
+    """The same picture as a baseline JPEG of one scan, with the restart markers that `restart.cut_jpeg` needs.
+
+    jpeg: a file's content. All DCT coefficients stay, so every decoder gives the original's pixels. Progressive,
+    arithmetic-coded and multi-scan JPEGs are made baseline by libturbojpeg first, which keeps coefficients too.
+    EXIF, ICC profiles, thumbnails and comments are dropped; JFIF's and Adobe's segments stay, since they tell the
+    colour space. Restart markers that are there are replaced, and a second call changes nothing more.
+    Raises NotTranscodable when the content is no whole JPEG of 8 bits, grey or of three components in a usual
+    subsampling. A missing end marker, and bytes behind the last block of a baseline JPEG, are no damage.
+    """
+    headers = _read_headers(jpeg)
+    if not headers.has_one_baseline_scan:
+        _require_complete_scans(jpeg, headers)
+        jpeg = _to_baseline(jpeg)
+        headers = _read_headers(jpeg)
+    scan = _Scan.of(headers)
+    interval = restart_interval(headers.width, scan.mcu_width)
+    components = np.array(scan.components)
+    blocks_a_segment = interval * components.size
+    num_blocks = scan.num_mcus * components.size
+    if num_blocks > 4 * (len(jpeg) - headers.data_at):  # a block takes two bits at least
+        raise NotTranscodable(_REASONS[_CUT_OFF])
+
+    data = np.frombuffer(jpeg, np.uint8)
+    bits = np.empty(data.size - headers.data_at + _PADDING, np.uint8)
+    old_interval = headers.interval or scan.num_mcus
+    ends = np.empty(-(-scan.num_mcus // old_interval) + 1, np.int64)
+    _require(_unstuff(data, headers.data_at, bits, ends))
+    specs = [*scan.dc, *scan.ac]
+    tables = np.empty((len(specs), _TABLE_SIZE), np.uint16)
+    starts_of_long = np.array(
+        [_fill_table(np.frombuffer(spec, np.uint8), i >= len(scan.dc), tables[i]) for i, spec in enumerate(specs)]
+    )
+    if starts_of_long.min() < 0:
+        raise NotTranscodable("its Huffman tables are damaged")
+    values, spans = np.empty(num_blocks, np.int64), np.empty((num_blocks, 2), np.int64)
+    _require(_read_blocks(bits, ends, old_interval, components, tables.reshape(-1), starts_of_long, values, spans))
+
+    used = np.zeros((len(scan.dc), _MAX_CATEGORY + 1), np.bool_)
+    _require(_to_differences(values, components, blocks_a_segment, used))
+    dc = _dc_tables(scan, used)
+    codes = np.array([_codes(dc[table]) for table in scan.dc_ids])
+    num_segments = -(-num_blocks // blocks_a_segment)
+    # A difference takes 27 bits at most, a segment 7 of padding; then every byte may need a stuffed one behind it.
+    out = np.empty(2 * (bits.size + 4 * num_blocks + num_segments) + 2 * num_segments, np.uint8)
+    size = _write_scan(bits, spans, values, components, codes, blocks_a_segment, out)
+    return _assemble(headers, scan, dc, interval) + out[:size].tobytes() + bytes([0xFF, _EOI])
+
+
+def _require(status: int) -> None:
+    if status != _OK:
+        raise NotTranscodable(_REASONS[status])
+
+
+# --- headers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Headers:
+    """What stands before a JPEG's first scan, and that scan's own header."""
+
+    frame: int = 0  # its marker
+    frame_content: bytes = b""
+    height: int = 0  # pixels
+    width: int = 0
+    components: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # id -> factors across, down; DQT's id
+    is_jfif: bool = False  # then it is YCbCr
+    adobe_transform: int | None = None  # 0: RGB; else it is YCbCr; none: the components' ids tell
+    quantisation: dict[int, bytes] = field(default_factory=dict)  # id -> precision and id, 64 values
+    huffman: dict[int, bytes] = field(default_factory=dict)  # class * 16 + id -> 16 numbers of codes, the symbols
+    interval: int = 0  # MCUs between restart markers, 0: none
+    scan_content: bytes = b""
+    data_at: int = 0
+
+    @property
+    def has_one_baseline_scan(self) -> bool:
+        return self.frame in _BASELINE and self.scan_content[0] == len(self.components)
+
+
+def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes, int]]:
+    """Each marker segment: its marker, its content, where it ends. A scan's data is passed over."""
+    if jpeg[:2] != b"\xff\xd8":
+        raise NotTranscodable("not a JPEG")
+    at = 2
+    while True:
+        found = _MARKER.match(jpeg, at)
+        if found is None or found[1] == b"\0":
+            raise NotTranscodable(_BAD_HEADER)
+        marker, at = found[1][0], found.end()
+        if marker == _EOI:
+            return
+        if marker == _TEM or _RST0 <= marker <= _RST7:
+            continue  # these have no content
+        end = at + int.from_bytes(jpeg[at : at + 2], "big")
+        if not at + 2 <= end <= len(jpeg):
+            raise NotTranscodable(_BAD_HEADER)
+        yield marker, jpeg[at + 2 : end], end
+        at = end
+        if marker == _SOS:
+            after = _AFTER_SCAN.search(jpeg, at)
+            if after is None:
+                return
+            at = after.start()
+
+
+def _read_headers(jpeg: bytes) -> _Headers:
+    """Raises NotTranscodable for what we, or the decoder, cannot read."""
+    headers = _Headers()
+    try:
+        for marker, content, end in _segments(jpeg):
+            if marker in _FRAMES:
+                _read_frame(headers, marker, content)
+            elif marker in _OTHER_FRAMES:
+                raise NotTranscodable("a lossless or hierarchical JPEG")
+            elif marker == _APP0 and content[:5] == b"JFIF\0" and len(content) >= len(_JFIF):
+                headers.is_jfif = True
+            elif marker == _APP14 and content[:5] == b"Adobe" and len(content) > len(_ADOBE):
+                headers.adobe_transform = content[11]
+            elif marker == _DQT:
+                while content:
+                    size = 129 if content[0] & 0x10 else 65
+                    if content[0] & ~0x13 or len(content) < size:
+                        raise NotTranscodable(_BAD_HEADER)
+                    headers.quantisation[content[0] & 3] = content[:size]
+                    content = content[size:]
+            elif marker == _DHT:
+                while content:
+                    size = 17 + sum(content[1:17])
+                    if content[0] & ~0x13 or not size <= min(len(content), 17 + 256):
+                        raise NotTranscodable(_BAD_HEADER)
+                    headers.huffman[content[0]] = content[1:size]
+                    content = content[size:]
+            elif marker == _DRI:
+                (headers.interval,) = struct.unpack(">H", content)
+            elif marker == _SOS:
+                if not headers.components or len(content) < 4 or len(content) != 4 + 2 * content[0]:
+                    raise NotTranscodable(_BAD_HEADER)
+                headers.scan_content, headers.data_at = content, end
+                return headers
+    except struct.error:  # a segment of another length than its kind has
+        pass
+    raise NotTranscodable(_BAD_HEADER)
+
+
+def _read_frame(headers: _Headers, marker: int, content: bytes) -> None:
+    precision, height, width, num_components = struct.unpack(">BHHB", content[:6])
+    components = {
+        content[i]: (content[i + 1] >> 4, content[i + 1] & 15, content[i + 2]) for i in range(6, len(content) - 2, 3)
+    }
+    if headers.components or len(content) != 6 + 3 * num_components or len(components) != num_components:
+        raise NotTranscodable(_BAD_HEADER)
+    if precision != 8:
+        raise NotTranscodable(f"a JPEG of {precision} bits, not 8")
+    if not (0 < width <= MAX_JPEG_SIDE and 0 < height <= MAX_JPEG_SIDE):
+        raise NotTranscodable(f"{width} x {height} pixels: expected 1 to {MAX_JPEG_SIDE} a side")
+    if width * height > _MAX_PIXELS:
+        raise NotTranscodable(f"{width} x {height} pixels: expected {_MAX_PIXELS} at most")
+    if num_components not in (1, 3):
+        raise NotTranscodable(f"a JPEG of {num_components} colour components (CMYK or YCCK), not 1 or 3")
+    luma, *chroma = ((across, down) for across, down, _ in components.values())
+    is_grey = not chroma and all(1 <= factor <= 4 for factor in luma)  # they mean nothing
+    if not is_grey and not (chroma and chroma[0] == chroma[1] and (luma, chroma[0]) in _SAMPLINGS):
+        shown = ", ".join(f"{across}x{down}" for across, down in (luma, *chroma))
+        raise NotTranscodable(f"sampling factors {shown}: expected grey, 4:4:4, 4:2:2, 4:2:0, 4:4:0 or 4:1:1")
+    headers.frame, headers.frame_content, headers.components = marker, content, components
+    headers.height, headers.width = height, width
+
+
+class _Scan(NamedTuple):
+    """How a baseline JPEG's only scan is laid out. Its components come in the frame's order (T.81, B.2.3)."""
+
+    mcu_width: int  # pixels
+    num_mcus: int
+    components: list[int]  # of each block of an MCU
+    dc_ids: list[int]  # of each component
+    dc: list[bytes]  # tables, of each component
+    ac_ids: list[int]
+    ac: list[bytes]
+
+    @staticmethod
+    def of(headers: _Headers) -> _Scan:
+        """Raises NotTranscodable when the scan names a component or a table that there is not."""
+        content = headers.scan_content
+        ids, selectors = content[1:-3:2], content[2:-3:2]
+        quantisation = {table for _, _, table in headers.components.values()}
+        if list(ids) != list(headers.components) or not quantisation <= set(headers.quantisation):
+            raise NotTranscodable(_BAD_HEADER)
+        dc_ids, ac_ids = [s >> 4 for s in selectors], [s & 15 for s in selectors]
+        try:
+            dc, ac = [headers.huffman[i] for i in dc_ids], [headers.huffman[16 + i] for i in ac_ids]
+        except KeyError:
+            raise NotTranscodable("it has no Huffman tables") from None
+        if len(ids) == 1:  # then an MCU is one block, whatever the factors
+            factors = [(1, 1)]
+        else:
+            factors = [headers.components[i][:2] for i in ids]
+        across, down = (8 * max(each) for each in zip(*factors, strict=True))
+        num_mcus = -(-headers.width // across) * -(-headers.height // down)
+        blocks = [i for i, (h, v) in enumerate(factors) for _ in range(h * v)]
+        return _Scan(across, num_mcus, blocks, dc_ids, dc, ac_ids, ac)
+
+
+def _segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
+def _assemble(headers: _Headers, scan: _Scan, dc: dict[int, bytes], interval: int) -> bytes:
+    """Everything before the scan's data. Tables that the scan does not use are left out."""
+    tables = {table for _, _, table in headers.components.values()}
+    colour = b""
+    if headers.is_jfif:
+        colour = _segment(_APP0, _JFIF)
+    elif headers.adobe_transform is not None:
+        colour = _segment(_APP14, _ADOBE + bytes([headers.adobe_transform != 0]))
+    ac = dict(zip(scan.ac_ids, scan.ac, strict=True))
+    huffman = [bytes([i]) + dc[i] for i in sorted(dc)] + [bytes([16 + i]) + ac[i] for i in sorted(ac)]
+    return b"".join(
+        [
+            b"\xff\xd8",
+            colour,
+            _segment(_DQT, b"".join(headers.quantisation[i] for i in sorted(tables))),
+            _segment(headers.frame, headers.frame_content),
+            _segment(_DHT, b"".join(huffman)),
+            _segment(_DRI, struct.pack(">H", interval)),
+            _segment(_SOS, headers.scan_content[:-3] + b"\x00\x3f\x00"),
+        ]
+    )
+
+
+def _dc_tables(scan: _Scan, used: NDArray[np.bool_]) -> dict[int, bytes]:
+    """The DC tables to write: the original's, but T.81's where a category is used that the original's lacks.
+
+    used: (components, 12), which categories a component's differences have.
+    """
+    tables = dict(zip(scan.dc_ids, scan.dc, strict=True))
+    for i, table in enumerate(scan.dc_ids):
+        if not set(np.flatnonzero(used[i]).tolist()) <= set(tables[table][16:]):
+            tables[table] = _LUMINANCE if table == scan.dc_ids[0] else _CHROMINANCE
+    return tables
+
+
+def _codes(table: bytes) -> list[int]:
+    """The code of each category, 0 to 11, as code * 32 + its number of bits; 0: it has none. Source: T.81, Annex C."""
+    codes, code, at = [0] * (_MAX_CATEGORY + 1), 0, 16
+    for num_bits in range(1, 17):
+        for category in table[at : at + table[num_bits - 1]]:
+            if category <= _MAX_CATEGORY:
+                codes[category] = code << 5 | num_bits
+            code += 1
+        at += table[num_bits - 1]
+        code <<= 1
+    return codes
+
+
+# --- Huffman-coded data ------------------------------------------------------------------------------------------
+
+
+@jit
+def _unstuff(data, at, bits, ends):  # type: ignore[no-untyped-def]
+    """Copy a scan's data without stuffed zeros and restart markers.
+
+    data: (n,) uint8, from `at` on.   bits: (n - at + _PADDING,) uint8, receives it; what is behind it is zero.
+    ends: (num_segments + 1,) int64, filled: where each segment begins in `bits`, and the last one ends.
+    Segments that are not there are empty. Returns _OK or _MARKERS.
+    """
+    size, found, num_segments = 0, 0, ends.size - 1
+    ends[0] = 0
+    while at < data.size and found < num_segments:
+        byte = data[at]
+        at += 1
+        if byte == 0xFF:
+            while at < data.size and data[at] == 0xFF:  # fill bytes
+                at += 1
+            marker = data[at] if at < data.size else np.uint8(_EOI)
+            at += 1
+            if marker != 0:
+                found += 1
+                ends[found] = size
+                if found < num_segments:
+                    if not _RST0 <= marker <= _RST7:
+                        break
+                    if marker != _RST0 + ((found - 1) & 7):
+                        return _MARKERS
+                continue
+        bits[size] = byte
+        size += 1
+    ends[found + (found < num_segments) :] = size
+    bits[size:] = 0
+    return _OK
+
+
+@jit
+def _fill_table(codes, is_ac, table):  # type: ignore[no-untyped-def]
+    """Turn a Huffman table into one that is looked up with the next 9, or 16, bits; its entries: see above.
+
+    codes: uint8, how many codes of 1 ... 16 bits there are, then their symbols.   table: (_TABLE_SIZE,) uint16, filled.
+    Returns the 16 bits that begin with the first code of more than 9 bits; -1 for tables that libjpeg refuses
+    too: with more codes than fit in, a code of ones only, or a DC category above 15.
+    """
+    code, at, start = 0, 16, 0
+    for num_bits in range(1, 17):
+        for _ in range(codes[num_bits - 1]):
+            first, end = code << (16 - num_bits), (code + 1) << (16 - num_bits)
+            if end > 0xFFFF:
+                return -1
+            symbol = np.int64(codes[at])
+            at += 1
+            code += 1
+            if is_ac:
+                run, size = symbol >> 4, symbol & 15
+                forward = run + 1  # size 0: 16 zeros, or the end of a block
+                if size == 0 and run != 15:
+                    forward = np.int64(_END_OF_BLOCK if run == 0 else _UNDEFINED)
+                entry = np.uint16(num_bits + size | forward << 6)
+            elif symbol > 15:
+                return -1
+            else:
+                entry = np.uint16(num_bits | symbol << 6)
+            if num_bits <= _SHORT:
+                table[first >> 16 - _SHORT : end >> 16 - _SHORT] = entry
+            else:
+                table[_SHORT_SIZE + first - start : _SHORT_SIZE + end - start] = entry
+        if num_bits == _SHORT:
+            start = code << 16 - _SHORT
+            table[start >> 16 - _SHORT : _SHORT_SIZE] = 0
+            table[_SHORT_SIZE : _TABLE_SIZE - start] = np.uint16(_UNDEFINED << 6)
+        code <<= 1
+    return start
+
+
+@jit
+def _window(bits, at):  # type: ignore[no-untyped-def]
+    """The bits from bit `at` on, 57 or more of them, at the upper end of a uint64; the rest is zero."""
+    i, word = np.uint64(at >> 3), np.uint64(0)
+    for k in range(8):
+        word = word << np.uint64(8) | np.uint64(bits[i + np.uint64(k)])
+    return word << np.uint64(at & 7)
+
+
+@jit
+def _read_blocks(bits, ends, interval, components, tables, starts_of_long, values, spans):  # type: ignore[no-untyped-def]
+    """Walk through all blocks. Source: T.81, F.2.2.
+
+    bits, ends: from _unstuff.   interval: MCUs a segment.   components: (blocks of an MCU,) int64.
+    tables: (2 * num_components * _TABLE_SIZE,) uint16, one for each component's DC and then AC, filled by _fill_table.
+    starts_of_long: (2 * num_components,) int64, what it returned.
+    values: (num_blocks,) int64, receives the DC coefficients.
+    spans: (num_blocks, 2) int64, the bits of `bits` that hold a block's AC codes: first, and behind the last.
+    Returns a status.
+    """
+    num_components = starts_of_long.size // 2
+    before = np.zeros(num_components, np.int64)
+    blocks_a_segment = interval * components.size
+    for first in range(0, values.size, blocks_a_segment):
+        segment, mcu_block = first // blocks_a_segment, 0
+        at, end = 8 * ends[segment], 8 * ends[segment + 1]
+        before[:] = 0
+        for block in range(first, min(first + blocks_a_segment, values.size)):
+            component = components[mcu_block]
+            mcu_block = mcu_block + 1 if mcu_block + 1 < components.size else 0
+            # Places in `tables`: slices of it, or a function that takes it, would cost numba's counting of references.
+            short = np.uint64(_TABLE_SIZE * component)
+            long = short + np.uint64(_SHORT_SIZE - starts_of_long[component])
+            window = _window(bits, at)
+            entry = np.int64(tables[short + (window >> _TO_SHORT)])
+            if entry == 0:
+                entry = np.int64(tables[long + (window >> _TO_LONG)])
+            num_bits, category = entry & 63, entry >> 6
+            if category > _MAX_CATEGORY:
+                return _DAMAGED if at + 16 <= end else _CUT_OFF
+            window <<= np.uint64(num_bits)
+            if category > 0:
+                value = np.int64(window >> np.uint64(64 - category))
+                if value >> (category - 1) == 0:
+                    value += 1 - (1 << category)
+                before[component] += value
+                if abs(before[component]) > _MAX_DC:
+                    return _DC_RANGE
+                window <<= np.uint64(category)
+            values[block] = before[component]
+            at += num_bits + category
+            spans[block, 0] = at
+            left = 57 - num_bits - category  # bits that the window still has
+            short = np.uint64(_TABLE_SIZE * (num_components + component))
+            long = short + np.uint64(_SHORT_SIZE - starts_of_long[num_components + component])
+            k = np.int64(1)
+            while k < 64:
+                if left < 31:  # an AC code and its value
+                    window, left = _window(bits, at), np.int64(57)
+                entry = np.int64(tables[short + (window >> _TO_SHORT)])
+                if entry == 0:
+                    entry = np.int64(tables[long + (window >> _TO_LONG)])
+                num_bits = entry & 63
+                window <<= np.uint64(num_bits)
+                left -= num_bits
+                at += num_bits
+                k += entry >> 6
+            spans[block, 1] = at
+            if at > end:
+                return _CUT_OFF
+            if 64 < k < _END_OF_BLOCK:
+                return _DAMAGED
+    return _OK
+
+
+@jit
+def _to_differences(values, components, blocks_a_segment, used):  # type: ignore[no-untyped-def]
+    """Replace DC coefficients by the differences that a segment codes; note which categories a component has.
+
+    Returns a status: blocks that were in segments of their own may differ by more than 11 bits.
+    """
+    before = np.zeros(used.shape[0], np.int64)
+    for first in range(0, values.size, blocks_a_segment):
+        before[:] = 0
+        mcu_block = 0
+        for block in range(first, min(first + blocks_a_segment, values.size)):
+            component, value = components[mcu_block], values[block]
+            mcu_block = mcu_block + 1 if mcu_block + 1 < components.size else 0
+            difference = value - before[component]
+            if abs(difference) > _MAX_DC:
+                return _DC_RANGE
+            values[block] = difference
+            before[component] = value
+            used[component, _category(difference)] = True
+    return _OK
+
+
+@jit
+def _category(difference):  # type: ignore[no-untyped-def]
+    size, category = abs(difference), 0
+    while size > 0:
+        size >>= 1
+        category += 1
+    return category
+
+
+@jit
+def _write_scan(bits, spans, differences, components, codes, blocks_a_segment, out):  # type: ignore[no-untyped-def]
+    """Code differences, copy AC codes, set restart markers.
+
+    codes: (num_components, 12) int64, from _codes.   out: uint8, receives the scan's data; large enough for the worst.
+    Returns how many bytes it has.
+    """
+    word, count, size = np.uint64(0), 0, 0  # bits not yet written: the lower `count` ones of the word
+    for first in range(0, differences.size, blocks_a_segment):
+        if first > 0:
+            size = _flush(word, count, out, size)
+            out[size], out[size + 1] = 0xFF, _RST0 + ((first // blocks_a_segment - 1) & 7)
+            word, count, size = np.uint64(0), 0, size + 2
+        mcu_block = 0
+        for block in range(first, min(first + blocks_a_segment, differences.size)):
+            difference = differences[block]
+            category = _category(difference)
+            code = codes[components[mcu_block], category]
+            mcu_block = mcu_block + 1 if mcu_block + 1 < components.size else 0
+            if difference < 0:
+                difference += (1 << category) - 1
+            num_bits, bits_to_put = (code & 31) + category, np.uint64((code >> 5) << category | difference)
+            at, end = spans[block, 0], spans[block, 1]
+            while True:
+                word, count = word << np.uint64(num_bits) | bits_to_put, count + num_bits
+                if count >= 32:
+                    count -= 32
+                    for shift in (24, 16, 8, 0):
+                        byte = np.uint8(word >> np.uint64(count + shift))
+                        out[size] = byte
+                        size += 1
+                        if byte == 0xFF:
+                            out[size] = 0  # stuffed, lest it looks like a marker
+                            size += 1
+                if at >= end:
+                    break
+                num_bits = min(end - at, 32)
+                bits_to_put = _window(bits, at) >> np.uint64(64 - num_bits)
+                at += num_bits
+    return _flush(word, count, out, size)
+
+
+@jit
+def _flush(word, count, out, size):  # type: ignore[no-untyped-def]
+    """Write the bits that are left over, the last byte filled up with ones. Returns how many bytes there are."""
+    while count > 0:
+        if count < 8:
+            word, count = word << np.uint64(8 - count) | np.uint64((1 << (8 - count)) - 1), 8
+        byte = np.uint8(word >> np.uint64(count - 8))
+        out[size] = byte
+        size += 1
+        if byte == 0xFF:
+            out[size] = 0
+            size += 1
+        count -= 8
+    return size
+
+
+# --- libturbojpeg: what is not baseline ---------------------------------------------------------------------------
+
+_COPY_NO_MARKERS = 64  # TJXOPT_COPYNONE
+_STRICT = 8192 | 32768  # TJFLAG_STOPONWARNING, TJFLAG_LIMITSCANS
+
+
+class _Transform(ctypes.Structure):
+    """tjtransform: no rotation, no cropping."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("x", "y", "width", "height", "operation", "options")),
+        *((name, ctypes.c_void_p) for name in ("data", "custom_filter")),
+    ]
+
+
+def _to_baseline(jpeg: bytes) -> bytes:
+    """The same coefficients in one baseline scan. Raises NotTranscodable with libturbojpeg's reason."""
+    turbojpeg = library()
+    handle = ctypes.c_void_p(turbojpeg.tjInitTransform())
+    buffer, size, transform = ctypes.c_void_p(), ctypes.c_ulong(), _Transform(options=_COPY_NO_MARKERS)
+    references = ctypes.byref(buffer), ctypes.byref(size), ctypes.byref(transform)
+    try:
+        if turbojpeg.tjTransform(handle, jpeg, ctypes.c_ulong(len(jpeg)), 1, *references, _STRICT):
+            raise NotTranscodable(f"libturbojpeg: {turbojpeg.tjGetErrorStr2(handle).decode(errors='replace')}")
+        return ctypes.string_at(buffer, size.value)
+    finally:
+        turbojpeg.tjFree(buffer)
+        turbojpeg.tjDestroy(handle)
+
+
+def _require_complete_scans(jpeg: bytes, headers: _Headers) -> None:
+    """Where scans are missing libjpeg's decoder smooths the picture, which no baseline JPEG could repeat."""
+    unknown = {component: np.ones(64, np.bool_) for component in headers.components}
+    for marker, content, _ in _segments(jpeg):
+        if marker != _SOS:
+            continue
+        if len(content) < 4 or not set(content[1:-3:2]) <= set(unknown):
+            raise NotTranscodable(_BAD_HEADER)
+        first, last, low_bit = (
+            (content[-3], content[-2], content[-1] & 15) if headers.frame in _PROGRESSIVE else (0, 63, 0)
+        )
+        for component in content[1:-3:2]:
+            unknown[component][first : last + 1] = low_bit > 0
+    if any(each.any() for each in unknown.values()):
+        raise NotTranscodable("its progressive JPEG data is cut off: scans are missing")

@@ -1,0 +1,154 @@
+"""bench step and bench augment: what they count is right, and their tables tell it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._C._autograd import DeviceType
+
+from ffcv_convnext.bench import profile as parts
+from ffcv_convnext.cli import run_command
+
+CPU = torch.device("cpu")
+
+
+def test_the_parts_of_a_step_sum_to_all_of_it() -> None:
+    depthwise, pointwise = nn.Conv2d(8, 8, 7, groups=8, padding=3), nn.Conv2d(8, 32, 1)
+    norm, optimizer = nn.LayerNorm(16), torch.optim.SGD(depthwise.parameters(), 0.1)
+    optimizer.step = parts.marked(parts.UPDATE, optimizer.step)  # type: ignore[method-assign]
+    augment = parts.marked(parts.AUGMENTATION, lambda x: x.sin().relu())
+
+    def step() -> None:
+        images = augment(torch.randn(8, 8, 16, 16))
+        F.gelu(norm(pointwise(depthwise(images))) @ torch.randn(16, 16)).sum().backward()
+        optimizer.step()
+
+    step()
+    shares = parts.shares(step, CPU)
+    assert sum(shares.values()) == pytest.approx(100)
+    assert shares.keys() == {
+        "convolution", "depthwise convolution", "matrix products", "norm", "activation",
+        parts.AUGMENTATION, parts.UPDATE, parts.REST,
+    }  # fmt: skip
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+
+
+def event(name: str, kernels: dict[str, float], shapes: Any = (), parent: Any = None) -> SimpleNamespace:
+    launched = [SimpleNamespace(name=kernel, duration=duration) for kernel, duration in kernels.items()]
+    return SimpleNamespace(
+        name=name, device_type=DeviceType.CPU, is_user_annotation=name == parts.STEP, cpu_parent=parent,
+        kernels=launched, input_shapes=shapes,
+    )  # fmt: skip
+
+
+def kernel(name: str, duration: float) -> SimpleNamespace:
+    return SimpleNamespace(
+        name=name, device_type=DeviceType.CUDA, time_range=SimpleNamespace(elapsed_us=lambda: duration)
+    )
+
+
+def test_kernels_count_once_by_the_operation_that_launched_them() -> None:
+    """As torch's profiler lists them: every kernel by itself, and at its operation where that is known."""
+    update = event(parts.UPDATE, {})
+    depthwise_shapes = [[2, 8, 4, 4], [2, 8, 4, 4], [8, 1, 7, 7]]  # of a gradient, the images, the weights
+    times = parts._kernel_times(
+        [
+            event(parts.STEP, {parts.STEP: 100.0}),
+            kernel(parts.STEP, 100.0),  # the range's image on the device is no kernel
+            event("aten::convolution_backward", {"cutlass_a": 8.0, "cutlass_b": 4.0}, depthwise_shapes),
+            kernel("cutlass_a", 8.0),
+            kernel("cutlass_b", 4.0),
+            event("aten::addmm", {"cutlass_a": 16.0}),
+            kernel("cutlass_a", 16.0),
+            event("aten::mul_", {"foreach": 32.0}, parent=update),
+            kernel("foreach", 32.0),
+            kernel("triton_red_fused_gelu_native_layer_norm_3", 64.0),
+            kernel("ncclDevKernel_AllReduce", 128.0),
+            kernel("Memcpy HtoD", 256.0),
+        ]
+    )
+    assert {part: time for part, time in times.items() if time} == {
+        "depthwise convolution": 12, "matrix products": 16, parts.UPDATE: 32, "norm": 64, "communication": 128,
+        parts.REST: 256,
+    }  # fmt: skip
+
+
+def test_traffic_counts_what_operations_read_and_write() -> None:
+    a, b = torch.ones(10), torch.ones(10)
+    size = 40
+    assert parts.traffic(lambda: a + b) == 3 * size
+    assert parts.traffic(lambda: a.view(2, 5).t()) == 0
+    assert parts.traffic(lambda: a.add_(b)) == 3 * size
+    assert parts.traffic(lambda: torch._foreach_lerp_([a, b], [b, a], 0.5)) == 6 * size
+    assert parts.traffic(lambda: torch.empty(10)) == 0
+
+
+def table(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], out: Path
+) -> tuple[list[list[str]], dict[str, Any]]:
+    """The lines of the first table as words, and the JSON."""
+    assert run_command("bench", [*arguments, "--rounds", "1", "--json", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = [line.strip("| ").split(" | ") for line in lines[2 : lines.index("", 2) if "" in lines[2:] else None]]
+    return [first[0], *first[2:]], json.loads(out.read_text())
+
+
+SMALL = "--device cpu --batch_size 4 --input_size 32 --seconds 0.1 --amp off".split()
+
+
+@pytest.mark.slow
+def test_bench_step_measures_ours_beside_a_peer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows, found = table(capsys, ["step", *SMALL, "--model_ema", "true", "--peers", "ours"], tmp_path / "figures.json")
+    assert [row[0] for row in rows] == [
+        "step", "timm convnext_tiny", "ours", "ours, augmented", "ours, augmented, from a .beton",
+    ]  # fmt: skip
+    assert all(row["error"] is None and row["median"] > 0 for row in found["rows"])
+    notes = found["notes"]
+    assert notes["timm convnext_tiny"]["gmacs"] == pytest.approx(4.456 / 49, rel=0.02)
+    assert notes["ours"]["step_bytes"] > 4 * 25e6 * 10, "the optimiser alone reads and writes each number many times"
+    assert sum(notes["ours, augmented"]["shares"].values()) == pytest.approx(100)
+    assert notes["ours, augmented"]["ceilings"]["flops_per_s"] > 1e9
+    assert found["facts"]["device"] == "cpu"
+
+
+@pytest.mark.slow
+def test_bench_step_puts_a_ladder_into_one_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name, layers in (("00_first", "1-1-1-1"), ("01_second", "1-1-2-1")):
+        (tmp_path / f"{name}.yaml").write_text(f"resnet_layers: {layers}\nresnet_embed_dim: 8\n")
+    rows, found = table(capsys, ["step", *SMALL, "--ladder", str(tmp_path)], tmp_path / "figures.json")
+    assert [row[0] for row in rows] == ["step", "00_first", "01_second"]
+    assert found["notes"]["01_second"]["gmacs"] > found["notes"]["00_first"]["gmacs"]
+    assert found["rows"][0]["ratio"] == 1
+
+
+@pytest.mark.slow
+def test_bench_augment_measures_every_peer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows, found = table(capsys, ["augment", *SMALL], tmp_path / "figures.json")
+    assert [row[0] for row in rows[1:]] == ["timm (PIL)", "torchvision v2 (tensors, bilinear)", "ours"]
+    assert [row["error"] for row in found["rows"]] == [None] * 3
+    assert found["columns"]["ms a batch"]["ours"] == pytest.approx(4000 / found["rows"][2]["median"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["step", "--ladder", "nowhere"], "no step in it"),
+        (["step", "--peers", "keras"], "timm convnext_tiny"),
+        (["step", "--batch_sise", "4"], "nearest: batch_size"),
+        (["augment", "--aa", "augmix-m3"], "augmix"),
+        (["augment", "--photographs", str(Path(__file__).parent / "nowhere")], "no photographs found"),
+        (["augment", "--num_images", "4"], "nobody declared '--num_images'"),
+        (["stride"], "invalid choice"),
+        ([], "required"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: list[str], answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("bench", [*arguments, *(["--device", "cpu"] if arguments else [])]) == 2
+    assert answer in capsys.readouterr().err

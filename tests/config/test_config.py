@@ -1,0 +1,596 @@
+"""Settings: where they come from, which one wins, what is refused and in which words; the command line's statuses."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support import REPOSITORY
+
+from ffcv_convnext import __version__, cli, errors
+from ffcv_convnext.config import (
+    SETTINGS,
+    Config,
+    add_flags,
+    config_from_args,
+    differences,
+    format_value,
+    load_config,
+    read_yaml,
+)
+from ffcv_convnext.errors import Failure, Interrupted
+
+# One accepted value for each setting, other than its default, in the words of a command line.
+OTHER_WORDS: dict[str, str] = {
+    "data_path": "/data/beton",
+    "batch_size": "64",
+    "update_freq": "4",
+    "global_batch": "512",
+    "input_size": "160",
+    "crop_pct": "0.95",
+    "train_interpolation": "random",
+    "scale": "0.35,1",
+    "ratio": "0.5,2",
+    "hflip": "0",
+    "bad_samples": "skip",
+    "order": "quasi_random",
+    "repeated_aug": "3",
+    "shuffle_window_mb": "512",
+    "data_cache": "process",
+    "num_workers": "3",
+    "batches_ahead": "1",
+    "aa": "none",
+    "color_jitter": "none",
+    "smoothing": "0",
+    "mixup": "0.2",
+    "cutmix": "0",
+    "cutmix_minmax": "0.2,0.8",
+    "mixup_prob": "0.5",
+    "mixup_switch_prob": "0.25",
+    "mixup_mode": "pair",
+    "reprob": "0",
+    "remode": "const",
+    "recount": "3",
+    "model": "resnet50",
+    "nb_classes": "10",
+    "drop_path": "0.1",
+    "resnet_layers": "3-3-9-3",
+    "resnet_stem": "patch_embed",
+    "resnet_stem_norm": "true",
+    "resnet_depthwise": "true",
+    "resnet_embed_dim": "96",
+    "resnet_block": "inverted",
+    "resnet_conv_first": "true",
+    "resnet_kernel_size": "7",
+    "resnet_act_layer": "gelu",
+    "resnet_del_act": "true",
+    "resnet_reorg_norm": "true",
+    "resnet_pre_norm": "true",
+    "resnet_norm_layer": "fp32ln",
+    "resnet_final_norm": "true",
+    "resnet_sep_downsample": "true",
+    "resnet_ds_norm": "pre",
+    "resnet_ls_init_values": "1e-6",
+    "resnet_init": "trunc",
+    "opt": "lamb",
+    "opt_eps": "1e-6",
+    "opt_betas": "0.9,0.95",
+    "momentum": "0.8",
+    "weight_decay": "0.1",
+    "weight_decay_end": "0.2",
+    "clip_grad": "5",
+    "epochs": "100",
+    "lr": "1e-3",
+    "min_lr": "1e-5",
+    "warmup_epochs": "5",
+    "warmup_steps": "2000",
+    "recipe_batch": "1024",
+    "output_dir": "/runs/a",
+    "seed": "9223372036854775807",
+    "device": "cpu",
+    "amp": "fp16",
+    "channels_last": "false",
+    "compile": "true",
+    "kernels": "triton",
+    "model_ema": "true",
+    "model_ema_decay": "0.99",
+    "model_ema_eval": "false",
+    "dist_eval": "false",
+    "eval": "true",
+    "resume": "/runs/a/checkpoint-last.pth",
+    "auto_resume": "false",
+    "finetune": "/runs/b/checkpoint-best.pth",
+    "save_ckpt_freq": "2",
+    "save_ckpt_steps": "500",
+    "log_every": "50",
+    "log_wandb": "true",
+    "project": "ladder",
+}
+
+# What a setting has no meaning without.
+NEEDED: dict[str, dict[str, str]] = {
+    "resnet_conv_first": {"resnet_block": "inverted"},
+    "resnet_reorg_norm": {"resnet_block": "inverted", "resnet_conv_first": "true"},
+    "resnet_pre_norm": {"resnet_block": "inverted", "resnet_conv_first": "true", "resnet_reorg_norm": "true"},
+    "resnet_stem_norm": {"resnet_stem": "patch_embed"},
+    "resnet_ds_norm": {"resnet_sep_downsample": "true"},
+}
+
+FLAGS_OF_THE_RECIPE = """--epochs --lr --min_lr --warmup_epochs --warmup_steps --weight_decay --weight_decay_end --opt
+    --opt_betas --opt_eps --clip_grad --smoothing --mixup --cutmix --cutmix_minmax --mixup_prob --mixup_switch_prob
+    --mixup_mode --aa --color_jitter --reprob --remode --recount --train_interpolation --crop_pct --input_size
+    --model_ema --model_ema_decay --model_ema_eval --save_ckpt_freq --save_ckpt_steps --resume --auto_resume --eval
+    --finetune --seed --num_workers --output_dir --dist_eval --amp --compile --channels_last --data_path --model
+    --batch_size --update_freq --drop_path --resnet_layers --resnet_stem --log_wandb""".split()
+
+
+def parse(*words: str) -> Config:
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    add_flags(parser)
+    return config_from_args(parser, list(words))[0]
+
+
+def write_yaml(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def value(config: Config, name: str) -> Any:
+    return getattr(getattr(config, SETTINGS[name].group), name)
+
+
+# --- every setting -----------------------------------------------------------------------------------------------
+
+
+def test_the_table_above_covers_every_setting() -> None:
+    assert list(OTHER_WORDS) == list(SETTINGS)
+
+
+@pytest.mark.parametrize("name", OTHER_WORDS)
+def test_a_setting_survives_flag_flat_and_yaml(name: str) -> None:
+    words = {**NEEDED.get(name, {}), name: OTHER_WORDS[name]}
+    config = parse(*(word for key, text in words.items() for word in (f"--{key}", text)))
+    assert value(config, name) != SETTINGS[name].default
+    assert Config.from_flat(config.flat()) == config
+    assert Config.from_flat(yaml.safe_load(config.to_yaml())) == config
+    assert Config().replace(**words) == config
+    assert set(config.flat()) == set(SETTINGS)
+    changed = {key for key in SETTINGS if value(config, key) != SETTINGS[key].default}
+    assert changed == set(words), "a setting changed another one"
+
+
+def test_defaults_survive_yaml() -> None:
+    assert Config.from_flat(yaml.safe_load(Config().to_yaml())) == Config() == Config.from_flat({})
+
+
+@pytest.mark.parametrize("flag", FLAGS_OF_THE_RECIPE)
+def test_the_recipe_s_flag_exists(flag: str) -> None:
+    assert flag[2:] in SETTINGS
+
+
+def test_defaults_are_the_paper_s_recipe() -> None:
+    """Liu et al. 2022, Table 5."""
+    config = Config()
+    expected = {
+        "opt": "adamw", "lr": 4e-3, "min_lr": 1e-6, "weight_decay": 0.05, "warmup_epochs": 20, "epochs": 300,
+        "recipe_batch": 4096, "aa": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "mixup_switch_prob": 0.5,
+        "reprob": 0.25, "remode": "pixel", "smoothing": 0.1, "model_ema_decay": 0.9999, "input_size": 224,
+    }  # fmt: skip
+    assert {name: value(config, name) for name in expected} == expected
+    assert config.data.eval_resize == 256
+
+
+@pytest.mark.parametrize(
+    ("settings", "pixels"),
+    [({"input_size": 384}, 384), ({"input_size": 160}, 182), ({"crop_pct": 0.95}, 235), ({"crop_pct": 1}, 224)],
+)
+def test_the_evaluation_resize_follows_crop_pct(settings: dict[str, Any], pixels: int) -> None:
+    assert Config.from_flat(settings).data.eval_resize == pixels
+
+
+# --- who wins ----------------------------------------------------------------------------------------------------
+
+
+def test_a_flag_wins_over_the_last_yaml_over_the_first_over_its_base_over_the_default(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write_yaml(tmp_path / "root.yaml", "lr: 1e-3\nepochs: 50\nseed: 1\nmixup: 0.1\ncutmix: 0.1")
+    write_yaml(tmp_path / "deep/middle.yaml", "base: ../root.yaml\nepochs: 60\nseed: 2\nmixup: 0.2")
+    first = write_yaml(tmp_path / "first.yaml", "base: deep/middle.yaml\nseed: 3\nmixup: 0.3")
+    other_root = write_yaml(tmp_path / "other_root.yaml", "seed: 4")
+    second = write_yaml(tmp_path / "second.yaml", f"base: {other_root}\nmixup: 0.4")
+    config = parse("--config", str(first), str(second), "--mixup", "0.5")
+    found = [value(config, name) for name in ("lr", "epochs", "seed", "mixup", "cutmix", "min_lr")]
+    assert found == [1e-3, 60, 4, 0.5, 0.1, 1e-6]
+    assert parse("--config", str(first), "--config", str(second), "--mixup", "0.5") == config
+    assert parse("--mixup", "0.5", "--config", str(first), str(second)) == config
+    assert parse("--config", str(second), str(first)).run.seed == 3
+
+
+def test_an_empty_yaml_changes_nothing(tmp_path: Path) -> None:
+    assert load_config(write_yaml(tmp_path / "empty.yaml", "# only a comment\n")) == Config()
+
+
+def test_a_resolved_config_repeats_itself(tmp_path: Path) -> None:
+    config = parse("--resnet_layers", "3-3-9-3", "--opt_betas", "0.9", "0.95", "--data_path", "~/beton", "--amp", "off")
+    assert load_config(write_yaml(tmp_path / "config.yaml", config.to_yaml())) == config
+    assert config.data.data_path == Path.home() / "beton"
+
+
+# --- words -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "expected"),
+    [
+        ("amp: off", "amp", "off"),
+        ("amp: 'off'", "amp", "off"),
+        ("amp: BF16", "amp", "bf16"),
+        ("lr: 4e-3", "lr", 4e-3),  # YAML 1.1 reads this as text: it wants 4.0e-3
+        ("lr: 4.0e-3", "lr", 4e-3),
+        ("lr: 1", "lr", 1.0),
+        ("crop_pct: none", "crop_pct", None),
+        ("crop_pct:", "crop_pct", None),
+        ("crop_pct: null", "crop_pct", None),
+        ("color_jitter: none", "color_jitter", None),
+        ("aa: none", "aa", "none"),
+        ("repeated_aug: true", "repeated_aug", 3),
+        ("repeated_aug: 2", "repeated_aug", 2),
+        ("repeated_aug: 0", "repeated_aug", 1),
+        ("repeated_aug: false", "repeated_aug", 1),
+        ("repeated_aug: none", "repeated_aug", 1),
+        ("model_ema: yes", "model_ema", True),
+        ("model_ema: 'True'", "model_ema", True),
+        ("resnet_layers: 3-3-9-3", "resnet_layers", (3, 3, 9, 3)),
+        ("resnet_layers: [3, 3, 9, 3]", "resnet_layers", (3, 3, 9, 3)),
+        ("resnet_layers: 3,24,36,3", "resnet_layers", (3, 24, 36, 3)),
+        ("opt_betas: [0.9, 0.999]", "opt_betas", (0.9, 0.999)),
+        ("opt_betas: 0.9 0.999", "opt_betas", (0.9, 0.999)),
+        ("scale: 8e-2,1", "scale", (0.08, 1.0)),
+        ("resnet_sep_downsample: true\nresnet_ds_norm: true", "resnet_ds_norm", "post"),
+        ("resnet_sep_downsample: true\nresnet_ds_norm: false", "resnet_ds_norm", "none"),
+        ("resnet_ds_norm: none", "resnet_ds_norm", "none"),
+        ("resnet_kernel_size: 11", "resnet_kernel_size", 11),
+        ("output_dir: runs/7", "output_dir", Path("runs/7")),
+    ],
+)
+def test_yaml_may_say_it_so(tmp_path: Path, text: str, name: str, expected: Any) -> None:
+    found = value(load_config(write_yaml(tmp_path / "words.yaml", text)), name)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize("words", [["0.9", "0.999"], ["0.9,0.999"], ["(0.9, 0.999)"]])
+def test_betas_may_be_two_words_or_one(words: list[str]) -> None:
+    assert parse("--opt_betas", *words).optim.opt_betas == (0.9, 0.999)
+
+
+def test_the_last_step_of_the_ladder_can_be_spelt_out_in_flags() -> None:
+    steps = {
+        "--resnet_layers": "3-3-9-3", "--resnet_stem": "patch_embed", "--resnet_depthwise": "true",
+        "--resnet_embed_dim": "96", "--resnet_block": "inverted", "--resnet_conv_first": "true",
+        "--resnet_kernel_size": "7", "--resnet_act_layer": "gelu", "--resnet_del_act": "true",
+        "--resnet_reorg_norm": "true", "--resnet_norm_layer": "ln", "--resnet_final_norm": "true",
+        "--resnet_sep_downsample": "true",
+    }  # fmt: skip
+    flags = ["--model", "resnet", "--batch_size", "128", "--drop_path", "0.1"]
+    repository = REPOSITORY
+    for number, step in enumerate(["", *steps]):
+        flags += [step, steps[step]] if step else []
+        (file,) = (repository / "rn_configs").glob(f"{number:02d}_*.yaml")
+        assert parse(*flags).model == load_config(file).model, file.name
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("resnet_layer", "resnet_layers"), ("warmup_epoch", "warmup_epochs"), ("learn_rate", None), ("Lr", "lr")],
+)
+def test_an_unknown_name_is_refused_with_the_nearest_ones(tmp_path: Path, wrong: str, right: str | None) -> None:
+    base = write_yaml(tmp_path / "wrong.yaml", f"{wrong}: 1")
+    by_base = write_yaml(tmp_path / "top.yaml", f"base: {base.name}")
+    attempts = {
+        base.name: lambda: load_config(base),
+        f"{tmp_path}/wrong.yaml": lambda: load_config(by_base),
+        "command line": lambda: parse(f"--{wrong}", "1"),
+        "setting": lambda: Config.from_flat({wrong: 1}),
+    }
+    for source, attempt in attempts.items():
+        with pytest.raises(ValueError, match=f"{re.escape(source)}.*nobody declared '(--)?{wrong}'") as caught:
+            attempt()
+        assert right is None or right in str(caught.value).split("nearest:")[1]
+
+
+@pytest.mark.parametrize("words", [["stray"], ["--lr", "1e-3", "2e-3"], ["--lrr=3"], ["--mixu", "0.1"]])
+def test_a_word_too_many_or_half_a_name_is_refused(words: list[str]) -> None:
+    with pytest.raises(ValueError, match="nobody declared"):
+        parse(*words)
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "expectation"),
+    [
+        ("epochs", "many", "a whole number"),
+        ("epochs", "1e3", "a whole number"),
+        ("epochs", "0", "at least 1"),
+        ("lr", "fast", "a number"),
+        ("lr", "nan", "a finite number"),
+        ("lr", "inf", "a finite number"),
+        ("lr", "0", "a positive number"),
+        ("min_lr", "1", "a number from 0 to lr = 0.004"),
+        ("min_lr", "-1", "a number from 0"),
+        ("warmup_epochs", "301", "0 to epochs = 300"),
+        ("warmup_epochs", "-1", "0 to epochs = 300"),
+        ("recipe_batch", "0", "at least 1"),
+        ("batch_size", "0", "at least 1"),
+        ("batch_size", "true", "a whole number"),
+        ("update_freq", "0", "at least 1"),
+        ("repeated_aug", "-1", "at least 1"),
+        ("num_workers", "0", "at least 1"),
+        ("batches_ahead", "0", "at least 1"),
+        ("input_size", "31", "at least 32 pixels"),
+        ("crop_pct", "0", "a number in (0, 1]"),
+        ("crop_pct", "1.1", "a number in (0, 1]"),
+        ("crop_pct", "big", "a number"),
+        ("train_interpolation", "lanczos", "one of bicubic, bilinear, random"),
+        ("scale", "0.9,0.1", "0 < low <= high <= 1"),
+        ("scale", "0,1", "0 < low <= high <= 1"),
+        ("scale", "0.5", "2 numbers"),
+        ("ratio", "2,1", "0 < low <= high"),
+        ("hflip", "2", "a probability"),
+        ("smoothing", "1.5", "a number in [0, 1]"),
+        ("mixup_prob", "-0.1", "a number in [0, 1]"),
+        ("mixup_switch_prob", "1.01", "a number in [0, 1]"),
+        ("reprob", "25", "a number in [0, 1]"),
+        ("mixup", "-1", "0 or more"),
+        ("cutmix", "-1", "0 or more"),
+        ("cutmix_minmax", "0.8,0.2", "0 < least < most <= 1"),
+        ("cutmix_minmax", "0.2,0.2001", "two different numbers of pixels at input_size = 224"),
+        ("mixup_mode", "half", "one of batch, pair, elem"),
+        ("remode", "black", "one of pixel, rand, const"),
+        ("recount", "0", "at least 1"),
+        ("color_jitter", "2", "a number in [0, 1] or none"),
+        ("nb_classes", "0", "at least 1"),
+        ("drop_path", "1", "a rate in [0, 1)"),
+        ("resnet_layers", "3-3-9", "4 whole numbers"),
+        ("resnet_layers", "3-3-9-3-3", "4 whole numbers"),
+        ("resnet_layers", "3-3-0-3", "four positive numbers"),
+        ("resnet_layers", "a-b-c-d", "4 whole numbers"),
+        ("resnet_embed_dim", "0", "at least 1"),
+        ("resnet_kernel_size", "4", "one of 3, 5, 7, 9, 11"),
+        ("resnet_ls_init_values", "-1", "0 or more"),
+        ("resnet_depthwise", "1", "true or false"),
+        ("opt_eps", "0", "a positive number"),
+        ("opt_betas", "0.9,1", "numbers in [0, 1)"),
+        ("opt_betas", "0.9", "2 numbers"),
+        ("momentum", "-1", "0 or more"),
+        ("weight_decay", "-0.1", "0 or more"),
+        ("weight_decay_end", "-0.1", "0 or more"),
+        ("clip_grad", "0", "a positive number"),
+        ("seed", "-1", "0 to 2^63 - 1"),
+        ("seed", str(2**63), "0 to 2^63 - 1"),
+        ("amp", "float16", "one of bf16, fp16, off"),
+        ("device", "tpu", "one of auto, cuda, cpu"),
+        ("model_ema_decay", "1", "a number in [0, 1)"),
+        ("save_ckpt_freq", "0", "at least 1"),
+        ("save_ckpt_steps", "-1", "0 or more"),
+        ("log_every", "0", "at least 1"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name_value_and_expectation(name: str, word: str, expectation: str) -> None:
+    with pytest.raises(ValueError, match="expected") as caught:
+        Config.from_flat({name: word})
+    message = str(caught.value)
+    assert message.startswith(f"{name} = ")
+    assert expectation in message.split("expected", 1)[1]
+    assert "\n" not in message
+
+
+def test_a_wrong_value_in_a_yaml_names_the_file(tmp_path: Path) -> None:
+    base = write_yaml(tmp_path / "root.yaml", "epochs: many")
+    top = write_yaml(tmp_path / "top.yaml", "base: root.yaml\nepochs: 3")
+    with pytest.raises(ValueError, match=re.escape(f"{base}: epochs = many: expected a whole number")):
+        load_config(top)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resnet_conv_first": True}, "resnet_conv_first = true has no meaning without --resnet_block inverted"),
+        ({"resnet_reorg_norm": True}, "resnet_reorg_norm = true has no meaning without --resnet_block inverted"),
+        ({"resnet_reorg_norm": True, "resnet_block": "inverted"}, "without --resnet_conv_first true"),
+        ({"resnet_pre_norm": True}, "without --resnet_reorg_norm true"),
+        ({"resnet_stem_norm": True}, "without --resnet_stem patch_embed"),
+        ({"resnet_ds_norm": "pre"}, "resnet_ds_norm = pre has no meaning without --resnet_sep_downsample true"),
+        ({"model": "resnet50", "resnet_layers": "3-3-9-3"}, "resnet_layers = 3-3-9-3 has no meaning with model"),
+        ({"batch_size": 1}, "batch_size = 1: Mixup and CutMix need at least 2 images"),
+        ({"batch_size": 7, "mixup_mode": "pair"}, "batch_size = 7: mixup_mode pair needs an even number"),
+    ],
+)
+def test_a_combination_without_meaning_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Config.from_flat(settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 1, "mixup": 0, "cutmix": 0},
+        {"batch_size": 1, "mixup_prob": 0},
+        {"batch_size": 7, "mixup_mode": "elem"},
+        {"epochs": 5, "warmup_steps": 100},  # the 20 warm-up epochs of the default do not count then
+        {"epochs": 20},
+        {"model": "convnext_tiny", "drop_path": 0.1},
+    ],
+)
+def test_these_combinations_are_fine(settings: dict[str, Any]) -> None:
+    Config.from_flat(settings)
+
+
+def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
+    write_yaml(tmp_path / "a.yaml", "base: b.yaml")
+    write_yaml(tmp_path / "b.yaml", "base: ./a.yaml")
+    with pytest.raises(ValueError, match=r"base leads back to itself: .*a\.yaml -> .*b\.yaml -> "):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_missing_file_is_named_with_the_one_that_asks_for_it(tmp_path: Path) -> None:
+    top = write_yaml(tmp_path / "top.yaml", "base: gone.yaml")
+    with pytest.raises(FileNotFoundError, match=r"gone\.yaml does not exist \(named as base by .*top\.yaml\)"):
+        read_yaml(top)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml does not exist"):
+        read_yaml(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"lr: [1,", "not readable YAML"),
+        (b"lr: 1\n\tseed: 2", "not readable YAML"),
+        (b"\xff\xfe\x00", "not readable YAML"),
+        (b"- lr\n- seed\n", "expected lines of the form 'name: value'"),
+        (b"just words", "expected lines of the form 'name: value'"),
+        (b"lr: 1\nseed: 2\nlr: 3", "'lr' stands there twice"),
+        (b"lr: {peak: 1}", "expected a number"),
+        (b"3: 1", "nobody declared '3'"),
+    ],
+)
+def test_a_file_that_is_no_settings_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_bytes(content)
+    top = write_yaml(tmp_path / "top.yaml", "base: bad.yaml")
+    for file in (bad, top):
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            read_yaml(file)
+        assert str(bad) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_base_that_is_no_settings_file_is_refused(tmp_path: Path) -> None:
+    write_yaml(tmp_path / "base.txt", "nothing of the sort")
+    with pytest.raises(ValueError, match=r"base\.txt: expected lines"):
+        read_yaml(write_yaml(tmp_path / "top.yaml", "base: base.txt"))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_yaml(write_yaml(tmp_path / "folder.yaml", "base: ."))
+
+
+# --- two configs -------------------------------------------------------------------------------------------------
+
+
+def test_differences_lists_what_changes_the_computation_only() -> None:
+    ours = Config.from_flat({"lr": 1e-3, "num_workers": 3, "output_dir": "/a", "opt_betas": "0.9,0.95"})
+    assert differences(ours, ours) == []
+    assert differences(ours, Config()) == ["opt_betas: 0.9,0.95 != none", "lr: 0.001 != 0.004"]
+    assert differences(Config(), Config.from_flat({"batches_ahead": 9, "device": "cpu", "save_ckpt_freq": 3})) == []
+
+
+def test_a_config_cannot_be_changed_in_place() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().data.batch_size = 3  # type: ignore[misc]
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+def test_help_shows_every_setting_with_its_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # a line each
+    with pytest.raises(SystemExit) as ended:
+        cli.run_command("train", ["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for name, declared in SETTINGS.items():
+        entry = re.search(rf"^ +--{name} VALUE(?: \[VALUE \.\.\.\])?\s+(.*)$", shown, re.MULTILINE)
+        assert entry, name
+        assert entry[1].startswith(declared.help)
+        assert entry[1].endswith(f"; default {format_value(declared.default)})")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--lrr", "1"],
+        ["--lr", "fast"],
+        ["--lr"],
+        ["--eval"],
+        ["--epochs", "5"],
+        ["--config", "/nowhere.yaml"],
+        ["--config"],
+        ["stray"],
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run_command("train", argv) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+    assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (Failure("the disk is full"), 1),
+        (ValueError("lr = x"), 2),
+        (FileNotFoundError("no such folder"), 2),
+        (FileExistsError("it is there"), 2),
+        (PermissionError("not yours"), 2),
+        (Interrupted("saved"), 75),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_an_error_of_ours_becomes_its_exit_status(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(_: Any) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "train", command)
+    monkeypatch.setattr(errors, "PACKAGE", Path(__file__).resolve().parent)  # this file counts as ours
+    assert cli.run_command("train", []) == status
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert str(error) in line
+
+
+def test_a_full_disk_is_one_line_and_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(_argv: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/log.jsonl")
+
+    monkeypatch.setitem(cli.COMMANDS, "fill", command)
+    assert cli.run_command("fill", []) == 1
+    assert capsys.readouterr().err == "error: runs/x/log.jsonl cannot be written: No space left on device; make room\n"
+
+
+def test_an_error_that_is_not_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "train", lambda _: len(Path("x").with_name("")))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="name"):  # raised inside pathlib
+        cli.run_command("train", [])
+    monkeypatch.setitem(cli.COMMANDS, "train", lambda _: len(3))  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        cli.run_command("train", [])
+
+
+def test_the_program_lists_its_commands_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in cli.COMMANDS)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+    assert cli.main(["fly"]) == 2
+    shown_error = capsys.readouterr().err
+    assert shown_error.startswith("error: no command 'fly'")
+    assert "train" in shown_error
+    assert cli.main(["train", "--lr", "0"]) == 2

@@ -1,0 +1,215 @@
+"""Conversions that are killed and go on, and conversions made in parts: the bytes are those of an undisturbed one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import REPOSITORY
+from support.imagefolder import class_name
+
+from ffcv_convnext import cli
+from ffcv_convnext.data.beton.manifest import Manifest
+from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
+from ffcv_convnext.data.convert.journal import Workplace
+from ffcv_convnext.data.convert.shards import join_parts
+from ffcv_convnext.errors import Failure
+
+SCRIPT = REPOSITORY / "write_ffcv_dataset.py"
+NAMES = ("train.beton", "train.json", "train.files.txt")
+UNFINISHED = ".train.unfinished"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """130 pictures of noise, some 240 kB each when they are encoded: four pages in all. One of them is damaged."""
+    root = tmp_path_factory.mktemp("folder")
+    random = np.random.default_rng(0)
+    for number in range(130):
+        path = root / "train" / class_name(number % 3) / f"{number:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = random.integers(0, 256, (500, 480, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path, quality=95, subsampling=0)
+    (root / "train" / class_name(0) / "030.jpg").write_bytes(b"not a picture")
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an undisturbed conversion writes."""
+    out = tmp_path_factory.mktemp("whole")
+    (manifest,) = convert(options(folder, out))
+    assert len(manifest.page_crc32) >= 4
+    assert [skipped.path for skipped in manifest.skipped] == [f"{class_name(0)}/030.jpg"]
+    return out
+
+
+def options(folder: Path, out: Path, **changes: object) -> ConversionOptions:
+    base = ConversionOptions(data_path=folder, out_dir=out, split="train", num_workers=1, skip_bad=True)
+    return dataclasses.replace(base, **changes)
+
+
+def assert_same_files(ours: Path, theirs: Path) -> None:
+    assert sorted(path.name for path in ours.iterdir()) == sorted(NAMES)
+    for name in NAMES:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+@pytest.fixture
+def killed(folder: Path, tmp_path: Path) -> Path:
+    """The output folder of a conversion that was killed with SIGKILL after its first page."""
+    out = tmp_path / "out"
+    flags = ["--data_path", str(folder), "--out_dir", str(out), "--split", "train", "--skip_bad", "--num_workers", "1"]
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *flags], stdout=subprocess.DEVNULL)
+    patience = time.monotonic() + 120
+    while not Workplace(out / UNFINISHED, "train").num_pages and time.monotonic() < patience:
+        time.sleep(0.002)
+    process.kill()
+    process.wait(timeout=30)
+    assert os.listdir(out) == [UNFINISHED]
+    assert 1 <= Workplace(out / UNFINISHED, "train").num_pages < 4
+    return out
+
+
+def test_a_killed_conversion_goes_on_to_the_bytes_of_an_undisturbed_one(
+    folder: Path, killed: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data_path", str(folder), "--out_dir", str(killed), "--split", "train", "--skip_bad", "--resume"]
+    assert cli.main(["write", *flags]) == 0
+    assert "of them from an earlier attempt) of 3 classes" in capsys.readouterr().out
+    assert_same_files(killed, whole)
+    before = (killed / "train.beton").stat().st_mtime_ns
+    assert cli.main(["write", *flags]) == 0  # as a requeued job does
+    assert capsys.readouterr().out == f"{killed / 'train.beton'} is finished\n"
+    assert (killed / "train.beton").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("damage", ["journal cut off", "page never reached the disk", "no page reached the disk"])
+def test_what_a_power_failure_left_out_is_written_again(folder: Path, killed: Path, whole: Path, damage: str) -> None:
+    place = Workplace(killed / UNFINISHED, "train")
+    if damage == "journal cut off":
+        place.journal.write_bytes(place.journal.read_bytes()[:-40])
+    elif damage == "page never reached the disk":
+        os.truncate(place.beton, place.beton.stat().st_size - (9 << 20))
+    else:
+        os.truncate(place.beton, 100)
+    convert(options(folder, killed, resume=True))
+    assert_same_files(killed, whole)
+
+
+def test_an_unfinished_conversion_is_neither_lost_nor_mixed_by_accident(
+    folder: Path, killed: Path, whole: Path
+) -> None:
+    with pytest.raises(FileExistsError, match=r"\.train\.unfinished holds .*--resume, or start anew with --overwrite"):
+        convert(options(folder, killed))
+    said: list[str] = []
+    other = options(folder, killed, resume=True, jpeg_quality=50)
+    convert(other, said.append)
+    assert any("nothing to resume, or of other images or settings" in line for line in said)
+    assert Manifest.check(killed / "train.beton").jpeg_quality == 50
+    with pytest.raises(FileExistsError, match=r"train\.beton exists"):  # finished, but not this one
+        convert(options(folder, killed, resume=True))
+    convert(options(folder, killed, overwrite=True))
+    assert_same_files(killed, whole)
+
+
+def test_a_bad_file_late_in_a_conversion_costs_only_itself(folder: Path, whole: Path, tmp_path: Path) -> None:
+    last = (whole / "train.files.txt").read_text().splitlines()[-1]
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    content = (own / "train" / last).read_bytes()
+    (own / "train" / last).write_bytes(b"")
+    (own / "train" / class_name(0) / "030.jpg").write_bytes(content)  # so that this one is the only bad one
+    said: list[str] = []
+    with pytest.raises(Failure, match=rf"{last}: not a picture"):
+        convert(options(own, tmp_path / "out", skip_bad=False), said.append)
+    assert "images are kept; the same command with --resume" in said[-1]
+    (own / "train" / last).write_bytes(content)
+    (manifest,) = convert(options(own, tmp_path / "out", skip_bad=False, resume=True))
+    assert manifest.num_samples == 130
+
+
+def test_sigterm_keeps_whole_pages(folder: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--data_path", str(folder), "--out_dir", str(out), "--split", "train", "--skip_bad", "--num_workers", "1"]
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *flags], stdout=subprocess.PIPE, text=True)
+    while not Workplace(out / UNFINISHED, "train").num_pages and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "of 130 images are kept; the same command with --resume goes on from there" in said
+    convert(options(folder, out, resume=True))
+    assert_same_files(out, whole)
+
+
+def test_parts_join_to_the_bytes_of_an_undivided_conversion(
+    folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--data_path", str(folder), "--out_dir", str(out), "--split", "train", "--skip_bad"]
+    join = ["write", "--out_dir", str(out), "--split", "train", "--join"]
+    assert cli.main(["write", *flags, "--shard", "2/3"]) == 0
+    assert cli.main(["write", *flags, "--shard", "0/3"]) == 0
+    assert cli.main(join) == 2
+    assert "1 of 3 parts of train are missing: --shard 1/3" in capsys.readouterr().err
+    assert cli.main(["write", *flags, "--shard", "1/3"]) == 0
+    sizes = [Manifest.check(out / f"train.part-{i}-of-3.beton").num_samples for i in range(3)]
+    assert sum(sizes) == 129
+    assert cli.main(join) == 0
+    assert "129 images of 3 classes out of 3 parts" in capsys.readouterr().out
+    assert_same_files(out, whole)
+
+
+def test_parts_that_do_not_belong_together_are_refused(folder: Path, tmp_path: Path) -> None:
+    for index, quality in ((0, 90), (1, 80)):
+        convert(options(folder, tmp_path, subset=6, shard=(index, 2), jpeg_quality=quality))
+    with pytest.raises(ValueError, match=r"part-1-of-2\.beton was made from other images or with other settings than"):
+        join_parts(tmp_path, "train", overwrite=False, say=print)
+    convert(options(folder, tmp_path, subset=6, shard=(1, 2), overwrite=True))
+    content = bytearray((tmp_path / "train.part-1-of-2.beton").read_bytes())
+    content[-200_000] ^= 1  # inside a picture or behind the last one
+    (tmp_path / "train.part-1-of-2.beton").write_bytes(content)
+    with pytest.raises(ValueError, match=r"part-1-of-2\.beton: page 0 differs from its checksum"):
+        join_parts(tmp_path, "train", overwrite=False, say=print)
+    assert not (tmp_path / "train.beton").exists()
+    convert(options(folder, tmp_path, subset=6, shard=(0, 3)))
+    with pytest.raises(ValueError, match="parts of several divisions of train: into 2, 3"):
+        join_parts(tmp_path, "train", overwrite=False, say=print)
+    with pytest.raises(FileNotFoundError, match="holds no parts of val; make them with --shard"):
+        join_parts(tmp_path, "val", overwrite=False, say=print)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--shard", "3/3"], "shard = 3/3: expected i/n with i from 0 to n - 1"),
+        (["--shard", "one"], "'one': expected I/N, such as 0/8"),
+        (["--shard", "0/1000"], "shard = 0/1000: train has 130 images only"),
+        (["--resume", "--overwrite"], "choose one of them"),
+        (["--join"], "--join takes --out_dir, --split and --overwrite only, not --data_path"),
+    ],
+)
+def test_flags_without_a_meaning_are_one_line(folder: Path, tmp_path: Path, capsys, flags, words) -> None:
+    status = cli.run_command("write", ["--data_path", str(folder), "--out_dir", str(tmp_path), *flags, "--split=train"])
+    stderr = capsys.readouterr().err
+    assert status == 2
+    assert stderr.count("\n") == 1
+    assert words in stderr
+
+
+def test_a_disk_without_room_is_told_before_any_work(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20_000_000))
+    message = r"out has room for 20\.0 MB, about [34]\d\.\d MB are needed; make room, choose another --out_dir"
+    with pytest.raises(ValueError, match=message):
+        convert(options(folder, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

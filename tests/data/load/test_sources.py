@@ -1,0 +1,465 @@
+"""Where stored bytes come from: the same batches from every data_cache, reads ahead, memory, a disk that fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+pytest.importorskip("ffcv.reader")
+
+from ffcv_convnext.bench.cold_loader import evict
+from ffcv_convnext.config import DataConfig
+from ffcv_convnext.data.beton.manifest import Manifest, tables_digest
+from ffcv_convnext.data.beton.writer import BetonWriter
+from ffcv_convnext.data.convert.encode import EncodedImage, Encoding
+from ffcv_convnext.data.load import loader
+from ffcv_convnext.data.load.loader import EvalLoader, SampleError, TrainLoader
+from ffcv_convnext.data.load.sampler import Shares
+from ffcv_convnext.data.load.sources import MappedFile, ReadError, ReadFile, merge, num_bytes_in_memory
+from ffcv_convnext.host import AvailableMemory, available_memory, describe_need
+
+CPU = torch.device("cpu")
+MB = 1 << 20
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def settings(data_path: Path, **changes: Any) -> DataConfig:
+    return DataConfig(**{"data_path": data_path, "batch_size": 8, "input_size": 32, "num_workers": 2, **changes})
+
+
+def same(ours: Batches, theirs: Batches) -> bool:
+    """Whether two lists of batches are equal bit for bit."""
+    return len(ours) == len(theirs) and all(
+        torch.equal(a, b) for mine, other in zip(ours, theirs, strict=True) for a, b in zip(mine, other, strict=True)
+    )
+
+
+def epoch(of: TrainLoader, number: int = 0, first_step: int = 0) -> Batches:
+    return [batch for step in of.steps(number, first_step) for batch in step]
+
+
+def write_again(beton: Path, manifest: Manifest, samples: list[tuple[EncodedImage, int]], page_size: int) -> None:
+    """A .beton of given samples, with a manifest for it."""
+    beton.parent.mkdir(parents=True, exist_ok=True)
+    encoding = Encoding(max_resolution=None, jpeg_quality=90, max_bytes=page_size)
+    BetonWriter(beton, encoding, capacity=len(samples)).write(samples, on_page=lambda _page: None)
+    changed = dataclasses.replace(
+        manifest, num_samples=len(samples), num_bytes=beton.stat().st_size, sha256=tables_digest(beton)
+    )
+    changed.write(Manifest.path_for(beton))
+
+
+@pytest.fixture(scope="module")
+def paged(beton_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """300 pictures of noise in six pages of 2 MiB, in a random order and in class order; the label is their number
+    divided by 75."""
+    random = np.random.default_rng(0)
+    samples = []
+    folder = tmp_path_factory.mktemp("paged")
+    for number in range(300):
+        image = Image.fromarray(random.integers(0, 256, (100, 150, 3), dtype=np.uint8))
+        image.save(folder / "one.jpg", quality=95, subsampling=0)
+        samples.append((EncodedImage(150, 100, (folder / "one.jpg").read_bytes(), "jpg"), number // 75))
+    manifest = Manifest.read(beton_dir / "train.json")
+    write_again(folder / "in_order/train.beton", manifest, samples, 2 * MB)
+    write_again(folder / "shuffled/train.beton", manifest, [samples[i] for i in random.permutation(300)], 2 * MB)
+    return {"in order": folder / "in_order", "shuffled": folder / "shuffled"}
+
+
+@pytest.fixture
+def own_dir(beton_dir: Path, tmp_path: Path) -> Path:
+    """A copy of `beton_dir` that a test may damage."""
+    return Path(shutil.copytree(beton_dir, tmp_path / "beton"))
+
+
+def sample_file(kind: type[MappedFile | ReadFile], folder: Path) -> tuple[MappedFile | ReadFile, NDArray[Any]]:
+    """An opened train.beton, and its table of samples."""
+    from ffcv.reader import Reader
+
+    reader = Reader(str(folder / "train.beton"))
+    return kind(folder / "train.beton", reader.metadata["f0"]["data_ptr"], reader.alloc_table), reader.metadata
+
+
+# --- the same batches ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def expected(beton_dir: Path) -> dict[str, Batches]:
+    """What data_cache os gives."""
+    train = TrainLoader(settings(beton_dir), CPU, seed=3)
+    return {"0": epoch(train), "1": epoch(train, 1), "val": list(EvalLoader(settings(beton_dir), CPU))}
+
+
+@pytest.mark.parametrize("data_cache", ["process", "ram"])
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_every_data_cache_gives_the_same_batches_bit_for_bit(
+    beton_dir: Path, expected: dict[str, Batches], data_cache: str, num_workers: int
+) -> None:
+    config = settings(beton_dir, data_cache=data_cache, num_workers=num_workers)
+    train, val = TrainLoader(config, CPU, seed=3), EvalLoader(config, CPU)
+    assert same(epoch(train), expected["0"])
+    assert same(epoch(train, 1), expected["1"])
+    assert same(epoch(train, 1, first_step=4), expected["1"][4:])
+    assert same(list(val), expected["val"])
+    for each in (train, val):
+        each.close()
+
+
+@pytest.mark.parametrize("data_cache", ["process", "ram"])
+def test_a_loader_can_be_read_twice_at_once_from_every_data_cache(
+    beton_dir: Path, expected: dict[str, Batches], data_cache: str
+) -> None:
+    train = TrainLoader(settings(beton_dir, data_cache=data_cache), CPU, seed=3)
+    iterators = [(batch for step in train.steps(number) for batch in step) for number in (0, 1)]
+    first, second = zip(*zip(*iterators, strict=True), strict=True)
+    assert same(list(first), expected["0"])
+    assert same(list(second), expected["1"])
+
+
+def test_a_sample_that_lies_outside_the_file_is_named_by_every_data_cache(own_dir: Path) -> None:
+    beton = own_dir / "train.beton"
+    _, rows = sample_file(MappedFile, own_dir)
+    content = bytearray(beton.read_bytes())
+    at = content.index(rows.tobytes()) + rows.dtype.itemsize * 5
+    rows = rows.copy()
+    rows["f0"]["data_ptr"][5] = len(content) + 7
+    content[at : at + rows.dtype.itemsize] = rows[5:6].tobytes()
+    beton.write_bytes(content)
+    manifest = Manifest.read(own_dir / "train.json")
+    dataclasses.replace(manifest, sha256=tables_digest(beton)).write(own_dir / "train.json")
+    for data_cache in ("os", "process", "ram"):
+        train = TrainLoader(settings(own_dir, data_cache=data_cache), CPU, seed=0)
+        with pytest.raises(SampleError, match=r"sample 5 .* its data lies outside the file"):
+            list(train.loader.batches([np.array([3, 5, 7])], 0, 0))
+        with pytest.raises(SampleError, match=r"sample 5 .* its data lies outside the file"):
+            list(train.loader.batches([np.array([5])], 0, 0))
+        assert len(list(train.loader.batches([np.array([3, 7, 3])], 0, 0))) == 1, "and the others are read"
+
+
+@pytest.mark.parametrize("size", [0, 1 << 20, 1 << 63, (1 << 64) - 8])
+def test_a_table_that_points_out_of_the_file_is_not_followed(beton_dir: Path, size: int) -> None:
+    beton = beton_dir / "train.beton"
+    end = beton.stat().st_size
+    table = np.zeros(3, [("ptr", "<u8"), ("size", "<u8")])
+    table["ptr"], table["size"] = [end + 5, 16, end - 1], [0, 10, size]
+    file = ReadFile(beton, np.array([16, end - 1, end + 5, 99], np.uint64), table)
+    data = file.begin(np.arange(4))
+    kept = [16] if size else [16, end - 1]
+    assert data.wait().addresses.tolist() == kept
+    assert data.wait().content.tobytes() == beton.read_bytes()[16:26]
+    file.close()
+
+
+# --- page-wise ----------------------------------------------------------------------------------------------------
+
+
+def test_a_quasi_random_epoch_has_every_sample_once_whatever_the_data_cache(paged: dict[str, Path]) -> None:
+    found = []
+    for data_cache in ("os", "process", "ram"):
+        config = settings(
+            paged["shuffled"], order="quasi_random", shuffle_window_mb=5, data_cache=data_cache, batch_size=30
+        )
+        train = TrainLoader(config, CPU, seed=3)
+        assert train.quasi_random is not None
+        assert train.quasi_random.num_windows == 3
+        order = np.concatenate(list(Shares(30, 1, 1).micro_batches(300, 3, 0, 0, 0, train.quasi_random)))
+        assert np.array_equal(np.sort(order), np.arange(300))
+        found.append(epoch(train))
+        labels = train.loader.reader.metadata["f1"][order]
+        assert torch.cat([labels for _, labels in found[-1]]).tolist() == labels.tolist()
+        assert same(epoch(train, 0, first_step=7), found[-1][7:])
+        ranks = [TrainLoader(config, CPU, seed=3, rank=rank, world=2) for rank in (0, 1)]
+        in_turn = [batch for pair in zip(*map(epoch, ranks), strict=True) for batch in pair]
+        assert same(in_turn, found[-1])
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
+
+
+def test_the_pages_of_the_next_window_are_read_while_this_one_is_used(
+    paged: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(paged["shuffled"], order="quasi_random", shuffle_window_mb=5, batch_size=10)
+    train = TrainLoader(config, CPU, seed=3)
+    assert train.quasi_random is not None
+    assert isinstance(train.loader.file, MappedFile)
+    announced: list[int] = []
+    announce = train.loader.file.announce
+
+    def watched(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        announced.extend(starts[lengths == 2 * MB].tolist())
+        announce(starts, lengths)
+
+    monkeypatch.setattr(train.loader.file, "announce", watched)
+    epoch(train)
+    first, *others = train.quasi_random._windows(3, 0)
+    assert announced == train.quasi_random.offsets[np.concatenate(others)].tolist()
+    assert set(announced).isdisjoint(train.quasi_random.offsets[first].tolist())
+    assert all(offset % (2 * MB) == 0 for offset in announced)
+
+
+def test_quasi_random_refuses_a_file_in_class_order_unless_one_window_holds_it(paged: dict[str, Path]) -> None:
+    config = settings(paged["in order"], order="quasi_random", shuffle_window_mb=5)
+    with pytest.raises(ValueError, match=r"order = quasi_random: .*train\.beton is in class order.*--overwrite") as it:
+        TrainLoader(config, CPU, seed=0)
+    assert "\n" not in str(it.value)
+    whole = TrainLoader(dataclasses.replace(config, shuffle_window_mb=100), CPU, seed=0)
+    plain = TrainLoader(dataclasses.replace(config, order="random"), CPU, seed=0)
+    assert same(epoch(whole), epoch(plain)), "a window that holds everything is a full shuffle"
+
+
+# --- reading ahead ------------------------------------------------------------------------------------------------
+
+
+def evict_or_skip(path: Path) -> None:
+    try:
+        evict(path)
+    except OSError as error:
+        pytest.skip(str(error))
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_a_mapped_file_s_coming_samples_are_read_before_they_are_touched(paged: dict[str, Path]) -> None:
+    file, _ = sample_file(MappedFile, paged["shuffled"])
+    evict_or_skip(file.beton)
+    wanted = np.arange(200, 240)
+    size = sum(int(file.sizes[entry]) for entry in file.entries(wanted))
+    data = file.begin(wanted)
+    assert size <= data.num_bytes <= size + 40 * 32 * 1024
+    assert until(lambda: num_bytes_in_memory(file.beton) >= size)
+    assert num_bytes_in_memory(file.beton) < 3 * size, "and not much more than what was asked for"
+    file.close()
+
+
+@pytest.mark.parametrize("data_cache", ["os", "process"])
+def test_of_a_cold_file_little_more_is_read_than_the_samples_asked_for(paged: dict[str, Path], data_cache: str) -> None:
+    """A page that is touched without having been asked for would bring up to some MB around it."""
+    train = TrainLoader(settings(paged["shuffled"], data_cache=data_cache), CPU, seed=0)
+    file, wanted = train.loader.file, np.arange(5, 300, 20)
+    list(train.loader.batches([wanted[:1]], 0, 0))
+    evict_or_skip(file.beton)
+    list(train.loader.batches([wanted[:8], wanted[8:]], 0, 0))
+    size = sum(int(file.sizes[entry]) for entry in file.entries(wanted))
+    assert size <= num_bytes_in_memory(file.beton) < 2 * size < file.num_bytes / 5
+
+
+def test_reading_ahead_has_a_limit(paged: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ffcv_convnext.data.load.sources._BYTES_AHEAD", MB)
+    for kind in (MappedFile, ReadFile):
+        file, _ = sample_file(kind, paged["shuffled"])
+        asked: list[int] = []
+
+        def lists(asked: list[int] = asked) -> Iterator[NDArray[np.int64]]:
+            for number in range(30):
+                asked.append(number)
+                yield np.arange(10 * number, 10 * number + 10)
+
+        fetched = file.fetch(lists())
+        a_batch = file.num_bytes / 30
+        for number, (indices, data) in enumerate(fetched):
+            assert indices[0] == 10 * number
+            data.wait()
+            data.release()
+            assert len(asked) - number < MB / a_batch + 3
+        assert len(asked) == 30
+        file.close()
+
+
+def test_near_parts_of_a_file_are_read_as_one() -> None:
+    addresses = np.array([100, 150, 300, 1000, 1005], np.uint64)
+    sizes = np.array([50, 20, 10, 50, 5], np.uint64)  # the last lies inside the one before
+    starts, lengths, part = merge(addresses, sizes, gap=130)
+    assert (starts.tolist(), lengths.tolist(), part.tolist()) == ([100, 1000], [210, 50], [0, 0, 0, 1, 1])
+    starts, lengths, part = merge(addresses, sizes, gap=129)
+    assert (starts.tolist(), lengths.tolist()) == ([100, 300, 1000], [70, 10, 50])
+    assert [len(found) for found in merge(addresses[:0], sizes[:0], 5)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("samples", [[3], [5, 4, 3, 200, 4], list(range(300)), list(range(0, 300, 7))])
+def test_what_is_read_into_a_buffer_is_what_the_file_holds(paged: dict[str, Path], samples: list[int]) -> None:
+    file, _ = sample_file(ReadFile, paged["shuffled"])
+    content = file.beton.read_bytes()
+    data = file.begin(np.array(samples))
+    stored = data.wait()
+    assert len(stored.addresses) == len(set(samples))
+    for address, size, offset in zip(stored.addresses, stored.sizes, stored.offsets, strict=True):
+        assert stored.content[offset : offset + size].tobytes() == content[int(address) : int(address + size)]
+    data.release()
+    file.close()
+
+
+def test_buffers_are_used_again_and_their_number_stays(paged: dict[str, Path]) -> None:
+    train = TrainLoader(settings(paged["shuffled"], data_cache="process"), CPU, seed=0)
+    spare = train.loader.file.spare_buffers
+    epoch(train)
+    num_bytes = [sum(map(len, spare))]
+    for number in range(1, 6):
+        for step in train.steps(number):  # left early
+            next(step)
+            break
+        epoch(train, number)
+        num_bytes.append(sum(map(len, spare)))
+    batch = 8 * (train.loader.file.most_bytes + 32 * 1024) * 1.25
+    assert max(num_bytes) < 38 * batch, "one for each of the 37 batches of this small file, which all fit"
+    assert num_bytes[-1] <= num_bytes[1] * 1.1
+
+
+# --- a disk that fails --------------------------------------------------------------------------------------------
+
+
+def test_a_file_cut_off_while_it_is_read_is_an_error_that_names_it(own_dir: Path) -> None:
+    train = TrainLoader(settings(own_dir, data_cache="process"), CPU, seed=0)
+    os.truncate(own_dir / "train.beton", train.loader.file.num_bytes // 2)
+    with pytest.raises(ReadError, match=r"train\.beton ends at \d+, before the sample .* cut off while in use"):
+        epoch(train)
+
+
+def test_a_file_that_cannot_be_read_any_more_is_an_error_with_the_reason(own_dir: Path) -> None:
+    train = TrainLoader(settings(own_dir, data_cache="process", bad_samples="skip"), CPU, seed=0)
+    expected = epoch(train)
+    file = train.loader.file
+    kept = os.dup(file.descriptor)
+    unreadable = os.open(own_dir / "train.beton", os.O_WRONLY)
+    os.dup2(unreadable, file.descriptor)
+    for _ in range(3):
+        with pytest.raises(ReadError, match=r"train\.beton: \d+ bytes at \d+ cannot be read: Bad file descriptor"):
+            epoch(train)
+    os.dup2(kept, file.descriptor)
+    assert same(epoch(train), expected), "the loader works again when the file does"
+    for descriptor in (kept, unreadable):
+        os.close(descriptor)
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    return root
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\nMlocked:      500 kB\nHugePages_Total:  0\n"}
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8000 * 1024),
+        ({"proc/self/cgroup": "0::/a/b\n", f"{V2}/a/memory.max": "max\n"}, 8000 * 1024),
+        (  # the parent's limit binds, and what it caches can be given up
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                f"{V2}/a/b/memory.max": "max\n",
+                f"{V2}/a/memory.max": "5000000\n",
+                f"{V2}/a/memory.current": "3000000\n",
+                f"{V2}/a/memory.stat": "anon 7\nfile 900\nactive_file 100000\ninactive_file 200000\n",
+            },
+            2_300_000,
+        ),
+        (  # a container sees its own group as the mount
+            {"proc/self/cgroup": "0::/docker/x\n", f"{V2}/memory.max": "4000000", f"{V2}/memory.current": "1000000"},
+            3_000_000,
+        ),
+        (
+            {
+                "proc/self/cgroup": "9:cpu:/\n4:cpuset,memory:/slurm/job\n0::/\n",
+                f"{V1}/slurm/job/memory.limit_in_bytes": "2000000\n",
+                f"{V1}/slurm/job/memory.usage_in_bytes": "1500000\n",
+                f"{V1}/slurm/job/memory.stat": "active_file 9\ntotal_active_file 100000\ntotal_inactive_file 50000\n",
+                f"{V1}/memory.limit_in_bytes": "9223372036854771712\n",
+                f"{V1}/memory.usage_in_bytes": "700\n",
+            },
+            650_000,
+        ),
+    ],
+)
+def test_available_memory_is_the_machine_s_or_what_a_control_group_leaves(
+    tmp_path: Path, files: dict[str, str], expected: int
+) -> None:
+    found = available_memory(write(tmp_path, {**MEMINFO, **files}))
+    assert found.num_bytes == expected
+    assert found.locked == 500 * 1024
+    assert ("limit of" in found.limited_by) == (expected != 8000 * 1024)
+
+
+def test_this_machine_s_available_memory_is_less_than_all_it_has() -> None:
+    assert 0 < available_memory().num_bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_memory_that_does_not_suffice_is_told_before_the_start(
+    beton_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    little = AvailableMemory(100_000, "of this machine", 0)
+    monkeypatch.setattr(loader, "available_memory", lambda: little)
+    message = (
+        r"data_cache = ram: train\.beton and val\.beton take [\d.]+ .?B of memory, 100\.0 kB are available of this "
+        r"machine, 90% of it at most for data; use --data_cache os, with --order quasi_random"
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        TrainLoader(settings(beton_dir, data_cache="ram"), CPU, seed=0)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"data_cache = ram: val\.beton take"):
+        EvalLoader(settings(beton_dir, data_cache="ram"), CPU)
+    with caplog.at_level("INFO"):
+        TrainLoader(settings(beton_dir), CPU, seed=0)
+        TrainLoader(settings(beton_dir, data_cache="process"), CPU, seed=0)
+    assert "each epoch reads from the disk; --order quasi_random does so in large pieces" in caplog.text
+    assert "are read through buffers in memory; 100.0 kB are available" in caplog.text
+
+
+def test_what_another_process_has_locked_needs_no_second_place(beton_dir: Path) -> None:
+    files = [beton_dir / "train.beton"]
+    size = files[0].stat().st_size
+    assert describe_need("ram", files, size, AvailableMemory(size, "", locked=size // 2))
+    with pytest.raises(ValueError, match="take"):
+        describe_need("ram", files, 0, AvailableMemory(size, "", locked=size // 2))
+
+
+def locked_kb() -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmLck"))
+
+
+def test_data_cache_ram_has_the_whole_file_in_memory_before_the_first_batch(
+    own_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    beton = own_dir / "train.beton"
+    size = beton.stat().st_size
+    config = settings(own_dir, data_cache="ram")
+    ranks = [TrainLoader(config, CPU, seed=0, local_rank=rank, num_local=2) for rank in (0, 1)]
+    before = locked_kb()
+    evict_or_skip(beton)
+    with caplog.at_level("INFO"):
+        for train in ranks:
+            train.prepare()
+    assert num_bytes_in_memory(beton) >= size
+    assert f"{beton} is in memory after" in caplog.text
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if locked_kb() > before:
+        assert locked_kb() - before == -(-size // 4096) * 4, "by one of the processes"
+    else:
+        assert limit < size
+        assert "cannot be locked there" in caplog.text
+    epoch(ranks[0])
+    assert num_bytes_in_memory(beton) >= size

@@ -1,0 +1,196 @@
+"""rn_configs/: every file loads, every step is one change, and its network has the size the ladder's table states."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support import REPOSITORY
+
+from ffcv_convnext.config import SETTINGS, load_config
+from ffcv_convnext.ladder import (
+    STARTING_POINT,
+    change_of,
+    describe,
+    format_table,
+    read_ladder,
+    read_paper,
+    read_released,
+)
+
+CONFIGS = REPOSITORY / "rn_configs"
+FOLDERS = ["", "kernel_sizes", "resnet200", "resnet200/kernel_sizes"]
+
+RESNET50_COLUMN = {
+    "00_resnet50": (25_557_032, 4.089, 78.82, STARTING_POINT),
+    "01_stage_ratio": (28_628_520, 4.526, 79.36, "--resnet_layers 3-3-9-3"),
+    "02_patchify_stem": (28_622_120, 4.418, 79.51, "--resnet_stem patch_embed"),
+    "03_depthwise": (15_722_600, 2.350, 78.28, "--resnet_depthwise true"),
+    "04_wider": (33_760_936, 5.268, 80.50, "--resnet_embed_dim 96"),
+    "05_inverted": (25_851_400, 4.644, 80.64, "--resnet_block inverted"),
+    "06_depthwise_first": (25_625_416, 4.065, 79.92, "--resnet_conv_first true"),
+    "07_kernel7": (25_863_496, 4.146, 80.57, "--resnet_kernel_size 7"),
+    "08_gelu": (25_863_496, 4.146, 80.62, "--resnet_act_layer gelu"),
+    "09_fewer_activations": (25_863_496, 4.146, 81.27, "--resnet_del_act true"),
+    "10_fewer_norms": (25_797_256, 4.146, 81.41, "--resnet_reorg_norm true"),
+    "11_layernorm": (25_836_328, 4.146, 81.47, "--resnet_norm_layer ln"),
+    "12_final_norm": (25_837_864, 4.146, None, "--resnet_final_norm true"),
+    "13_separate_downsampling": (28_580_968, 4.456, 81.97, "--resnet_sep_downsample true"),
+    "convnext_tiny": (
+        28_589_128,
+        4.456,
+        82.1,
+        "--resnet_ls_init_values 1e-06 --resnet_stem_norm true --resnet_ds_norm pre --resnet_init trunc",
+    ),
+}
+RESNET200_COLUMN = {
+    "00_resnet200": (15.007, 81.14),
+    "01_stage_ratio": (14.518, 81.33),
+    "02_patchify_stem": (14.376, 81.59),
+    "03_depthwise": (7.234, 80.54),
+    "04_wider": (16.764, 81.85),
+    "05_inverted": (15.679, 82.64),
+    "06_depthwise_first": (14.627, 82.04),
+    "07_kernel7": (14.807, 82.30),
+    "08_gelu": (14.807, 82.19),
+    "09_fewer_activations": (14.807, 82.71),
+    "10_fewer_norms": (14.807, 83.17),
+    "11_layernorm": (14.807, 83.35),
+    "12_final_norm": (14.807, None),
+    "13_separate_downsampling": (15.355, 83.60),
+    "convnext_base": (15.355, 83.8),
+}
+KERNELS = {"07_kernel5": (4.097, 80.35), "07_kernel9": (4.210, 80.57), "07_kernel11": (4.291, 80.47)}
+KERNELS_200 = {"07_kernel5": 82.32, "07_kernel9": 82.27, "07_kernel11": 82.18}
+
+
+@cache
+def rows(folder: str) -> list[dict[str, Any]]:
+    return describe(CONFIGS / folder)
+
+
+def test_the_resnet50_column_measures_what_the_table_states() -> None:
+    measured = {r["name"]: (r["parameters"], r["gmacs"], r["paper_top1"], r["change"]) for r in rows("")}
+    assert measured == RESNET50_COLUMN
+    assert list(measured) == list(RESNET50_COLUMN)
+
+
+def test_the_resnet200_column_measures_what_the_table_states() -> None:
+    measured = {r["name"]: (r["gmacs"], r["paper_top1"]) for r in rows("resnet200")}
+    assert measured == RESNET200_COLUMN
+    assert list(measured) == list(RESNET200_COLUMN)
+
+
+def test_the_kernel_sizes_measure_what_the_table_states() -> None:
+    assert {r["name"]: (r["gmacs"], r["paper_top1"]) for r in rows("kernel_sizes")} == KERNELS
+    assert [r["name"] for r in rows("kernel_sizes")] == list(KERNELS)  # 5, 9, 11: numbers in their own order
+    assert {r["name"]: r["paper_top1"] for r in rows("resnet200/kernel_sizes")} == KERNELS_200
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_every_config_loads_and_is_explained(path: Path) -> None:
+    load_config(path)
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_step_changes_exactly_one_setting(folder: str) -> None:
+    two_in_the_paper = {"00_resnet200": 2, "01_stage_ratio": 2 if folder == "resnet200" else 1}
+    for step in read_ladder(CONFIGS / folder):
+        own = yaml.safe_load(step.path.read_text())
+        if "base" not in own:
+            assert step.name == "00_resnet50"
+            continue
+        expected = two_in_the_paper.get(step.name, 1)
+        assert len(own) - 1 == expected, f"{step.path} states {own}"
+        assert step.change.count("--") == expected, f"{step.path} repeats a setting of its base"
+
+
+@pytest.mark.parametrize("folder", ["", "resnet200"])
+def test_every_step_builds_on_the_one_before(folder: str) -> None:
+    steps = read_ladder(CONFIGS / folder)
+    assert [step.name[:2] for step in steps] == [f"{i:02}" for i in range(14)]
+    for before, step in zip(steps, [*steps[1:], *read_released(CONFIGS / folder)], strict=True):
+        assert yaml.safe_load(step.path.read_text())["base"] == before.path.name
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_header_comments_agree_with_what_is_measured(folder: str) -> None:
+    paper = read_paper(CONFIGS / folder)
+    for row in rows(folder):
+        path = CONFIGS / folder / f"{row['name']}.yaml"
+        text = path.read_text()
+        assert f"# Cost: {row['parameters'] / 1e6:.3f} M parameters, {row['gmacs']:.3f} GMACs" in text
+        assert f"--config {path.relative_to(CONFIGS.parent)} " in text
+        result = re.search(r"# Paper: ([\d.]+)(?: \+- ([\d.]+) %)?", text)
+        if row["paper_top1"] is None:
+            assert result is None
+        else:
+            assert result is not None
+            assert float(result[1]) == row["paper_top1"]
+            assert (None if result[2] is None else float(result[2])) == paper[row["name"]]["std"]
+
+
+def test_the_base_states_the_papers_recipe() -> None:
+    config = load_config(CONFIGS / "00_resnet50.yaml").flat()
+    expected = {
+        **{"lr": 4e-3, "recipe_batch": 4096, "weight_decay": 0.05, "min_lr": 1e-6, "warmup_epochs": 20, "epochs": 300},
+        **{"opt": "adamw", "aa": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "mixup_switch_prob": 0.5},
+        **{"reprob": 0.25, "remode": "pixel", "smoothing": 0.1, "drop_path": 0.1, "model_ema": True},
+        **{"model_ema_decay": 0.9999, "train_interpolation": "bicubic", "input_size": 224, "crop_pct": 0.875},
+        **{"batch_size": 128, "update_freq": 1, "clip_grad": None},
+    }
+    assert {name: config[name] for name in expected} == expected
+    assert load_config(CONFIGS / "00_resnet50.yaml").data.eval_resize == 256
+
+
+@pytest.mark.parametrize("recipe", sorted((CONFIGS / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_recipe_lies_over_a_step_and_changes_its_schedule_only(recipe: Path) -> None:
+    step = CONFIGS / "07_kernel7.yaml"
+    alone, short = load_config(step).flat(), load_config(step, recipe).flat()
+    changed = {name for name in alone if alone[name] != short[name]}
+    assert changed == {"epochs", "warmup_epochs"}
+    assert all(SETTINGS[name].group == "schedule" for name in changed)
+    assert short["epochs"] == int(recipe.stem.split("_")[0])
+
+
+def test_rows_have_the_documented_keys_and_survive_json() -> None:
+    assert all(list(r) == ["name", "change", "parameters", "gmacs", "paper_top1"] for r in rows(""))
+    assert json.loads(json.dumps(rows(""))) == rows("")
+
+
+def test_the_table_is_aligned_markdown() -> None:
+    lines = format_table(rows("")).splitlines()
+    assert len(lines) == 2 + len(RESNET50_COLUMN)
+    assert len({len(line) for line in lines}) == 1
+    assert all(line.count("|") == 6 for line in lines)
+    assert re.search(r"\| 07_kernel7 +\| --resnet_kernel_size 7 +\| +25,863,496 \| +4.146 \| +80.57 \|", lines[9])
+
+
+def test_the_small_ladder_of_the_docs_is_one() -> None:
+    rows = describe(CONFIGS.parent / "docs/demo_ladder", input_size=48, num_classes=10)
+    assert [row["change"].partition(" ")[0].removeprefix("--") for row in rows] == [
+        "", "resnet_stem", "resnet_depthwise", "resnet_embed_dim", "resnet_block", "resnet_conv_first",
+    ]  # fmt: skip
+    assert [row["parameters"] for row in rows] == [511_514, 509_914, 316_234, 701_866, 342_322, 328_594]
+
+
+def test_a_change_is_what_differs_from_the_base(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("drop_path: 0.1\n")
+    step = tmp_path / "step.yaml"
+    step.write_text("base: base.yaml\nresnet_layers: 1-1-1-1\ndrop_path: 0.1\nresnet_depthwise: true\n")
+    assert change_of(step) == "--resnet_layers 1-1-1-1 --resnet_depthwise true"
+
+
+def test_a_folder_without_steps_and_a_broken_paper_file_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no ladder"):
+        describe(tmp_path)
+    assert read_paper(tmp_path) == {}
+    (tmp_path / "paper.json").write_text('{"00_x": 3}')
+    with pytest.raises(ValueError, match=r"paper\.json: expected"):
+        read_paper(tmp_path)
