@@ -52,14 +52,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return entries
-
-
-def in_bytes(number: float) -> str:
-    """'412 B', '48.1 kB', '65.2 GB'."""
-    if number < 1000:
-        return f"{number:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        number /= 1000
-        if number < 999.95:
-            return f"{number:.1f} {unit}"
-    return f"{number / 1000:.2f} TB"

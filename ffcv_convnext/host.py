@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ffcv_convnext.files import in_bytes
+from ffcv_convnext.formatting import format_bytes
 
 _SHARE = 0.9  # of what is available; the rest is for the processes themselves
 
@@ -35,7 +35,7 @@ def available_memory(root: Path = Path("/")) -> AvailableMemory:
         cache = sum(counts.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
         room = max(0, int(limit) - usage + cache)
         if room < least:
-            least, limited_by = room, f"under the limit of {in_bytes(int(limit))} in {group / limit_name}"
+            least, limited_by = room, f"under the limit of {format_bytes(int(limit))} in {group / limit_name}"
     return AvailableMemory(least, limited_by, meminfo.get("Mlocked:", 0) * 1024)
 
 
@@ -84,10 +84,10 @@ def describe_need(data_cache: str, files: Sequence[Path], num_in_memory: int, av
     room = available.num_bytes + min(num_in_memory, available.locked)
     fits = need <= _SHARE * room
     named = " and ".join(file.name for file in files)
-    there_is = f"{in_bytes(room)} are available {available.limited_by}"
+    there_is = f"{format_bytes(room)} are available {available.limited_by}"
     if data_cache == "process":
-        return f"data_cache = process: {named}, {in_bytes(need)}, are read through buffers in memory; {there_is}"
-    line = f"data_cache = {data_cache}: {named} take {in_bytes(need)} of memory, {there_is}"
+        return f"data_cache = process: {named}, {format_bytes(need)}, are read through buffers in memory; {there_is}"
+    line = f"data_cache = {data_cache}: {named} take {format_bytes(need)} of memory, {there_is}"
     if fits:
         return line
     if data_cache == "ram":

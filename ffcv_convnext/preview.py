@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ffcv_convnext.augment import TrainAugment, normalise
 from ffcv_convnext.config import Config
-from ffcv_convnext.files import in_bytes, write_atomically
+from ffcv_convnext.files import write_atomically
+from ffcv_convnext.formatting import format_bytes
 from ffcv_convnext.training import Processes, count_classes
 
 if TYPE_CHECKING:  # at run time `data` imports it, and ffcv with it
@@ -95,7 +96,7 @@ def preview(
     content = BytesIO()
     picture.save(content, FORMATS[out.suffix.lower()], quality=88, optimize=True)
     write_atomically(out, content.getvalue())
-    size = in_bytes(len(content.getvalue()))
+    size = format_bytes(len(content.getvalue()))
     return f"{out}: {num} images of epoch {epoch}, step {step}; {picture.width} x {picture.height} pixels, {size}"
 
 

@@ -23,7 +23,7 @@ PACKAGE = "ffcv_convnext"
 
 # A module imports from floors below its own, or from its own folder.
 FLOORS = [
-    {"", "errors", "files", "policy_grammar", "rng", "snapshot"},  # "" is the package itself: its version
+    {"", "errors", "files", "formatting", "policy_grammar", "rng", "snapshot"},  # "" is the package itself: its version
     {"config", "signals", "host"},
     {"data", "augment", "models"},
     {"training"},

@@ -1,6 +1,6 @@
 """Every setting of a run, its type and its flag."""
 
-from ffcv_convnext.config.fields import Setting, format_value, nearest, setting, to_plain
+from ffcv_convnext.config.fields import Setting, check_ranges, format_value, nearest, setting, to_plain
 from ffcv_convnext.config.train import (
     GROUPS,
     KERNEL_SIZES,
@@ -38,6 +38,7 @@ __all__ = [
     "Setting",
     "add_flags",
     "add_setting_flags",
+    "check_ranges",
     "collect_settings",
     "config_from_args",
     "differences",

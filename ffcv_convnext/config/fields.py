@@ -13,13 +13,66 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 
-def setting(default: Any, help: str, *, free: bool = False, aliases: Mapping[str, str] | None = None) -> Any:
-    """A dataclass field with its explanation.
+def setting(
+    default: Any,
+    help: str,
+    *,
+    free: bool = False,
+    aliases: Mapping[str, str] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Declare a dataclass field with its explanation and its range.
 
-    free: may differ between the parts of one interrupted run, since it does not change what is computed.
-    aliases: other spellings of a word, e.g. {"true": "post"}.
+    free: may differ between the parts of one interrupted run, because it does not change what is computed.
+    aliases: other spellings of a value, e.g. {"true": "post"}.
+    minimum, maximum: smallest and largest value.   above, below: the same, exclusive.   `check_ranges` enforces them,
+    for each number of a tuple.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "free": free, "aliases": aliases or {}})
+    bounds = (minimum, maximum, above, below)
+    return dataclasses.field(
+        default=default, metadata={"help": help, "free": free, "aliases": aliases or {}, "bounds": bounds}
+    )
+
+
+def check_ranges(settings: Any) -> None:
+    """Raise ValueError if a value of this dataclass is outside the range that its `setting()` declares.
+
+    None and words are not checked.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        bounds = field.metadata.get("bounds", (None,) * 4)
+        if any(not _is_inside(number, *bounds) for number in numbers if isinstance(number, int | float)):
+            raise ValueError(f"{field.name} = {format_value(value)}: expected {_describe_bounds(field.type, *bounds)}")
+
+
+def _is_inside(
+    number: float, minimum: float | None, maximum: float | None, above: float | None, below: float | None
+) -> bool:
+    return (
+        (minimum is None or number >= minimum)
+        and (maximum is None or number <= maximum)
+        and (above is None or number > above)
+        and (below is None or number < below)
+    )
+
+
+def _describe_bounds(
+    kind: Any, minimum: float | None, maximum: float | None, above: float | None, below: float | None
+) -> str:
+    """Return 'at least 1', '1 to 100', 'a number in (0, 1]' and so on."""
+    low, high = (above if minimum is None else minimum), (below if maximum is None else maximum)
+    if low is not None and high is not None:
+        if "int" in str(kind) and minimum is not None and maximum is not None:
+            return f"{low} to {high}"
+        return f"a number in {'(' if minimum is None else '['}{low:g}, {high:g}{')' if maximum is None else ']'}"
+    if low is not None:
+        return f"at least {low:g}" if minimum is not None else f"more than {low:g}"
+    return f"at most {high:g}" if maximum is not None else f"less than {high:g}"
 
 
 def to_plain(value: Any) -> Any:

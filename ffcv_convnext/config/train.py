@@ -428,7 +428,11 @@ def collect_settings(groups: Mapping[str, type]) -> dict[str, Setting]:
                 continue
             assert field.name not in settings, f"two settings are called {field.name}"
             settings[field.name] = Setting(
-                name=field.name, group=group, type=hints[field.name], default=field.default, **field.metadata
+                name=field.name,
+                group=group,
+                type=hints[field.name],
+                default=field.default,
+                **{key: field.metadata[key] for key in ("help", "free", "aliases")},
             )
     return settings
 

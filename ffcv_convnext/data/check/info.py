@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ffcv_convnext.data.beton.manifest import Manifest, SkippedFile, tables_digest
 from ffcv_convnext.data.beton.tables import JPG, RAW, Tables, find_betons, read_tables, shown
 from ffcv_convnext.data.codec.crop import HEIGHT, INTERVAL, MCU_HEIGHT, MCU_WIDTH, NUM_COMPONENTS, WIDTH, read_layout
-from ffcv_convnext.files import in_bytes
+from ffcv_convnext.formatting import format_bytes
 
 NUM_HEADERS = 1000  # images, evenly spread over the file, whose headers are looked at
 _HEADER_BYTES = 1 << 16  # enough for any header but one with a large thumbnail or colour profile in it
@@ -93,8 +93,8 @@ class SplitInfo:
         rows += self._class_rows()
         if self.image_bytes:
             s = self.image_bytes
-            parts = f"least {in_bytes(s.least)}, median {in_bytes(s.median)}, mean {in_bytes(s.mean)}, "
-            rows.append(("image bytes", parts + f"most {in_bytes(s.most)}"))
+            parts = f"least {format_bytes(s.least)}, median {format_bytes(s.median)}, mean {format_bytes(s.mean)}, "
+            rows.append(("image bytes", parts + f"most {format_bytes(s.most)}"))
         for name, s in (("width", self.width), ("height", self.height)):
             rows.append((name, f"least {s.least:,}, median {s.median:,.0f}, most {s.most:,} pixels"))
         rows.append(("longest side", "pixels, images"))
@@ -105,7 +105,7 @@ class SplitInfo:
             rows.append(("source", str(self.source) + self._draw()))
             rows.append(("written by", f"ffcv_convnext {self.package_version}, ffcv {self.ffcv_version}"))
         rows.append(("sha256", f"{self.sha256} (of the tables)"))
-        title = f"{self.path}: {_count(self.num_samples, 'image')}, {in_bytes(self.num_bytes)}"
+        title = f"{self.path}: {_count(self.num_samples, 'image')}, {format_bytes(self.num_bytes)}"
         return "\n".join([shown(title), "", *(shown(f"  {name:14}{text}".rstrip()) for name, text in rows)])
 
     def _class_rows(self) -> list[tuple[str, str]]:

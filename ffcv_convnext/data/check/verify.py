@@ -35,7 +35,7 @@ from ffcv_convnext.data.beton.tables import (
 from ffcv_convnext.data.codec.crop import HEIGHT, WIDTH, read_layout
 from ffcv_convnext.data.codec.decode import NO_JPEG, OK, OUTSIDE_FILE, REASONS, UNKNOWN_MODE, addresses, decode_jpeg
 from ffcv_convnext.data.convert.progress import ProgressBar
-from ffcv_convnext.files import in_bytes
+from ffcv_convnext.formatting import format_bytes
 
 NUM_SHOWN = 20  # bad samples of a file on the page; the JSON has all
 _CHUNK = 32  # images a thread decodes before it looks for more work
@@ -72,7 +72,7 @@ class FileCheck:
 
     def format(self) -> str:
         """Some lines of text, at most NUM_SHOWN of them about bad samples."""
-        lines = [f"{shown(self.path)}: {self.num_samples:,} samples, {in_bytes(self.num_bytes)}"]
+        lines = [f"{shown(self.path)}: {self.num_samples:,} samples, {format_bytes(self.num_bytes)}"]
         lines += [f"  file     BAD: {shown(problem)}" for problem in self.problems]
         if not self.problems:
             lines.append("  file     good: manifest, size, hash, tables, checksums of pages, list of original files")

@@ -36,7 +36,7 @@ from ffcv_convnext.data.convert.progress import ProgressBar
 from ffcv_convnext.data.convert.source import LAYOUT, ImageFolder, list_classes, scan
 from ffcv_convnext.data.convert.worker_pool import WorkerDied, Workers
 from ffcv_convnext.errors import Failure
-from ffcv_convnext.files import in_bytes
+from ffcv_convnext.formatting import format_bytes
 from ffcv_convnext.rng import Stream, permutation, sample_words, uniform
 
 if TYPE_CHECKING:
@@ -292,12 +292,12 @@ def _check_room(plans: Sequence[_Plan], options: ConversionOptions, say: Say) ->
             free += with_pages.stat().st_size
     if needed > free:
         raise ValueError(
-            f"out_dir = {options.out_dir} has room for {in_bytes(free)}, about {in_bytes(needed)} are needed; "
+            f"out_dir = {options.out_dir} has room for {format_bytes(free)}, about {format_bytes(needed)} are needed; "
             "make room, choose another --out_dir, or lower --max_resolution or --jpeg_quality"
         )
     if needed:
         number = sum(len(plan.files) for plan in plans)
-        say(f"{number} images will take about {in_bytes(needed)} of the {in_bytes(free)} that are free")
+        say(f"{number} images will take about {format_bytes(needed)} of the {format_bytes(free)} that are free")
 
 
 def _is_regular(path: str) -> bool:

@@ -40,7 +40,7 @@ from ffcv_convnext.data.load.crops import (
 from ffcv_convnext.data.load.sampler import COPY, QuasiRandom, Shares, eval_batches, is_shuffled
 from ffcv_convnext.data.load.sources import Fetch, LoadedFile, MappedFile, ReadError, ReadFile, num_bytes_in_memory
 from ffcv_convnext.errors import Failure
-from ffcv_convnext.files import in_bytes
+from ffcv_convnext.formatting import format_bytes
 from ffcv_convnext.host import available_memory, describe_need
 
 with importing_ffcv():
@@ -371,7 +371,7 @@ class TrainLoader(_SplitLoader):
                 f"order = quasi_random: {self.loader.fname} is in class order, so a window would hold few classes; "
                 "write it shuffled, which is the default of write_ffcv_dataset.py --overwrite, or use --order random"
             )
-        log.info("order quasi_random: %d windows of about %s", windows, in_bytes(page_size * pages / windows))
+        log.info("order quasi_random: %d windows of about %s", windows, format_bytes(page_size * pages / windows))
         return quasi_random
 
     def samples(self, epoch: int, first_step: int = 0) -> Iterator[NDArray[np.int64]]:

@@ -30,7 +30,7 @@ from ffcv_convnext.data.beton.tables import read_tables
 from ffcv_convnext.data.check.info import _bins, describe_data
 from ffcv_convnext.data.check.verify import NUM_SHOWN, verify_data
 from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
-from ffcv_convnext.files import in_bytes
+from ffcv_convnext.formatting import format_bytes
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -460,6 +460,6 @@ def test_bars_are_few_and_cover_every_size(least: int, most: int) -> None:
 
 
 def test_sizes_are_written_in_readable_units() -> None:
-    assert [in_bytes(n) for n in (0, 999, 1000, 48_123, 999_960, 65.2e9, 3e12)] == [
+    assert [format_bytes(n) for n in (0, 999, 1000, 48_123, 999_960, 65.2e9, 3e12)] == [
         "0 B", "999 B", "1.0 kB", "48.1 kB", "1.0 MB", "65.2 GB", "3.00 TB",
     ]  # fmt: skip
