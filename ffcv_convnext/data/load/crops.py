@@ -18,9 +18,10 @@ from ffcv_convnext.config import DataConfig
 from ffcv_convnext.data.beton import JPG, RAW
 from ffcv_convnext.data.codec.crop import HEIGHT, WIDTH, cut_jpeg, read_layout
 from ffcv_convnext.data.codec.decode import OK, OUTSIDE_FILE, UNKNOWN_MODE, WRONG_SIZE, decode_jpeg
-from ffcv_convnext.data.codec.jit import jit
+from ffcv_convnext.data.codec.jit import Bytes, Ints, jit
 from ffcv_convnext.data.codec.resize import BICUBIC, BILINEAR, resize_window, scratch_size, source_span
 from ffcv_convnext.data.codec.simd import LANES
+from ffcv_convnext.data.load.sources import Stored
 from ffcv_convnext.rng import PHILOX, Stream, philox_rounds
 
 _PHILOX = tuple(np.uint64(x) for x in PHILOX)
@@ -114,7 +115,7 @@ def center_crop_kernel(config: DataConfig) -> CropKernel:
 
 
 @jit
-def uniforms(key, sample, copy, block):  # type: ignore[no-untyped-def]  # compiled
+def uniforms(key: Key, sample: Any, copy: Any, block: np.uint64) -> tuple[float, float, float, float]:
     """Draw four numbers in [0, 1): the compiled twin of rng.uniform(rng.sample_words(...))."""
     sample, copy = np.uint64(sample), np.uint64(copy)
     a, b, c, d = _philox(
@@ -125,7 +126,9 @@ def uniforms(key, sample, copy, block):  # type: ignore[no-untyped-def]  # compi
 
 
 @jit
-def random_crop(key, sample, copy, height, width, crop):  # type: ignore[no-untyped-def]  # compiled
+def random_crop(
+    key: Key, sample: int, copy: int, height: int, width: int, crop: RandomCrop
+) -> tuple[int, int, int, int]:
     """Draw a random resized crop's box in an image, as torchvision's RandomResizedCrop does.
 
     height, width: of the image, pixels.   crop: a RandomCrop.   Returns top, left, height, width in pixels.
@@ -147,7 +150,7 @@ def random_crop(key, sample, copy, height, width, crop):  # type: ignore[no-unty
 
 
 @jit
-def stored_bytes(address, stored):  # type: ignore[no-untyped-def]  # compiled
+def stored_bytes(address: np.uint64, stored: Stored) -> Bytes:
     """Return an image's stored bytes; empty if the table lacks the address or the data lies outside the content."""
     entry = np.searchsorted(stored.addresses, address)
     if entry == len(stored.addresses) or stored.addresses[entry] != address:
@@ -159,7 +162,9 @@ def stored_bytes(address, stored):  # type: ignore[no-untyped-def]  # compiled
 
 
 @jit
-def read_region(row, box, stored, scratch, functions):  # type: ignore[no-untyped-def]  # compiled
+def read_region(
+    row: Any, box: tuple[int, int, int, int], stored: Stored, scratch: Scratch, functions: Ints
+) -> tuple[int, Bytes, int, int]:
     """Decode a part of a stored image that contains a box (top, left, height, width).
 
     A JPEG with restart markers is cut down to the segments that the box touches; any other image is decoded whole.
@@ -192,7 +197,9 @@ def read_region(row, box, stored, scratch, functions):  # type: ignore[no-untype
 
 
 @jit
-def decode_random_crops(chunk, rows, stored, key, parameters, scratch, functions):  # type: ignore[no-untyped-def]
+def decode_random_crops(
+    chunk: Chunk, rows: Any, stored: Stored, key: Key, parameters: RandomCrop, scratch: Scratch, functions: Ints
+) -> None:
     """Decode a random crop of each sample of a chunk.
 
     chunk: a Chunk.   rows: the file's sample table.   stored: a sources.Stored that holds the samples.   key: a Key.
@@ -217,7 +224,9 @@ def decode_random_crops(chunk, rows, stored, key, parameters, scratch, functions
 
 
 @jit
-def decode_center_crops(chunk, rows, stored, _key, parameters, scratch, functions):  # type: ignore[no-untyped-def]
+def decode_center_crops(
+    chunk: Chunk, rows: Any, stored: Stored, _key: Key, parameters: CenterCrop, scratch: Scratch, functions: Ints
+) -> None:
     """Decode the central crop of each sample of a chunk; arguments as in `decode_random_crops`, a CenterCrop."""
     size, resize = chunk.images.shape[1], parameters.resize
     for i in range(len(chunk.indices)):

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_convnext.data.codec.jit import call, jit
+from ffcv_convnext.data.codec.jit import Bytes, Ints, call, jit
 from ffcv_convnext.data.load.sampler import Samples
 from ffcv_convnext.errors import Failure
 
@@ -72,14 +72,14 @@ def _functions() -> NDArray[np.int64]:
 
 
 @jit
-def _announce(descriptor, starts, lengths, functions):  # type: ignore[no-untyped-def]
+def _announce(descriptor: int, starts: Ints, lengths: Ints, functions: Ints) -> None:
     """Advise the kernel to read parts of a file soon."""
     for i in range(len(starts)):
         call(functions[_FADVISE], (np.int64(descriptor), starts[i], lengths[i], np.int64(_WILL_NEED)))
 
 
 @jit
-def _read_parts(descriptor, starts, lengths, places, content, functions):  # type: ignore[no-untyped-def]
+def _read_parts(descriptor: int, starts: Ints, lengths: Ints, places: Ints, content: Bytes, functions: Ints) -> int:
     """Read parts of a file to places in `content`; return how many were read completely, in their order."""
     for i in range(len(starts)):
         done = np.int64(0)

@@ -294,7 +294,7 @@ REFUSALS: dict[Callable[[Path], None], str] = {
     take_another_manifest: r"has \d+ bytes, its manifest states \d+: .* from another conversion",
     break_manifest: r"is not usable \(.*\); convert it again",
     mislabel: r"labels 0 to 1000 do not fit 4 classes",
-    rename_fields: r"has the fields picture, target: expected image, label; convert it again with write_ffcv_dataset\.py",
+    rename_fields: r"has the fields picture, target: expected image, label; convert it again with write\.py",
 }
 
 
