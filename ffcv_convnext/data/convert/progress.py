@@ -1,4 +1,4 @@
-"""How far a long pass over images is, on stderr."""
+"""Progress of a long pass over images, on stderr."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 
 from tqdm import tqdm
 
-PLAIN_SECONDS = 10.0  # between lines where there is no terminal
+PLAIN_SECONDS = 10.0  # between lines if stderr is not a terminal
 
 
 class ProgressBar:
-    """A bar on a terminal, elsewhere a line on stderr every ten seconds; both with images/s and time left."""
+    """A bar on a terminal, else a line every ten seconds; both with images/s and time left."""
 
     def __init__(self, total: int, name: str, done: int = 0) -> None:
         self.bar = tqdm(
@@ -34,6 +34,7 @@ class ProgressBar:
         self.bar.close()
 
     def add(self, number: int) -> None:
+        """Count `number` more images as done."""
         self.done += number
         self.bar.update(number)
         now = time.monotonic()

@@ -29,7 +29,7 @@ from ffcv_convnext.data.beton.manifest import Manifest, tables_digest
 from ffcv_convnext.data.beton.tables import read_tables
 from ffcv_convnext.data.check.info import _bins, describe_data
 from ffcv_convnext.data.check.verify import NUM_SHOWN, verify_data
-from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
+from ffcv_convnext.data.convert import ConversionOptions, convert
 from ffcv_convnext.formatting import format_bytes
 
 Run = Callable[..., tuple[int, str, str]]
@@ -395,7 +395,7 @@ def test_info_tells_the_known_numbers(known: Path) -> None:
     assert split.headers.restart_interval == {1: 5, 2: 1}
     assert (split.headers.chroma_subsampling, split.headers.num_cuttable) == ({"4:2:0": 6}, 6)
     assert [(file.path, file.reason) for file in split.skipped] == [
-        (f"{class_name(2)}/bad.png", "not a picture in a known format")
+        (f"{class_name(2)}/bad.png", "not an image in a known format")
     ]
     assert (split.remarks, split.sha256) == ((), Manifest.check(known / "train.beton").sha256)
 
@@ -410,7 +410,7 @@ def test_info_prints_a_page_and_an_object(known: Path, beton_dir: Path, run: Run
         "JPEG, quality 85, longest side at most 200 pixels",
         "every 1 MCU (83.3 %), every 2 MCUs (16.7 %)",
         "100 % can be decoded alone (headers of 6 images read)",
-        "class_02/bad.png: not a picture in a known format",
+        "class_02/bad.png: not an image in a known format",
         "folder/train\n",
     ):
         assert words in page

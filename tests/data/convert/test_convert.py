@@ -27,9 +27,9 @@ from support.imagefolder import class_name, draw_every_mode, make_image_folder, 
 from ffcv_convnext import cli
 from ffcv_convnext.data.beton.manifest import Manifest
 from ffcv_convnext.data.beton.tables import RAW, read_tables
-from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
+from ffcv_convnext.data.convert import ConversionOptions, convert
 from ffcv_convnext.data.convert.encode import Encoding, encode
-from ffcv_convnext.data.convert.journal import workplace
+from ffcv_convnext.data.convert.journal import open_journal
 from ffcv_convnext.data.convert.source import list_classes, scan
 from ffcv_convnext.data.convert.worker_pool import Workers
 from ffcv_convnext.errors import Failure
@@ -135,7 +135,7 @@ def test_stock_ffcv_reads_labels_that_match_the_pictures_around_skipped_files(st
     read = np.load(f"{beton}.process_cache.npz")
     manifest = Manifest.check(beton)
     assert {Path(manifest.source, skipped.path) for skipped in manifest.skipped} == set(stock["bad"])
-    assert manifest.skipped[0].reason == "not a picture in a known format"
+    assert manifest.skipped[0].reason == "not an image in a known format"
     assert len(read["labels"]) == manifest.num_samples == 6 * 8 - 2
     for sample, (pixels, label) in enumerate(zip(read["images"], read["labels"], strict=True)):
         original = manifest.original_file(beton, sample)
@@ -367,7 +367,7 @@ def test_an_output_that_cannot_be_written_is_one_line(own_folder: Path, tmp_path
 
 
 def test_a_second_conversion_to_the_same_place_refuses(own_folder: Path, tmp_path: Path, write: Run) -> None:
-    with workplace(tmp_path, "train"):
+    with open_journal(tmp_path, "train"):
         status, stderr = write(own_folder, tmp_path, "--split", "train")
         assert status == 2
         assert_one_line(stderr, "another conversion is writing")

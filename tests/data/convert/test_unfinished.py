@@ -19,9 +19,9 @@ from support.imagefolder import class_name
 
 from ffcv_convnext import cli
 from ffcv_convnext.data.beton.manifest import Manifest
-from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
-from ffcv_convnext.data.convert.journal import Workplace
-from ffcv_convnext.data.convert.shards import join_parts
+from ffcv_convnext.data.convert import ConversionOptions, convert
+from ffcv_convnext.data.convert.journal import Journal
+from ffcv_convnext.data.convert.shards import join_shards
 from ffcv_convnext.errors import Failure
 
 SCRIPT = REPOSITORY / "write_ffcv_dataset.py"
@@ -71,12 +71,12 @@ def killed(folder: Path, tmp_path: Path) -> Path:
     flags = ["--data_path", str(folder), "--out_dir", str(out), "--split", "train", "--skip_bad", "--num_workers", "1"]
     process = subprocess.Popen([sys.executable, str(SCRIPT), *flags], stdout=subprocess.DEVNULL)
     patience = time.monotonic() + 120
-    while not Workplace(out / UNFINISHED, "train").num_pages and time.monotonic() < patience:
+    while not Journal(out, "train").num_pages and time.monotonic() < patience:
         time.sleep(0.002)
     process.kill()
     process.wait(timeout=30)
     assert os.listdir(out) == [UNFINISHED]
-    assert 1 <= Workplace(out / UNFINISHED, "train").num_pages < 4
+    assert 1 <= Journal(out, "train").num_pages < 4
     return out
 
 
@@ -95,9 +95,9 @@ def test_a_killed_conversion_goes_on_to_the_bytes_of_an_undisturbed_one(
 
 @pytest.mark.parametrize("damage", ["journal cut off", "page never reached the disk", "no page reached the disk"])
 def test_what_a_power_failure_left_out_is_written_again(folder: Path, killed: Path, whole: Path, damage: str) -> None:
-    place = Workplace(killed / UNFINISHED, "train")
+    place = Journal(killed, "train")
     if damage == "journal cut off":
-        place.journal.write_bytes(place.journal.read_bytes()[:-40])
+        place.path.write_bytes(place.path.read_bytes()[:-40])
     elif damage == "page never reached the disk":
         os.truncate(place.beton, place.beton.stat().st_size - (9 << 20))
     else:
@@ -141,7 +141,7 @@ def test_sigterm_keeps_whole_pages(folder: Path, whole: Path, tmp_path: Path) ->
     out = tmp_path / "out"
     flags = ["--data_path", str(folder), "--out_dir", str(out), "--split", "train", "--skip_bad", "--num_workers", "1"]
     process = subprocess.Popen([sys.executable, str(SCRIPT), *flags], stdout=subprocess.PIPE, text=True)
-    while not Workplace(out / UNFINISHED, "train").num_pages and process.poll() is None:
+    while not Journal(out, "train").num_pages and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
@@ -173,19 +173,19 @@ def test_parts_that_do_not_belong_together_are_refused(folder: Path, tmp_path: P
     for index, quality in ((0, 90), (1, 80)):
         convert(options(folder, tmp_path, subset=6, shard=(index, 2), jpeg_quality=quality))
     with pytest.raises(ValueError, match=r"part-1-of-2\.beton was made from other images or with other settings than"):
-        join_parts(tmp_path, "train", overwrite=False, say=print)
+        join_shards(tmp_path, "train", overwrite=False, say=print)
     convert(options(folder, tmp_path, subset=6, shard=(1, 2), overwrite=True))
     content = bytearray((tmp_path / "train.part-1-of-2.beton").read_bytes())
     content[-200_000] ^= 1  # inside a picture or behind the last one
     (tmp_path / "train.part-1-of-2.beton").write_bytes(content)
     with pytest.raises(ValueError, match=r"part-1-of-2\.beton: page 0 differs from its checksum"):
-        join_parts(tmp_path, "train", overwrite=False, say=print)
+        join_shards(tmp_path, "train", overwrite=False, say=print)
     assert not (tmp_path / "train.beton").exists()
     convert(options(folder, tmp_path, subset=6, shard=(0, 3)))
     with pytest.raises(ValueError, match="parts of several divisions of train: into 2, 3"):
-        join_parts(tmp_path, "train", overwrite=False, say=print)
+        join_shards(tmp_path, "train", overwrite=False, say=print)
     with pytest.raises(FileNotFoundError, match="holds no parts of val; make them with --shard"):
-        join_parts(tmp_path, "val", overwrite=False, say=print)
+        join_shards(tmp_path, "val", overwrite=False, say=print)
 
 
 @pytest.mark.parametrize(
