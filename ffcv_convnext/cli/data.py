@@ -73,7 +73,7 @@ def write(argv: Sequence[str]) -> int:
     known = [name[2:] for action in parser._actions for name in action.option_strings if name.startswith("--")]
     for word in argv:  # before argparse, which would complain of a missing --out_dir where --out_dri was given
         if word.startswith("--") and (name := word[2:].split("=")[0]) not in known:
-            parser.error(f"nobody declared '{word}'{nearest(name, known)}")
+            parser.error(f"unknown option '{word}'{nearest(name, known, prefix='--')}")
     values = vars(parser.parse_args(argv))
     say = partial(print, flush=True)
     with ending_like_ctrl_c():

@@ -347,7 +347,7 @@ def test_any_timm_model_can_be_named() -> None:
 
 
 def test_an_unknown_model_names_its_neighbours() -> None:
-    with pytest.raises(ValueError, match=r"model = convnext_tinny: neither .*; nearest: .*convnext_tiny"):
+    with pytest.raises(ValueError, match=r"model = convnext_tinny: neither .*; did you mean .*convnext_tiny"):
         build_model(ModelConfig(model="convnext_tinny"), 5)
 
 
