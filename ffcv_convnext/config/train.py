@@ -385,7 +385,7 @@ class Config:
             possible = [str(n) for n in range(1, micro_batches + 1) if micro_batches % n == 0]
             raise ValueError(
                 f"global_batch = {data.global_batch} is {micro_batches} micro-batches of batch_size {data.batch_size}, "
-                f"which {world} processes cannot divide equally; use {', '.join(possible)} processes"
+                f"which {world} processes cannot share equally; {', '.join(possible)} processes can"
             )
         return self.replace(update_freq=micro_batches // world)
 

@@ -257,7 +257,7 @@ def test_a_dry_run_prints_script_and_config_and_leaves_nothing(
             ["--global_batch", "24"],
             "24 is 3 micro-batches of batch_size 8, which 2 processes cannot share equally; 1, 3",
         ),
-        (["--input_size", "16"], "input_size = 16: expected at least 32 pixels"),
+        (["--input_size", "16"], "input_size = 16: expected a whole number >= 32"),
         (["--opt", "adamv"], "opt = adamv: timm has no such optimiser; did you mean "),
         (["--finetune", "none.pth"], "none.pth does not exist"),
         (["--nb_classes", "2"], "nb_classes = 2: the data has 4 classes"),

@@ -121,7 +121,7 @@ def test_a_ladder_is_one_array_and_is_not_submitted_twice(
         (["--output_dir", "x"], "--output_dir is set for each run of a ladder; say --job_dir DIR"),
         (["--gpus_per_job", "2"], "gpus_per_job = 2 is for --executor local"),
         (["--batch_size", "5"], "global_batch = 16: expected a multiple of batch_size = 5"),
-        (["--ngpus", "3"], "3 processes cannot divide equally; use 1, 2 processes"),
+        (["--ngpus", "3"], "3 processes cannot share equally; 1, 2 processes can"),
         (["--max_paralel", "3"], "unknown option '--max_paralel'; did you mean --max_parallel?"),
     ],
 )
