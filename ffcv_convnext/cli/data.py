@@ -28,20 +28,19 @@ def write(argv: Sequence[str]) -> int:
     )
     groups: dict[str, type] = {"conversion": ConversionOptions}
     add_setting_flags(parser, groups)
-    parser.add_argument("--join", action="store_true", help="join the N shards in out_dir to one file for each split")
-    _, given = settings_from_args(parser, argv)
+    parser.add_argument("--join", action="store_true", help="join the shards in out_dir to one file for each split")
     settings = collect_settings(groups)
-    values = {name: declared.parse(getattr(given, name)) for name, declared in settings.items() if hasattr(given, name)}
-    required = ("out_dir",) if given.join else ("data_path", "out_dir")
-    if missing := [f"--{name}" for name in required if name not in values]:
-        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    if "--join" in argv:
+        settings = {name: settings[name] for name in ("out_dir", "split", "overwrite")}
+    given, namespace = settings_from_args(parser, argv, settings)
+    if other := sorted(vars(namespace).keys() - settings.keys() - {"join"}):
+        parser.error(f"--join accepts only --out_dir, --split and --overwrite, not --{other[0]}")
+    values = {name: settings[name].parse(word) for name, word in given.items()}
     say = partial(print, flush=True)
     with sigterm_as_keyboard_interrupt():
-        if not given.join:
+        if not namespace.join:
             convert(ConversionOptions(**values), say=say)
             return 0
-        if other := sorted(values.keys() - {"out_dir", "split", "overwrite"}):
-            parser.error(f"--join accepts only --out_dir, --split and --overwrite, not --{other[0]}")
         options = ConversionOptions(data_path=values["out_dir"], **values)  # no images are read
         for split in options.splits:
             join_shards(options.out_dir, split, overwrite=options.overwrite, say=say)

@@ -21,8 +21,8 @@ BYTES_PER_PIXEL = 3  # raw; a JPEG of pure noise at quality 100 is smaller
 class ConversionOptions:
     """Which images to convert, and how to store them."""
 
-    data_path: Path = setting(help="folder with train/<class>/<image> and val/<class>/<image>; required without --join")
-    out_dir: Path = setting(help="folder for the .beton files, created if missing; required")
+    data_path: Path = setting(help="folder with train/<class>/<image> and val/<class>/<image>")
+    out_dir: Path = setting(help="folder for the .beton files, created if missing")
     split: Literal["train", "val", "all"] = setting("all", "splits to convert; val uses the class list of train")
     max_resolution: int | None = setting(
         500,

@@ -349,7 +349,7 @@ def test_a_wrong_folder_is_one_line_and_no_work(
         (("--num_workers", "0"), ("num_workers = 0: expected at least 1",)),
         (("--subset", "0"), ("subset = 0",)),
         (("--seed", "-1"), ("seed = -1",)),
-        (("--overwright",), ("nobody declared '--overwright'; nearest: overwrite",)),
+        (("--overwright",), ("unknown option '--overwright'; did you mean --overwrite?",)),
         (("stray",), ("unrecognized arguments: stray",)),
     ],
 )
