@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from ffcv_convnext.cli.parsing import check_json, parser_of, true_or_false
-from ffcv_convnext.config import Config, add_flags, config_from_args
+from ffcv_convnext.config import add_flags, config_from_args
 from ffcv_convnext.errors import EXIT_FAILURE
 from ffcv_convnext.files import write_atomically
 
@@ -100,26 +99,16 @@ def data(argv: Sequence[str]) -> int:
         "%(prog)s [--config YAML ...] --out FILE [--epoch N --step N --num N --raw BOOL] [--SETTING VALUE ...]"
     )
     if argv[:1] == ["preview"]:
-        return _preview(*config_from_args(preview, argv[1:]))
+        config, given = config_from_args(preview, argv[1:])
+        from ffcv_convnext.preview import preview as draw_preview
+
+        names = tuple(map(str, given.config))
+        how = {name: getattr(given, name) for name in ("epoch", "step", "num", "raw")}
+        print(draw_preview(config, given.out, config_names=names, **how))
+        return 0
     options = parser.parse_args(argv)
     from ffcv_convnext.data.check import describe_data
 
     described = describe_data(options.data)
     print(described.to_json() if options.json else described.format())
-    return 0
-
-
-def _preview(config: Config, options: argparse.Namespace) -> int:
-    from ffcv_convnext.preview import preview
-
-    line = preview(
-        config,
-        options.out,
-        config_names=tuple(map(str, options.config)),
-        epoch=options.epoch,
-        step=options.step,
-        num=options.num,
-        raw=options.raw,
-    )
-    print(line)
     return 0

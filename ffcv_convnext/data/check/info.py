@@ -22,6 +22,10 @@ _HEADER_BYTES = 1 << 16  # enough for a header without a large thumbnail or colo
 _NUM_BINS = 10  # of the histogram, at most
 _BAR = 40  # characters
 _NUM_SKIPPED = 5  # skipped files in the text; the JSON has all
+_FROM_MANIFEST = (
+    *("max_resolution", "jpeg_quality", "num_originals", "shuffled", "subset", "seed"),
+    *("source", "ffcv_version", "package_version"),
+)
 _SUBSAMPLING = {(8, 8): "4:4:4", (8, 16): "4:2:2", (16, 16): "4:2:0", (16, 8): "4:4:0", (8, 32): "4:1:1"}  # MCU h, w
 
 
@@ -103,7 +107,8 @@ class SplitInfo:
         rows += self._encoding_rows()
         if self.has_manifest:
             rows += self._skipped_rows()
-            rows.append(("source", str(self.source) + self._draw()))
+            subset = f" (a subset of {self.subset:,} images, seed {self.seed})" if self.subset is not None else ""
+            rows.append(("source", f"{self.source}{subset}"))
             rows.append(("written by", f"ffcv_convnext {self.package_version}, ffcv {self.ffcv_version}"))
         rows.append(("sha256", f"{self.sha256} (of the tables)"))
         title = f"{self.path}: {format_count(self.num_samples, 'image')}, {format_bytes(self.num_bytes)}"
@@ -171,9 +176,6 @@ class SplitInfo:
             *([("", f"... and {more:,} more, listed in the manifest")] if more else []),
         ]
 
-    def _draw(self) -> str:
-        return f" (a subset of {self.subset:,} images, seed {self.seed})" if self.subset is not None else ""
-
 
 @dataclass(frozen=True, slots=True)
 class DataInfo:
@@ -208,6 +210,8 @@ def _describe(beton: Path) -> SplitInfo:
     if num_lost := int((~located).sum()):
         remarks.append(f"the data of {format_count(num_lost, 'sample')} cannot be located; see: ffcv-convnext verify")
     classes, counts = _classes(tables, manifest, remarks)
+    encodings = {"jpg": int((tables.modes == JPG).sum()), "raw": int((tables.modes == RAW).sum())}
+    encodings["unknown"] = len(tables) - sum(encodings.values())
     return SplitInfo(
         path=str(beton),
         num_bytes=tables.num_bytes,
@@ -219,26 +223,10 @@ def _describe(beton: Path) -> SplitInfo:
         width=Spread.of(tables.widths),
         height=Spread.of(tables.heights),
         longest_side=tuple(_bins(np.maximum(tables.widths, tables.heights))),
-        encodings={
-            name: number
-            for name, number in (
-                ("jpg", int((tables.modes == JPG).sum())),
-                ("raw", int((tables.modes == RAW).sum())),
-                ("unknown", int(((tables.modes != JPG) & (tables.modes != RAW)).sum())),
-            )
-            if number
-        },
+        encodings={name: number for name, number in encodings.items() if number},
         headers=_read_headers(tables),
-        max_resolution=manifest.max_resolution if manifest else None,
-        jpeg_quality=manifest.jpeg_quality if manifest else None,
-        num_originals=manifest.num_originals if manifest else None,
-        shuffled=manifest.shuffled if manifest else None,
-        subset=manifest.subset if manifest else None,
-        seed=manifest.seed if manifest else None,
+        **{name: getattr(manifest, name, None) for name in _FROM_MANIFEST},
         skipped=manifest.skipped if manifest else (),
-        source=manifest.source if manifest else None,
-        ffcv_version=manifest.ffcv_version if manifest else None,
-        package_version=manifest.package_version if manifest else None,
         has_manifest=manifest is not None,
         sha256=tables_digest(beton),
     )

@@ -125,20 +125,14 @@ def _open_locked(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            with suppress(FileNotFoundError):
-                _lock(descriptor)
-                if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
-                    return descriptor
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:  # a file system without locks: continue without one
+                if isinstance(error, BlockingIOError):
+                    raise
+            if folder.exists() and os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                return descriptor
             os.close(descriptor)  # its last owner removed the folder before we locked it
         except BaseException:
             os.close(descriptor)
             raise
-
-
-def _lock(descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:  # the file system has no locks: continue without one
-        pass
