@@ -65,3 +65,24 @@ def stopping_at_once() -> Iterator[None]:
 
     with _handling(stop, signal.SIGTERM, signal.SIGUSR2):
         yield
+
+
+@contextmanager
+def sigterm_as_keyboard_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt for SIGTERM and a closed terminal while the block runs, so that it can clean up."""
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    with _handling(interrupt, signal.SIGTERM, signal.SIGHUP):
+        yield
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Deliver stop signals after the block: some libraries swallow exceptions while they are imported."""
+    caught: list[int] = []
+    with _handling(lambda number, _frame: caught.append(number), signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        yield
+    if caught:
+        signal.raise_signal(caught[0])

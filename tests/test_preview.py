@@ -246,8 +246,8 @@ def test_the_command_writes_a_picture(
         (["--raw", "maybe"], "argument --raw: 'maybe': expected true or false"),
         (["--data_path", "nowhere"], "data_path: nowhere/train.beton does not exist; create it with: python write_"),
         (["--nb_classes", "3"], "nb_classes = 3: the data has 4 classes; leave it out, or raise it"),
-        (["--mixupp", "1"], "command line: nobody declared '--mixupp'; nearest: mixup"),
-        (["--stepp", "1"], "command line: nobody declared '--stepp'; nearest: step"),
+        (["--mixupp", "1"], "unknown option '--mixupp'; did you mean --mixup"),
+        (["--stepp", "1"], "unknown option '--stepp'; did you mean --step"),
     ],
 )
 def test_what_cannot_be_shown_is_one_line(

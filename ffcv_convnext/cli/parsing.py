@@ -1,4 +1,4 @@
-"""What the commands' parsers share."""
+"""Parts that the commands' parsers share."""
 
 from __future__ import annotations
 
@@ -10,27 +10,25 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other usage error here."""
+    """A parser whose errors are one line, like all usage errors of this package."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise ValueError."""
         raise ValueError(f"{message}; {self.prog} --help lists the options")
 
 
-def parser_of(name: str, command: Callable[..., int]) -> Parser:
-    """A parser that answers to the name it was called by and tells what its function's docstring tells."""
-    script = Path(sys.argv[0]).name
-    prog = script if script == f"{name}.py" else f"ffcv-convnext {name}"
+def parser_of(name: str, command: Callable[..., int], script: str | None = None) -> Parser:
+    """Return a parser that shows the called program's name and the docstring of `command`.
+
+    script: the file that runs only this command; default: `<name>.py`.
+    """
+    called = Path(sys.argv[0]).name
+    prog = called if called == (script or f"{name}.py") else f"ffcv-convnext {name}"
     return Parser(prog=prog, description=command.__doc__, allow_abbrev=False)
 
 
-def number_or(word: str, meaning: str | None) -> Callable[[str], int | str | None]:
-    def number(text: str) -> int | str | None:  # argparse says: invalid number value
-        return meaning if text == word else int(text)
-
-    return number
-
-
 def true_or_false(text: str) -> bool:
+    """Parse true or false."""
     try:
         return {"true": True, "false": False}[text.lower()]
     except KeyError:
@@ -38,6 +36,6 @@ def true_or_false(text: str) -> bool:
 
 
 def check_json(path: Path | None) -> None:
-    """Raises ValueError where --json names no place for a file: before the work, not after."""
+    """Raise ValueError before the work if the file of --json cannot be created."""
     if path and (path.is_dir() or not path.resolve().parent.is_dir()):
         raise ValueError(f"--json {path}: expected a file in a folder that exists")

@@ -121,7 +121,7 @@ def read_profile(path: Path) -> dict[str, Any]:
         if not name.startswith(OTHER) and name not in CLUSTER_SETTINGS:
             known = [*CLUSTER_SETTINGS, *SETTINGS]
             hint = "; it is a setting of runs and belongs into --config" if name in SETTINGS else nearest(name, known)
-            raise ValueError(f"{path}: nobody declared '{name}'{hint}")
+            raise ValueError(f"{path}: unknown setting '{name}'{hint}")
     return values
 
 

@@ -1,6 +1,15 @@
-"""Every setting of a run, its type and its flag."""
+"""Every setting of a run: its type, range, explanation and flag. Imports neither torch nor numpy."""
 
-from ffcv_convnext.config.fields import Setting, check_ranges, format_value, nearest, setting, to_plain
+from ffcv_convnext.config.fields import (
+    Setting,
+    check_ranges,
+    collect_settings,
+    format_value,
+    nearest,
+    setting,
+    to_plain,
+)
+from ffcv_convnext.config.flags import add_flags, add_setting_flags, config_from_args, settings_from_args
 from ffcv_convnext.config.train import (
     GROUPS,
     KERNEL_SIZES,
@@ -12,17 +21,10 @@ from ffcv_convnext.config.train import (
     OptimConfig,
     RunConfig,
     ScheduleConfig,
-    add_flags,
-    add_setting_flags,
-    collect_settings,
-    config_from_args,
     differences,
     find_setting,
-    load_config,
-    read_mapping,
-    read_yaml,
-    settings_from_args,
 )
+from ffcv_convnext.config.yaml_files import load_config, read_mapping, read_yaml
 
 __all__ = [
     "GROUPS",

@@ -1,4 +1,4 @@
-"""What a setting is: its type, its words on the command line and in YAML, and its explanation."""
+"""What a setting is: its type, range and explanation, and how its value is written on the command line and in YAML."""
 
 from __future__ import annotations
 
@@ -8,175 +8,208 @@ import math
 import re
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Range of a number: `minimum` and `maximum` belong to it, `above` and `below` do not."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def contain(self, number: float) -> bool:
+        """Return whether a number is inside."""
+        return (
+            (self.minimum is None or number >= self.minimum)
+            and (self.maximum is None or number <= self.maximum)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+        )
+
+    def describe(self) -> str:
+        """Return ' >= 1', ' in [0, 1)' and so on; '' without bounds."""
+        low = self.above if self.minimum is None else self.minimum
+        high = self.below if self.maximum is None else self.maximum
+        if low is not None and high is not None:
+            return f" in {'(' if self.minimum is None else '['}{low}, {high}{')' if self.maximum is None else ']'}"
+        if low is not None:
+            return f" {'>' if self.minimum is None else '>='} {low}"
+        return "" if high is None else f" {'<' if self.maximum is None else '<='} {high}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """A declared setting: the dataclass it belongs to is its group."""
+
+    name: str
+    group: str
+    type: Any
+    default: Any  # MISSING: a value is required
+    help: str
+    free: bool
+    aliases: Mapping[str, str]
+    bounds: Bounds
+    example: str
+    switch: bool
+
+    def parse(self, raw: Any) -> Any:
+        """Convert a command-line string or a YAML value to this setting's type; `check_ranges` checks its range."""
+        word = ",".join(map(str, raw)) if isinstance(raw, list | tuple) else format_value(raw).strip()
+        try:
+            return _parse(self.type, self.aliases.get(word.lower(), word))
+        except ValueError:
+            raise ValueError(f"{self.name} = {word}: expected {self.words}") from None
+
+    @property
+    def holds_several(self) -> bool:
+        """Whether the value is several numbers, which a command line may separate by spaces."""
+        return any(get_origin(kind) is tuple for kind in (self.type, *get_args(self.type)))
+
+    @property
+    def words(self) -> str:
+        """The accepted values, for help texts and errors."""
+        return _describe(self.type, self.bounds) + (f", e.g. {self.example}" if self.example else "")
 
 
 def setting(
-    default: Any,
-    help: str,
+    default: Any = MISSING,
+    help: str = "",
     *,
+    factory: Any = MISSING,
     free: bool = False,
     aliases: Mapping[str, str] | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    example: str = "",
+    switch: bool = False,
 ) -> Any:
     """Declare a dataclass field with its explanation and its range.
 
+    default: left out for a required setting.   factory: computes a default that depends on the machine.
     free: may differ between the parts of one interrupted run, because it does not change what is computed.
     aliases: other spellings of a value, e.g. {"true": "post"}.
     minimum, maximum: smallest and largest value.   above, below: the same, exclusive.   `check_ranges` enforces them,
     for each number of a tuple.
+    example: a value to show in help texts and errors.   switch: the flag takes no value and means true.
     """
-    bounds = (minimum, maximum, above, below)
-    return dataclasses.field(
-        default=default, metadata={"help": help, "free": free, "aliases": aliases or {}, "bounds": bounds}
-    )
+    metadata = {
+        "help": help,
+        "free": free,
+        "aliases": aliases or {},
+        "bounds": Bounds(minimum, maximum, above, below),
+        "example": example,
+        "switch": switch,
+    }
+    return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
+
+
+def collect_settings(groups: Mapping[str, type]) -> dict[str, Setting]:
+    """Return the settings that dataclasses declare with `setting()`, by name."""
+    settings: dict[str, Setting] = {}
+    for group, cls in groups.items():
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if "help" not in field.metadata:
+                continue
+            assert field.name not in settings, f"two settings are called {field.name}"
+            factory = field.default_factory
+            default = field.default if factory is MISSING else factory()
+            settings[field.name] = Setting(
+                name=field.name, group=group, type=hints[field.name], default=default, **field.metadata
+            )
+    return settings
 
 
 def check_ranges(settings: Any) -> None:
-    """Raise ValueError if a value of this dataclass is outside the range that its `setting()` declares.
-
-    None and words are not checked.
-    """
+    """Raise ValueError if a number in this dataclass is outside the range that its `setting()` declares."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        bounds = field.metadata.get("bounds", (None,) * 4)
-        if any(not _is_inside(number, *bounds) for number in numbers if isinstance(number, int | float)):
-            raise ValueError(f"{field.name} = {format_value(value)}: expected {_describe_bounds(field.type, *bounds)}")
-
-
-def _is_inside(
-    number: float, minimum: float | None, maximum: float | None, above: float | None, below: float | None
-) -> bool:
-    return (
-        (minimum is None or number >= minimum)
-        and (maximum is None or number <= maximum)
-        and (above is None or number > above)
-        and (below is None or number < below)
-    )
-
-
-def _describe_bounds(
-    kind: Any, minimum: float | None, maximum: float | None, above: float | None, below: float | None
-) -> str:
-    """Return 'at least 1', '1 to 100', 'a number in (0, 1]' and so on."""
-    low, high = (above if minimum is None else minimum), (below if maximum is None else maximum)
-    if low is not None and high is not None:
-        if "int" in str(kind) and minimum is not None and maximum is not None:
-            return f"{low} to {high}"
-        return f"a number in {'(' if minimum is None else '['}{low:g}, {high:g}{')' if maximum is None else ']'}"
-    if low is not None:
-        return f"at least {low:g}" if minimum is not None else f"more than {low:g}"
-    return f"at most {high:g}" if maximum is not None else f"less than {high:g}"
+        numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, int | float)]
+        bounds = field.metadata.get("bounds", Bounds())
+        if not all(map(bounds.contain, numbers)):
+            declared = collect_settings({"": type(settings)})[field.name]
+            raise ValueError(f"{field.name} = {format_value(value)}: expected {declared.words}")
 
 
 def to_plain(value: Any) -> Any:
-    """A setting's value as YAML and JSON can hold it; `Setting.parse` reads it back."""
+    """Return a setting's value as YAML and JSON can hold it; `Setting.parse` reads it back."""
     if isinstance(value, tuple):
         return ("-" if isinstance(value[0], int) else ",").join(str(x) for x in value)
     return str(value) if isinstance(value, Path) else value
 
 
 def format_value(value: Any) -> str:
-    """A setting's value as a user writes it."""
+    """Return a setting's value as a user writes it."""
     plain = to_plain(value)
     if isinstance(plain, bool):
         return str(plain).lower()
     return "none" if plain is None else str(plain)
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What is known of one flat name."""
+def nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """Return '; did you mean a, b or c?' for an unknown name, or '' if no known name is similar.
 
-    name: str
-    group: str
-    type: Any
-    default: Any
-    help: str
-    free: bool
-    aliases: Mapping[str, str]
-
-    def parse(self, raw: Any) -> Any:
-        """Turn a command-line string or a YAML value into this setting's type."""
-        if isinstance(raw, bool):
-            word = str(raw).lower()
-        elif isinstance(raw, list | tuple):
-            word = ",".join(str(x) for x in raw)
-        else:
-            word = "none" if raw is None else str(raw).strip()
-        try:
-            return _parse(self.type, self.aliases.get(word.lower(), word))
-        except ValueError as error:
-            raise ValueError(f"{self.name} = {word}: expected {error}") from None
-
-    @property
-    def holds_several(self) -> bool:
-        """Whether the value is several numbers, which a command line may separate by blanks."""
-        return any(get_origin(kind) is tuple for kind in (self.type, *get_args(self.type)))
-
-    @property
-    def words(self) -> str:
-        """What may be written, for help texts."""
-        return _describe(self.type)
+    prefix: written before each name, e.g. '--'.
+    """
+    close = [prefix + match for match in difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)]
+    if not close:
+        return ""
+    *others, last = close
+    return f"; did you mean {', '.join(others)} or {last}?" if others else f"; did you mean {last}?"
 
 
 def _parse(kind: Any, word: str) -> Any:
-    """Parse one word; a ValueError says only what was expected."""
+    """Parse one word. Raises ValueError."""
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
-        if word.lower() in ("none", "null", ""):
+        kinds = get_args(kind)
+        if type(None) in kinds and word.lower() in ("none", "null", ""):
             return None
-        return _parse(next(k for k in get_args(kind) if k is not type(None)), word)
+        for each in kinds:
+            try:
+                return _parse(each, word)
+            except ValueError:
+                continue
+        raise ValueError
     if origin is Literal:
         for choice in get_args(kind):
             if word.lower() == str(choice):
                 return choice
-        raise ValueError(_describe(kind))
+        raise ValueError
     if origin is tuple:
         kinds = get_args(kind)
-        separator = r"\s*[-,]\s*|\s+" if kinds[0] is int else r"\s*,\s*|\s+"
+        separator = r"\s*[-,/]\s*|\s+" if kinds[0] is int else r"\s*,\s*|\s+"
         words = re.split(separator, word.strip("[]() "))
-        try:
-            numbers = tuple(_parse(k, w) for k, w in zip(kinds, words, strict=True))
-        except ValueError:
-            raise ValueError(_describe(kind)) from None
-        return numbers
+        return tuple(_parse(k, w) for k, w in zip(kinds, words, strict=True))
+    if kind is type(None):
+        raise ValueError
     if kind is bool:
-        if word.lower() in ("true", "false"):
-            return word.lower() == "true"
-        raise ValueError(_describe(kind))
+        if word.lower() not in ("true", "false"):
+            raise ValueError
+        return word.lower() == "true"
     if kind is Path:
         return Path(word).expanduser()
-    try:
-        value = kind(word)
-    except ValueError:
-        raise ValueError(_describe(kind)) from None
+    value = kind(word)
     if kind is float and not math.isfinite(value):
-        raise ValueError("a finite number")
+        raise ValueError
     return value
 
 
-def _describe(kind: Any) -> str:
-    origin = get_origin(kind)
+def _describe(kind: Any, bounds: Bounds) -> str:
+    origin, kinds = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return " or ".join("none" if k is type(None) else _describe(k) for k in get_args(kind))
+        return " or ".join(_describe(each, bounds) for each in kinds)
     if origin is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(kind))
+        return ("one of " if len(kinds) > 1 else "") + ", ".join(str(choice) for choice in kinds)
     if origin is tuple:
-        kinds = get_args(kind)
-        return f"{len(kinds)} {'whole ' if kinds[0] is int else ''}numbers, e.g. " + (
-            "3-3-9-3" if kinds[0] is int else "0.9,0.999"
-        )
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a word", Path: "a path"}[kind]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """'; nearest: a, b' for error messages, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; nearest: {', '.join(close)}" if close else ""
+        return f"{len(kinds)} {'whole ' if kinds[0] is int else ''}numbers{bounds.describe()}"
+    if kind in (int, float):
+        return ("a whole number" if kind is int else "a number") + bounds.describe()
+    return {type(None): "none", bool: "true or false", str: "text", Path: "a path"}[kind]

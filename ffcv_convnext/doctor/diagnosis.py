@@ -404,7 +404,7 @@ def _describe(beton: Path, own: bool, config: Config) -> tuple[File, int]:
     num_classes = len(info.classes) if info.has_manifest else 1 + max(map(int, info.classes))
     if not own:
         num_classes = IMAGENET_CLASSES
-    sides = [(bar.least + bar.most) / 2 * bar.num_samples for bar in info.longest_side]
+    sides = [(bar.min + bar.max) / 2 * bar.num_samples for bar in info.longest_side]
     file = File(
         path=str(beton) if own else None,
         num_samples=info.num_samples,

@@ -210,8 +210,12 @@ def export_weights(checkpoint: Path, out: Path, layout: Layout, *, ema: bool = F
         raise ValueError(f"{checkpoint} holds no averaged weights; leave --ema out, or train with --model_ema true")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"folder {out.absolute().parent} does not exist")
+    try:
+        config = Config.from_flat(content["config"])
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from None
     state = _state_in({"model": content["ema"]} if ema else content, checkpoint)
-    state = _to_layout(state, Config.from_flat(content["config"], source=str(checkpoint)).model, layout, checkpoint)
+    state = _to_layout(state, config.model, layout, checkpoint)
     state = {key: tensor.contiguous() for key, tensor in state.items()}
     with replacing(out) as file:
         torch.save(state, file)

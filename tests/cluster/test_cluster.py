@@ -82,7 +82,7 @@ def test_a_profile_is_overridden_by_flags(flags: list[str], tmp_path: Path, caps
 def test_a_profile_with_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
     profile = tmp_path / "profile.yaml"
     profile.write_text("partitoin: learn\n")
-    with pytest.raises(ValueError, match=r"profile\.yaml: nobody declared 'partitoin'; nearest: partition"):
+    with pytest.raises(ValueError, match=r"profile\.yaml: unknown setting 'partitoin'; did you mean partition"):
         read_profile(profile)
     profile.write_text("epochs: 3\n")
     with pytest.raises(ValueError, match="'epochs'; it is a setting of runs and belongs into --config"):
@@ -257,11 +257,11 @@ def test_a_dry_run_prints_script_and_config_and_leaves_nothing(
             ["--global_batch", "24"],
             "24 is 3 micro-batches of batch_size 8, which 2 processes cannot share equally; 1, 3",
         ),
-        (["--input_size", "16"], "input_size = 16: expected at least 32 pixels"),
-        (["--opt", "adamv"], "opt = adamv: timm has no such optimiser; nearest: "),
+        (["--input_size", "16"], "input_size = 16: expected a whole number >= 32"),
+        (["--opt", "adamv"], "opt = adamv: timm has no such optimiser; did you mean "),
         (["--finetune", "none.pth"], "none.pth does not exist"),
         (["--nb_classes", "2"], "nb_classes = 2: the data has 4 classes"),
-        (["--ngpu", "4"], "nobody declared '--ngpu'; nearest: ngpus"),
+        (["--ngpu", "4"], "unknown option '--ngpu'; did you mean --ngpus"),
         (["--job_dir", "/proc/job"], "job_dir = /proc/job: /proc is no folder that can be written"),
     ],
 )
@@ -292,7 +292,7 @@ def test_a_partition_that_the_cluster_has_not_is_refused_with_the_nearest(
     answer(commands, "sinfo", "learn* 3-00:00:00\nurgent 30:00")
     line = error_of(capsys, [*flags, "--partition", "lern"])
     assert line == (
-        "error: partition = lern: this cluster has none of that name; nearest: learn; there are: learn, urgent"
+        "error: partition = lern: this cluster has none of that name; did you mean learn?; there are: learn, urgent"
     )
 
 

@@ -403,7 +403,7 @@ def test_without_data_photographs_are_measured(
         (["--seconds", "0"], "seconds = 0"),
         (["--data_path", "nowhere"], "nowhere/train.beton does not exist"),
         (["--json", "."], "expected a file"),
-        (["--core", "96"], "nearest: cores"),
+        (["--core", "96"], "did you mean --cores?"),
         (["--device", "cpu", "--amp", "fp16"], "fp16"),
     ],
 )

@@ -122,7 +122,7 @@ def test_a_ladder_is_one_array_and_is_not_submitted_twice(
         (["--gpus_per_job", "2"], "gpus_per_job = 2 is for --executor local"),
         (["--batch_size", "5"], "global_batch = 16: expected a multiple of batch_size = 5"),
         (["--ngpus", "3"], "3 processes cannot share equally; 1, 2 processes can"),
-        (["--max_paralel", "3"], "nobody declared '--max_paralel'; nearest: max_parallel"),
+        (["--max_paralel", "3"], "unknown option '--max_paralel'; did you mean --max_parallel?"),
     ],
 )
 def test_wrong_ladders_are_refused(

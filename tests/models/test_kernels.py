@@ -94,7 +94,7 @@ def test_a_fused_network_compiles_into_one_graph() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model": "convnext_tiny"}, "kernels = triton has no meaning with model = convnext_tiny; use --kernels torch"),
+        ({"model": "convnext_tiny"}, "kernels = triton does not support model = convnext_tiny; use --kernels torch"),
         ({"channels_last": False}, "kernels = triton needs --channels_last true"),
     ],
 )

@@ -99,21 +99,21 @@ def test_every_legal_combination_of_switches_runs(seed: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"resnet_conv_first": True}, "resnet_conv_first = true has no meaning without --resnet_block inverted"),
-        ({"resnet_reorg_norm": True}, "resnet_reorg_norm = true has no meaning without --resnet_block inverted"),
+        ({"resnet_conv_first": True}, "resnet_conv_first = true needs --resnet_block inverted"),
+        ({"resnet_reorg_norm": True}, "resnet_reorg_norm = true needs --resnet_block inverted"),
         (
             {"resnet_reorg_norm": True, "resnet_block": "inverted"},
-            "resnet_reorg_norm = true has no meaning without --resnet_conv_first true",
+            "resnet_reorg_norm = true needs --resnet_conv_first true",
         ),
-        ({**INVERTED, "resnet_pre_norm": True}, "resnet_pre_norm = true has no meaning without --resnet_reorg_norm"),
-        ({"resnet_stem_norm": True}, "resnet_stem_norm = true has no meaning without --resnet_stem patch_embed"),
-        ({"resnet_ds_norm": "pre"}, "resnet_ds_norm = pre has no meaning without --resnet_sep_downsample true"),
-        ({"model": "resnet18", "resnet_embed_dim": 96}, "resnet_embed_dim = 96 has no meaning with model = resnet18"),
+        ({**INVERTED, "resnet_pre_norm": True}, "resnet_pre_norm = true needs --resnet_reorg_norm"),
+        ({"resnet_stem_norm": True}, "resnet_stem_norm = true needs --resnet_stem patch_embed"),
+        ({"resnet_ds_norm": "pre"}, "resnet_ds_norm = pre needs --resnet_sep_downsample true"),
+        ({"model": "resnet18", "resnet_embed_dim": 96}, "resnet_embed_dim = 96 has no effect with model = resnet18"),
         ({"resnet_layers": (3, 0, 9, 3)}, "resnet_layers = 3-0-9-3: expected four positive numbers"),
-        ({"resnet_embed_dim": 0}, "resnet_embed_dim = 0: expected at least 1"),
-        ({"resnet_ls_init_values": -1.0}, "resnet_ls_init_values = -1.0: expected 0 or more"),
+        ({"resnet_embed_dim": 0}, "resnet_embed_dim = 0: expected a whole number >= 1"),
+        ({"resnet_ls_init_values": -1.0}, "resnet_ls_init_values = -1.0: expected a number >= 0"),
         ({"drop_path": 1.0}, r"drop_path = 1.0: expected a rate in \[0, 1\)"),
-        ({"nb_classes": 0}, "nb_classes = 0: expected at least 1"),
+        ({"nb_classes": 0}, "nb_classes = 0: expected a whole number >= 1"),
     ],
 )
 def test_a_switch_without_meaning_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -347,7 +347,7 @@ def test_any_timm_model_can_be_named() -> None:
 
 
 def test_an_unknown_model_names_its_neighbours() -> None:
-    with pytest.raises(ValueError, match=r"model = convnext_tinny: neither .*; nearest: .*convnext_tiny"):
+    with pytest.raises(ValueError, match=r"model = convnext_tinny: neither .*; did you mean .*convnext_tiny"):
         build_model(ModelConfig(model="convnext_tinny"), 5)
 
 

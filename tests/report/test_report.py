@@ -284,7 +284,7 @@ def test_a_folder_without_settings_and_one_that_cannot_be_read_do_not_stop_the_r
         "early holds no settings yet",
         "foreign cannot be read",
     ]
-    assert "nobody declared 'resnet_colour'" in report.notes[2]
+    assert "unknown setting 'resnet_colour'" in report.notes[2]
     assert "data_path = /x does not exist" in report.notes[1]
 
 

@@ -166,7 +166,7 @@ def test_a_cancelled_run_goes_on_with_other_processes_and_its_micro_batches_stay
     [
         (
             ("--partition", "mian"),
-            "partition = mian: this cluster has none of that name; nearest: main; there are: main, short, urgent",
+            "partition = mian: this cluster has none of that name; did you mean main?; there are: main, short, urgent",
         ),
         (
             ("--timeout", "72"),

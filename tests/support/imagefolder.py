@@ -1,7 +1,10 @@
-"""Small ImageFolders of real JPEG and PNG files whose pictures tell their class and index."""
+"""Small ImageFolders of real JPEG and PNG files whose colours encode class and index, and the same in a tar."""
 
 from __future__ import annotations
 
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +17,10 @@ def class_name(label: int) -> str:
 
 
 def picture(label: int, index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A smooth picture, shape (height, width, 3), uint8, that survives JPEG and resizing.
+    """Return a smooth image, shape (height, width, 3), uint8, that JPEG and resizing hardly change.
 
-    size: (width, height). Mean red tells the label (mod 6), mean green the index (mod 8), in steps wider than any
-    error of JPEG; blue rises from left to right and falls from top to bottom, so that flips and crops show.
+    size: (width, height). Mean red encodes the label (mod 6), mean green the index (mod 8), in steps larger than any
+    JPEG error; blue increases from left to right and decreases from top to bottom, so that flips and crops are visible.
     """
     width, height = size
     x = np.linspace(0, 1, width)[None, :]
@@ -29,7 +32,7 @@ def picture(label: int, index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def tell(pixels: NDArray[np.uint8]) -> tuple[int, int]:
-    """(label mod 6, index mod 8) of a picture of any size, from its mean colours."""
+    """Return (label mod 6, index mod 8) of an image of any size, from its mean colours."""
     red, green = pixels[..., 0].mean(), pixels[..., 1].mean()
     return round((red - 30) / 36), round((green - 30) / 26)
 
@@ -46,7 +49,7 @@ def make_image_folder(
 ) -> Path:
     """Draw `root`/train and `root`/val and return root. Every third file is a PNG, the others are JPEGs.
 
-    width, height: least and largest, pixels. A val picture is drawn with the index of its train namesake.
+    width, height: min and max, pixels. An image of val has the colours of the image with its name in train.
     """
     sizes = np.random.default_rng(seed)
     for split, per_class in (("train", train_per_class), ("val", val_per_class)):
@@ -63,13 +66,52 @@ def make_image_folder(
     return root
 
 
+@dataclass(frozen=True)
+class TarSource:
+    """Images of a tar file `class/name`: a second implementation of the converter's Source."""
+
+    location: Path
+    classes: tuple[str, ...]
+    members: list[tuple[str, int, int]]  # name, first byte, number of bytes
+
+    @classmethod
+    def pack(cls, folder: Path, tar: Path) -> TarSource:
+        """Write the files of an ImageFolder's split to a tar file."""
+        with tarfile.open(tar, "w") as archive:
+            archive.add(folder, arcname="", filter=lambda info: info)
+        with tarfile.open(tar) as archive:
+            members = sorted((info.name, info.offset_data, info.size) for info in archive if info.isfile())
+        return cls(tar, tuple(sorted({name.split("/")[0] for name, _, _ in members})), members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def read(self, index: int) -> bytes:
+        _, start, size = self.members[index]
+        with open(self.location, "rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+    def label(self, index: int) -> int:
+        return self.classes.index(self.name(index).split("/")[0])
+
+    def name(self, index: int) -> str:
+        return self.members[index][0]
+
+    def is_regular(self, index: int) -> bool:
+        return index >= 0
+
+    def select(self, indices: Sequence[int]) -> TarSource:
+        return replace(self, members=[self.members[index] for index in indices])
+
+
 def _blocks(*colours: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Four upright bars of 16 x 48 pixels: JPEG's blocks end where the bars do. Shape (48, 64, channels)."""
+    """Four vertical bars of 16 x 48 pixels, aligned with JPEG's blocks. Shape (48, 64, channels)."""
     return np.repeat(np.array([colours], dtype=np.uint8), 16, axis=1).repeat(48, axis=0)
 
 
 def draw_every_mode(folder: Path) -> dict[str, NDArray[np.uint8]]:
-    """Draw one 64 x 48 picture of each mode into `folder`; returns file name -> the RGB it stands for, by hand."""
+    """Draw one 64 x 48 image of each mode into `folder`; return file name -> expected RGB, computed by hand."""
     folder.mkdir(parents=True, exist_ok=True)
     expected: dict[str, NDArray[np.uint8]] = {}
 
@@ -84,7 +126,7 @@ def draw_every_mode(folder: Path) -> dict[str, NDArray[np.uint8]]:
     draw("rgb.webp", Image.fromarray(rgb), rgb, lossless=True)
     draw("rgb.bmp", Image.fromarray(rgb), rgb)
     rotated = Image.Exif()
-    rotated[0x0112] = 6  # orientation: to be turned by 90 degrees, which torchvision's loader does not do
+    rotated[0x0112] = 6  # orientation: rotate by 90 degrees, which torchvision's loader ignores
     draw("exif_rotated.jpg", Image.fromarray(rgb), rgb, quality=95, exif=rotated)
 
     ramp = np.tile(np.linspace(0, 65535, 64), (48, 1))
@@ -130,7 +172,7 @@ def draw_every_mode(folder: Path) -> dict[str, NDArray[np.uint8]]:
         quality=95,
     )
     # YCCK: Pillow writes CMYK only, inverted. So store (Y, Cb, Cr, K) = (55, 128, 128, 255) and declare the
-    # transform in Adobe's marker. It stands for cyan = magenta = yellow = 55, no black, in Adobe's inverted sense.
+    # transform in Adobe's marker. In Adobe's inverted scale this is cyan = magenta = yellow = 55, no black.
     ycck = folder / "ycck.jpg"
     Image.new("CMYK", (64, 48), (255 - 55, 255 - 128, 255 - 128, 0)).save(ycck)
     content = bytearray(ycck.read_bytes())

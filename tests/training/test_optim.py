@@ -83,7 +83,7 @@ def test_momentum_reaches_sgd(network: nn.Module) -> None:
 
 
 def test_an_unknown_optimiser_is_refused_with_the_nearest_ones(network: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"opt = adamww: timm has no such optimiser; nearest: .*adamw"):
+    with pytest.raises(ValueError, match=r"opt = adamww: timm has no such optimiser; did you mean .*adamw"):
         optimiser(network, opt="adamww")
 
 

@@ -255,7 +255,7 @@ def test_mixed_precision_accumulation_clipping_and_another_optimiser_work_togeth
         ),
         ({"data_path": "none"}, "data_path is not set"),
         ({"batch_size": 128}, "the training set has 80 images, fewer than the global batch of 128"),
-        ({"opt": "adamv"}, "opt = adamv: timm has no such optimiser; nearest: "),
+        ({"opt": "adamv"}, "opt = adamv: timm has no such optimiser; did you mean "),
         ({"warmup_steps": 21}, "warmup_steps = 21: longer than the run of 20 optimiser steps"),
         ({"finetune": "/nowhere.pth"}, "/nowhere.pth"),
     ],

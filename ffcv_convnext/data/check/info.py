@@ -1,4 +1,4 @@
-"""What .beton files hold, as a page or an object. Nothing is decoded; of the images only some headers are read."""
+"""Contents of .beton files, as text or JSON. Nothing is decoded; only the headers of some images are read."""
 
 from __future__ import annotations
 
@@ -11,31 +11,36 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_convnext.data.beton import JPG, RAW, Manifest, SkippedFile, tables_digest
+from ffcv_convnext.data.beton import CONVERT_AGAIN, JPG, RAW, Manifest, SkippedFile, tables_digest
 from ffcv_convnext.data.beton.tables import Tables, find_betons, read_tables, shown
+from ffcv_convnext.data.check.manifests import read_manifest
 from ffcv_convnext.data.codec.crop import HEIGHT, INTERVAL, MCU_HEIGHT, MCU_WIDTH, NUM_COMPONENTS, WIDTH, read_layout
-from ffcv_convnext.formatting import format_bytes
+from ffcv_convnext.formatting import format_bytes, format_count
 
-NUM_HEADERS = 1000  # images, evenly spread over the file, whose headers are looked at
-_HEADER_BYTES = 1 << 16  # enough for any header but one with a large thumbnail or colour profile in it
+NUM_HEADERS = 1000  # images, evenly spread over the file, whose headers are read
+_HEADER_BYTES = 1 << 16  # enough for a header without a large thumbnail or colour profile
 _NUM_BINS = 10  # of the histogram, at most
 _BAR = 40  # characters
-_NUM_SKIPPED = 5  # skipped files on the page; the JSON has all
+_NUM_SKIPPED = 5  # skipped files in the text; the JSON has all
+_FROM_MANIFEST = (
+    *("max_resolution", "jpeg_quality", "num_originals", "shuffled", "subset", "seed"),
+    *("source", "ffcv_version", "package_version"),
+)
 _SUBSAMPLING = {(8, 8): "4:4:4", (8, 16): "4:2:2", (16, 16): "4:2:0", (16, 8): "4:4:0", (8, 32): "4:1:1"}  # MCU h, w
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Some numbers in short."""
+    """Statistics of some numbers."""
 
-    least: int
+    min: int
     median: float
     mean: float
-    most: int
+    max: int
 
     @classmethod
     def of(cls, values: NDArray[np.int64]) -> Spread:
-        """values: at least one."""
+        """Compute them. values: at least one."""
         return cls(int(values.min()), float(np.median(values)), float(values.mean()), int(values.max()))
 
 
@@ -43,32 +48,32 @@ class Spread:
 class Bin:
     """A bar of the histogram."""
 
-    least: int  # longest side, pixels
-    most: int  # inclusive
+    min: int  # longest side, pixels
+    max: int  # inclusive
     num_samples: int
 
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """What the headers of some stored JPEGs say. The counts add up to `num_read`."""
+    """Properties of some stored JPEGs, read from their headers. The counts add up to `num_read`."""
 
     num_read: int
     chroma_subsampling: dict[str, int]  # 4:2:0 etc., grayscale, other -> images
     restart_interval: dict[int, int]  # MCUs between markers (0: none) -> images
-    num_cuttable: int  # images of which the loader decodes the crop only
+    num_cuttable: int  # images of which the loader decodes only the crop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitInfo:
-    """What one .beton holds. What only the manifest knows is None, or empty, without one."""
+    """Contents of one .beton. Without a manifest, fields that come from it are None or empty."""
 
     path: str
     num_bytes: int
     num_samples: int
-    remarks: tuple[str, ...]  # what a user should know first: no manifest, a hash that differs
-    classes: tuple[str, ...]  # in index order; their indices where there is no manifest
+    remarks: tuple[str, ...]  # problems: no manifest, a hash that differs
+    classes: tuple[str, ...]  # in index order; without a manifest the labels
     class_counts: tuple[int, ...]  # images of each
-    image_bytes: Spread | None  # of a stored image; none: no sample could be located
+    image_bytes: Spread | None  # of a stored image; None: no sample could be located
     width: Spread  # pixels
     height: Spread
     longest_side: tuple[Bin, ...]
@@ -76,8 +81,8 @@ class SplitInfo:
     headers: Headers
     max_resolution: int | None
     jpeg_quality: int | str | None
-    num_originals: int | None  # pictures with the coefficients of their files
-    shuffled: bool | None  # stored in a random order, not class by class
+    num_originals: int | None  # images with the coefficients of their files
+    shuffled: bool | None  # stored in random order, not class by class
     subset: int | None
     seed: int | None
     skipped: tuple[SkippedFile, ...]
@@ -85,27 +90,28 @@ class SplitInfo:
     ffcv_version: str | None
     package_version: str | None
     has_manifest: bool
-    sha256: str  # of the tables, as found
+    sha256: str  # of the tables, computed from the file
 
     def format(self) -> str:
-        """A page of some 30 lines, at most 120 characters wide where names allow it."""
+        """Return text of about 30 lines, at most 120 characters wide unless names are longer."""
         rows: list[tuple[str, str]] = [("note", remark) for remark in self.remarks]
         rows += self._class_rows()
         if self.image_bytes:
             s = self.image_bytes
-            parts = f"least {format_bytes(s.least)}, median {format_bytes(s.median)}, mean {format_bytes(s.mean)}, "
-            rows.append(("image bytes", parts + f"most {format_bytes(s.most)}"))
+            parts = f"min {format_bytes(s.min)}, median {format_bytes(s.median)}, mean {format_bytes(s.mean)}, "
+            rows.append(("image bytes", parts + f"max {format_bytes(s.max)}"))
         for name, s in (("width", self.width), ("height", self.height)):
-            rows.append((name, f"least {s.least:,}, median {s.median:,.0f}, most {s.most:,} pixels"))
+            rows.append((name, f"min {s.min:,}, median {s.median:,.0f}, max {s.max:,} pixels"))
         rows.append(("longest side", "pixels, images"))
         rows += [("", line) for line in self._histogram()]
         rows += self._encoding_rows()
         if self.has_manifest:
             rows += self._skipped_rows()
-            rows.append(("source", str(self.source) + self._draw()))
+            subset = f" (a subset of {self.subset:,} images, seed {self.seed})" if self.subset is not None else ""
+            rows.append(("source", f"{self.source}{subset}"))
             rows.append(("written by", f"ffcv_convnext {self.package_version}, ffcv {self.ffcv_version}"))
         rows.append(("sha256", f"{self.sha256} (of the tables)"))
-        title = f"{self.path}: {_count(self.num_samples, 'image')}, {format_bytes(self.num_bytes)}"
+        title = f"{self.path}: {format_count(self.num_samples, 'image')}, {format_bytes(self.num_bytes)}"
         return "\n".join([shown(title), "", *(shown(f"  {name:14}{text}".rstrip()) for name, text in rows)])
 
     def _class_rows(self) -> list[tuple[str, str]]:
@@ -129,11 +135,11 @@ class SplitInfo:
         return rows
 
     def _histogram(self) -> list[str]:
-        most = max(bar.num_samples for bar in self.longest_side)
-        labels = [f"{bar.least}" if bar.least == bar.most else f"{bar.least}-{bar.most}" for bar in self.longest_side]
-        width, digits = max(map(len, labels)), len(f"{most:,}")
+        highest = max(bar.num_samples for bar in self.longest_side)
+        labels = [f"{bar.min}" if bar.min == bar.max else f"{bar.min}-{bar.max}" for bar in self.longest_side]
+        width, digits = max(map(len, labels)), len(f"{highest:,}")
         return [
-            f"{label:>{width}}  {bar.num_samples:>{digits},}  {'#' * -(-_BAR * bar.num_samples // most)}"
+            f"{label:>{width}}  {bar.num_samples:>{digits},}  {'#' * -(-_BAR * bar.num_samples // highest)}"
             for label, bar in zip(labels, self.longest_side, strict=True)
         ]
 
@@ -141,8 +147,8 @@ class SplitInfo:
         kinds = {"jpg": "JPEG", "raw": "raw pixels"}
         parts = [_shares({kinds.get(name, name): number for name, number in self.encodings.items()})]
         if self.has_manifest:
-            limit = f"at most {self.max_resolution} pixels" if self.max_resolution else "as in the source"
-            kept = f" ({_count(self.num_originals, 'image')} unchanged)" if self.num_originals else ""
+            limit = f"at most {self.max_resolution} pixels" if self.max_resolution else "of the source"
+            kept = f" ({format_count(self.num_originals, 'image')} unchanged)" if self.num_originals else ""
             parts += [f"quality {self.jpeg_quality}{kept}", f"longest side {limit}"]
         rows = [("encoding", ", ".join(parts))]
         if self.has_manifest:
@@ -155,9 +161,8 @@ class SplitInfo:
             rows.append(("chroma", _shares(headers.chroma_subsampling)))
             rows.append(("restart marks", _shares(named)))
             share = _percent(headers.num_cuttable, headers.num_read)
-            rows.append(
-                ("crops", f"{share} can be decoded alone (headers of {_count(headers.num_read, 'image')} read)")
-            )
+            images = format_count(headers.num_read, "image")
+            rows.append(("crops", f"{share} can be decoded without the rest of the image ({images} examined)"))
         return rows
 
     def _skipped_rows(self) -> list[tuple[str, str]]:
@@ -166,33 +171,32 @@ class SplitInfo:
         rows = [(file.path, file.reason) for file in self.skipped[:_NUM_SKIPPED]]
         more = len(self.skipped) - len(rows)
         return [
-            ("skipped", _count(len(self.skipped), "file")),
+            ("skipped", format_count(len(self.skipped), "file")),
             *(("", f"{path}: {reason}") for path, reason in rows),
             *([("", f"... and {more:,} more, listed in the manifest")] if more else []),
         ]
 
-    def _draw(self) -> str:
-        return f" (a subset of {self.subset:,} images, seed {self.seed})" if self.subset is not None else ""
-
 
 @dataclass(frozen=True, slots=True)
 class DataInfo:
-    """What the .beton files of a folder hold."""
+    """Contents of the .beton files of a folder."""
 
     splits: dict[str, SplitInfo]  # file name without .beton ->
 
     def format(self) -> str:
+        """Return text."""
         return "\n\n".join(split.format() for split in self.splits.values())
 
     def to_json(self) -> str:
+        """Return everything as JSON."""
         return json.dumps({name: asdict(split) for name, split in self.splits.items()}, indent=1)
 
 
 def describe_data(path: Path) -> DataInfo:
     """Describe a .beton file, or train.beton and val.beton of a folder, from tables, manifest and some headers.
 
-    About a second for ImageNet. A missing or differing manifest is a remark, since a file of stock FFCV has none.
-    Raises FileNotFoundError when there is no .beton, ValueError for one whose header or tables cannot be read.
+    Takes about a second for ImageNet. A missing or wrong manifest is only a remark: files of stock FFCV have none.
+    Raises FileNotFoundError if there is no .beton, ValueError if header or tables cannot be read.
     """
     return DataInfo({beton.stem: _describe(beton) for beton in find_betons(path) if beton.is_file()})
 
@@ -200,17 +204,14 @@ def describe_data(path: Path) -> DataInfo:
 def _describe(beton: Path) -> SplitInfo:
     tables = read_tables(beton)
     if not len(tables):
-        raise ValueError(f"{beton} holds no samples; write it anew with write_ffcv_dataset.py --overwrite")
-    manifest, remarks = None, []
-    try:
-        manifest = Manifest.for_beton(beton)
-        Manifest.check(beton)
-    except (ValueError, FileNotFoundError) as error:
-        remarks.append(str(error).removeprefix(str(beton)).lstrip(": "))
+        raise ValueError(f"{beton} has no samples; {CONVERT_AGAIN}")
+    manifest, remarks = read_manifest(beton)
     located = tables.in_pages
     if num_lost := int((~located).sum()):
-        remarks.append(f"the data of {_count(num_lost, 'sample')} cannot be located; see: ffcv-convnext verify")
+        remarks.append(f"the data of {format_count(num_lost, 'sample')} cannot be located; see: ffcv-convnext verify")
     classes, counts = _classes(tables, manifest, remarks)
+    encodings = {"jpg": int((tables.modes == JPG).sum()), "raw": int((tables.modes == RAW).sum())}
+    encodings["unknown"] = len(tables) - sum(encodings.values())
     return SplitInfo(
         path=str(beton),
         num_bytes=tables.num_bytes,
@@ -222,61 +223,47 @@ def _describe(beton: Path) -> SplitInfo:
         width=Spread.of(tables.widths),
         height=Spread.of(tables.heights),
         longest_side=tuple(_bins(np.maximum(tables.widths, tables.heights))),
-        encodings={
-            name: number
-            for name, number in (
-                ("jpg", int((tables.modes == JPG).sum())),
-                ("raw", int((tables.modes == RAW).sum())),
-                ("unknown", int(((tables.modes != JPG) & (tables.modes != RAW)).sum())),
-            )
-            if number
-        },
+        encodings={name: number for name, number in encodings.items() if number},
         headers=_read_headers(tables),
-        max_resolution=manifest.max_resolution if manifest else None,
-        jpeg_quality=manifest.jpeg_quality if manifest else None,
-        num_originals=manifest.num_originals if manifest else None,
-        shuffled=manifest.shuffled if manifest else None,
-        subset=manifest.subset if manifest else None,
-        seed=manifest.seed if manifest else None,
+        **{name: getattr(manifest, name, None) for name in _FROM_MANIFEST},
         skipped=manifest.skipped if manifest else (),
-        source=manifest.source if manifest else None,
-        ffcv_version=manifest.ffcv_version if manifest else None,
-        package_version=manifest.package_version if manifest else None,
         has_manifest=manifest is not None,
         sha256=tables_digest(beton),
     )
 
 
 def _classes(tables: Tables, manifest: Manifest | None, remarks: list[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Classes and how many images each has; without a manifest the labels that occur stand for the classes."""
+    """Return the classes and their numbers of images; without a manifest, the labels found are the classes."""
     if tables.labels is None:
-        remarks.append(f"has no field of labels, only {', '.join(tables.fields)}")
+        remarks.append(f"has no field for labels, only {', '.join(tables.fields)}")
         return (), ()
     if manifest is None:
         values, counts = np.unique(tables.labels, return_counts=True)
         return tuple(str(value) for value in values.tolist()), tuple(counts.tolist())
     valid = (tables.labels >= 0) & (tables.labels < len(manifest.classes))
     if num_wrong := int((~valid).sum()):
-        remarks.append(f"{_count(num_wrong, 'label')} outside the {len(manifest.classes)} classes of the manifest")
+        remarks.append(
+            f"{format_count(num_wrong, 'label')} outside the {len(manifest.classes)} classes of the manifest"
+        )
     counts = np.bincount(tables.labels[valid], minlength=len(manifest.classes))
     return manifest.classes, tuple(counts.tolist())
 
 
 def _bins(sides: NDArray[np.int64]) -> list[Bin]:
-    """Bars of one round width from the least to the most side. Where the most is a bar's first, it has its own."""
-    least, most = int(sides.min()), int(sides.max())
+    """Return bars of one round width from the shortest to the longest side."""
+    shortest, longest = int(sides.min()), int(sides.max())
     round_widths = (n * 10**power for power in range(5) for n in (1, 2, 5))
-    width = next(w for w in round_widths if most // w - least // w < _NUM_BINS)
-    first = least // width
+    width = next(w for w in round_widths if longest // w - shortest // w < _NUM_BINS)
+    first = shortest // width
     counts = np.bincount(sides // width - first)
     return [
-        Bin(max(least, (first + k) * width), min(most, (first + k + 1) * width - 1), int(number))
+        Bin(max(shortest, (first + k) * width), min(longest, (first + k + 1) * width - 1), int(number))
         for k, number in enumerate(counts)
     ]
 
 
 def _read_headers(tables: Tables) -> Headers:
-    """Look at up to NUM_HEADERS stored JPEGs, in the order of the file."""
+    """Read the headers of up to NUM_HEADERS stored JPEGs, in the order of the file."""
     jpegs = np.flatnonzero(tables.in_pages & (tables.modes == JPG))
     chosen = jpegs[np.linspace(0, len(jpegs) - 1, min(len(jpegs), NUM_HEADERS)).astype(np.int64)]
     chosen = chosen[np.argsort(tables.addresses[chosen])]
@@ -297,23 +284,19 @@ def _read_headers(tables: Tables) -> Headers:
             intervals[interval] += 1
             if can_be_cut and (layout[HEIGHT], layout[WIDTH]) == (tables.heights[sample], tables.widths[sample]):
                 mcus_a_row = -(-int(layout[WIDTH]) // int(layout[MCU_WIDTH]))
-                num_cuttable += mcus_a_row % interval == 0  # as cut_jpeg demands
+                num_cuttable += mcus_a_row % interval == 0  # required by cut_jpeg
     return Headers(len(chosen), dict(chroma.most_common()), dict(sorted(intervals.items())), num_cuttable)
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 def _percent(part: int, whole: int) -> str:
-    """'100 %' and '0 %' only where it is all or nothing."""
+    """Return '98.0 %'; '100 %' and '0 %' only if exact."""
     if part in (0, whole):
         return f"{100 * part // max(whole, 1)} %"
     return f"{min(max(100 * part / whole, 0.1), 99.9):.1f} %"
 
 
 def _shares(counts: dict[str, int]) -> str:
-    """'4:2:0' when there is nothing else, '4:2:0 (98.0 %), 4:4:4 (2.0 %)' otherwise."""
+    """Return '4:2:0 (98.0 %), 4:4:4 (2.0 %)', or '4:2:0' if it is the only one."""
     if len(counts) == 1:
         return next(iter(counts))
     whole = sum(counts.values())

@@ -1,7 +1,7 @@
-"""Damaged pages of a .beton made anew from the original files.
+"""Repair of damaged pages of a .beton from the original image files.
 
-A conversion is deterministic, so a page that is encoded again has the bytes it had. Its checksum in the manifest
-proves it before anything is written; a page that comes out different, since a library or a file has changed, is left.
+A conversion is deterministic, so encoding the images of a page again gives the same bytes. A page is written only if
+it matches the checksum in the manifest; if a library or a file has changed since, it does not match.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ import numpy as np
 from ffcv_convnext.data.beton import JPG, Manifest
 from ffcv_convnext.data.beton.tables import Tables, damaged_pages, find_betons, read_tables
 from ffcv_convnext.data.convert.encode import Encoding, ImageError, encode_content
+from ffcv_convnext.data.convert.source import ImageFolder, Source
 
 
 @dataclass(frozen=True, slots=True)
 class RepairedPage:
-    """What became of a damaged page."""
+    """The outcome for one damaged page."""
 
     beton: str
     page: int
-    reason: str | None  # why it could not be repaired; none: it is whole again
+    reason: str | None  # why it could not be repaired; None: it is repaired
 
     def format(self) -> str:
-        outcome = f"left as it is: {self.reason}" if self.reason else "repaired from the original files"
+        """Return one line of text."""
+        outcome = f"not repaired: {self.reason}" if self.reason else "repaired from the original files"
         return f"{self.beton}: page {self.page} {outcome}"
 
 
@@ -35,8 +37,8 @@ def repair_data(path: Path, num_workers: int) -> list[RepairedPage]:
     """Repair the damaged pages of a .beton file, or of train.beton and val.beton of a folder, in place.
 
     num_workers: threads that compare pages with their checksums.
-    Raises ValueError or FileNotFoundError for a file without a usable manifest, or whose tables are damaged too: then
-    nobody knows what its pages held.
+    Raises ValueError or FileNotFoundError for a file without a usable manifest or with damaged tables: the content of
+    its pages is then not known.
     """
     return [each for beton in find_betons(path) for each in _repair_file(beton, num_workers)]
 
@@ -47,22 +49,26 @@ def _repair_file(beton: Path, num_workers: int) -> list[RepairedPage]:
     damaged = damaged_pages(tables, manifest.page_crc32, num_workers)
     if not damaged:
         return []
-    files = manifest.original_files(beton)
-    repaired = []
     num_pages = len(manifest.page_crc32)
+    files = manifest.original_files(beton)
+    originals = None if files is None else ImageFolder(Path(manifest.source), manifest.classes, files, labels=[])
+    repaired = []
     with open(beton, "r+b", buffering=0) as file:
         for page in damaged:
-            content = _make_page(page, manifest, tables, files)
+            start, samples = tables.page_start(page, num_pages), tables.samples_in_page(page, num_pages)
+            content = _encode_page(start, samples.tolist(), manifest.page_crc32[page], manifest, tables, originals)
             if isinstance(content, bytes):
-                os.pwrite(file.fileno(), content, tables.page_start(page, num_pages))
+                os.pwrite(file.fileno(), content, start)
                 os.fsync(file.fileno())
             repaired.append(RepairedPage(str(beton), page, content if isinstance(content, str) else None))
     return repaired
 
 
-def _make_page(page: int, manifest: Manifest, tables: Tables, files: list[str] | None) -> bytes | str:
-    """The page's bytes, or the reason why they cannot be had."""
-    if files is None:
+def _encode_page(
+    start: int, samples: list[int], crc32: int, manifest: Manifest, tables: Tables, originals: Source | None
+) -> bytes | str:
+    """Return the bytes of the page at `start` with these samples, or the reason why the original files do not give them."""
+    if originals is None:
         return "the list of original files is missing or damaged"
     encoding = Encoding(
         max_resolution=manifest.max_resolution,
@@ -71,18 +77,16 @@ def _make_page(page: int, manifest: Manifest, tables: Tables, files: list[str] |
         max_bytes=tables.page_size,
     )
     content = np.zeros(tables.page_size, np.uint8)
-    num_pages = len(manifest.page_crc32)
-    begin, inside = tables.page_start(page, num_pages), tables.samples_in_page(page, num_pages)
-    for sample in inside.tolist():
-        original = Path(manifest.source) / files[sample]
+    for sample in samples:
+        original = originals.location / originals.name(sample)
         try:
-            image = encode_content(original.read_bytes(), encoding, compress=int(tables.modes[sample]) == JPG)
+            image = encode_content(originals.read(sample), encoding, compress=int(tables.modes[sample]) == JPG)
         except (OSError, ImageError) as error:
             return f"{original}: {getattr(error, 'strerror', None) or error}"
-        at, length = int(tables.addresses[sample]) - begin, int(tables.lengths[sample])
+        at, length = int(tables.addresses[sample]) - start, int(tables.lengths[sample])
         if len(image.data) != length:
-            return f"{original} is not what sample {sample} was made from, or was encoded by another version"
+            return f"{original} has changed since sample {sample} was made from it, or a library that encodes has"
         content[at : at + length] = np.frombuffer(image.data, np.uint8)
-    if zlib.crc32(content.tobytes()) != manifest.page_crc32[page]:
-        return f"made from its {len(inside)} files it comes out different: one has changed, or a library that encodes"
+    if zlib.crc32(content.tobytes()) != crc32:
+        return f"its {len(samples)} original files now give other bytes: one has changed, or a library that encodes"
     return content.tobytes()

@@ -1,13 +1,11 @@
-"""Whether .beton files are whole: manifest, tables, and every image decoded to its last pixel.
+"""Full check of .beton files: manifest, tables, checksums of pages, and a decode of each image.
 
-Training reads the tables' hash when it starts and the parts of images that its crops touch. This looks at everything,
-and does not stop at the first thing that is wrong. Data is read with `pread`, not through a memory map, where a bad
-sector of the disk would kill the process instead of being reported.
+Training checks only the hash of the tables when it starts, and decodes only crops. This check reads everything and
+does not stop at the first error. It uses `pread`: with a memory map, a bad sector of the disk would kill the process.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
@@ -21,8 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_convnext.data.beton import CONVERT_AGAIN as AGAIN
-from ffcv_convnext.data.beton import JPG, RAW, Manifest
+from ffcv_convnext.data.beton import CONVERT_AGAIN, JPG, RAW, Manifest
 from ffcv_convnext.data.beton.tables import (
     Tables,
     UnreadableTables,
@@ -31,13 +28,14 @@ from ffcv_convnext.data.beton.tables import (
     read_tables,
     shown,
 )
+from ffcv_convnext.data.check.manifests import read_manifest, read_original_files
 from ffcv_convnext.data.codec.crop import HEIGHT, WIDTH, read_layout
 from ffcv_convnext.data.codec.decode import NO_JPEG, OK, OUTSIDE_FILE, REASONS, UNKNOWN_MODE, addresses, decode_jpeg
 from ffcv_convnext.data.convert.progress import ProgressBar
-from ffcv_convnext.formatting import format_bytes
+from ffcv_convnext.formatting import format_bytes, format_count, markdown_table
 
-NUM_SHOWN = 20  # bad samples of a file on the page; the JSON has all
-_CHUNK = 32  # images a thread decodes before it looks for more work
+NUM_SHOWN = 20  # bad samples of a file in the text; the JSON has all
+_CHUNK = 32  # images per task of a thread
 _FIELDS = ("image", "label")
 
 Reasons = dict[int, list[str]]  # sample -> what is wrong with it
@@ -45,32 +43,33 @@ Reasons = dict[int, list[str]]  # sample -> what is wrong with it
 
 @dataclass(frozen=True, slots=True)
 class BadSample:
-    """A sample that cannot be trusted."""
+    """A damaged sample."""
 
-    sample: int  # its index
-    file: str | None  # the original, relative to the source folder; none: not known
+    sample: int
+    file: str | None  # the original, relative to the source folder; None: not known
     reason: str
 
 
 @dataclass(slots=True)
 class FileCheck:
-    """What was found in one .beton."""
+    """The result for one .beton."""
 
     path: str
     source: str | None = None  # folder of the original files
     num_bytes: int = 0
     num_samples: int = 0
-    num_decoded: int = 0  # of them, those whose data could be found
-    seconds: float = 0.0  # it took to read and decode them
-    problems: list[str] = field(default_factory=list)  # of the file as a whole
+    num_decoded: int = 0  # samples whose data could be located
+    seconds: float = 0.0  # to read and decode them
+    problems: list[str] = field(default_factory=list)  # of the whole file
     bad_samples: list[BadSample] = field(default_factory=list)
 
     @property
     def good(self) -> bool:
+        """Whether nothing is wrong."""
         return not self.problems and not self.bad_samples
 
     def format(self) -> str:
-        """Some lines of text, at most NUM_SHOWN of them about bad samples."""
+        """Return text with a table of at most NUM_SHOWN bad samples."""
         lines = [f"{shown(self.path)}: {self.num_samples:,} samples, {format_bytes(self.num_bytes)}"]
         lines += [f"  file     BAD: {shown(problem)}" for problem in self.problems]
         if not self.problems:
@@ -82,39 +81,34 @@ class FileCheck:
                 f"  samples  {found}: {self.num_decoded:,} decoded in {self.seconds:.1f} s, {rate:,.0f} images/s"
             )
         elif self.num_samples:
-            lines.append("  samples  BAD: none could be located, so none was decoded")
+            lines.append("  samples  BAD: no sample could be located, so none was decoded")
         if self.bad_samples:
             if self.source:
-                lines.append(f"  originals are below {shown(self.source)}")
-            lines += ["", *self._table()]
+                lines.append(f"  original files are in {shown(self.source)}")
+            rows = [(str(bad.sample), shown(bad.file or "unknown"), bad.reason) for bad in self.bad_samples[:NUM_SHOWN]]
+            lines += ["", markdown_table(("sample", "original file", "reason"), rows, "><<")]
+            if more := len(self.bad_samples) - len(rows):
+                lines.append(f"... and {more:,} more; --json FILE writes all of them")
         return "\n".join(lines)
-
-    def _table(self) -> list[str]:
-        rows = self.bad_samples[:NUM_SHOWN]
-        files = [shown(row.file or "unknown") for row in rows]
-        width = max(13, *map(len, files))
-        lines = [f"  {'sample':>9}  {'original file':{width}}  reason"]
-        lines += [f"  {row.sample:9}  {file:{width}}  {row.reason}" for row, file in zip(rows, files, strict=True)]
-        if more := len(self.bad_samples) - len(rows):
-            lines.append(f"  ... and {more:,} more; --json FILE writes all of them")
-        return lines
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was found in all of them."""
+    """The result for all files."""
 
     files: list[FileCheck]
 
     @property
     def good(self) -> bool:
+        """Whether all files are good."""
         return all(file.good for file in self.files)
 
     def format(self) -> str:
-        """A page that ends with one line of summary."""
+        """Return text whose last line is the summary."""
         return "\n\n".join([*(file.format() for file in self.files), self.summary()])
 
     def summary(self) -> str:
+        """Return one line: good or BAD, the numbers, the next action."""
         num_samples = sum(file.num_samples for file in self.files)
         names = " and ".join(Path(file.path).name for file in self.files)
         if self.good:
@@ -122,21 +116,22 @@ class Verification:
         num_bad = sum(len(file.bad_samples) for file in self.files)
         num_problems = sum(len(file.problems) for file in self.files)
         found = [f"{num_bad:,} of {num_samples:,} samples"] if num_bad else []
-        found += [f"{num_problems} problem{'s' * (num_problems > 1)} of whole files"] if num_problems else []
-        again = AGAIN.replace("it", "them", 1)
-        return f"BAD: {names}, {' and '.join(found)}; copy them again from where they are good, or {again}"
+        found += [f"{format_count(num_problems, 'problem')} of whole files"] if num_problems else []
+        again = CONVERT_AGAIN.replace("it", "them", 1)
+        return f"BAD: {names}, {' and '.join(found)}; copy them again from a good copy, or {again}"
 
     def to_json(self) -> str:
+        """Return everything as JSON."""
         files = [{"good": file.good, **asdict(file)} for file in self.files]
         return json.dumps({"good": self.good, "files": files}, indent=1)
 
 
 def verify_data(path: Path, num_workers: int | None = None) -> Verification:
-    """Check a .beton file, or train.beton and val.beton of a folder, and decode every image in full.
+    """Check a .beton file, or train.beton and val.beton of a folder, and decode each image in full.
 
-    num_workers: threads that decode; none: one a core.
-    Progress goes to stderr. What is wrong with the files is in the result; FileNotFoundError when there are none,
-    ValueError for num_workers < 1.
+    num_workers: threads that decode; None: one per core.
+    Progress goes to stderr. Damage is in the result. Raises FileNotFoundError if there are no files, ValueError for
+    num_workers < 1.
     """
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0))
@@ -150,24 +145,27 @@ def verify_data(path: Path, num_workers: int | None = None) -> Verification:
             classes[beton.name] = manifest.classes
     if len(set(classes.values())) > 1:
         files[-1].problems.append(
-            f"its class list differs from {next(iter(classes))}'s, so labels mean different things; convert both with "
-            "write_ffcv_dataset.py --split all --overwrite"
+            f"its class list differs from that of {next(iter(classes))}, so its labels have other meanings; convert "
+            "both with write_ffcv_dataset.py --split all --overwrite"
         )
     return Verification(files)
 
 
 def _verify_file(beton: Path, num_workers: int) -> tuple[FileCheck, Manifest | None]:
     check = FileCheck(str(beton))
-    manifest = _check_manifest(beton, check.problems)
+    manifest, check.problems = read_manifest(beton)
     if not beton.is_file():
         return check, manifest
     check.num_bytes = beton.stat().st_size
-    check.source = manifest.source if manifest else None
-    files = _original_files(beton, manifest, check.problems) if manifest else []
+    files: list[str] = []
+    if manifest:
+        check.source = manifest.source
+        files, problems = read_original_files(beton, manifest)
+        check.problems += problems
     try:
         tables = read_tables(beton)
     except UnreadableTables as error:
-        check.problems.append(_without_path(error, beton))
+        check.problems.append(str(error).removeprefix(str(beton)).lstrip(": "))
         return check, manifest
     check.num_samples = len(tables)
     check.problems += _table_problems(tables, manifest)
@@ -184,81 +182,44 @@ def _verify_file(beton: Path, num_workers: int) -> tuple[FileCheck, Manifest | N
     return check, manifest
 
 
-def _check_manifest(beton: Path, problems: list[str]) -> Manifest | None:
-    """The manifest where one can be read, whether or not the .beton is what it describes."""
-    manifest = None
-    try:
-        manifest = Manifest.for_beton(beton)
-        Manifest.check(beton)
-    except (ValueError, FileNotFoundError) as error:
-        problems.append(_without_path(error, beton))
-    return manifest
-
-
-def _without_path(error: Exception, beton: Path) -> str:
-    return str(error).removeprefix(str(beton)).lstrip(": ")
-
-
-def _original_files(beton: Path, manifest: Manifest, problems: list[str]) -> list[str]:
-    """The original file of every sample; empty when the list is not the one of the manifest."""
-    path = Manifest.files_path_for(beton)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        problems.append(f"the list of original files {path.name} cannot be read: {error.strerror}; copy it again")
-        return []
-    if hashlib.sha256(content).hexdigest() != manifest.files_sha256:
-        problems.append(
-            f"the list of original files {path.name} differs from the manifest's hash: damaged, or of another "
-            "conversion; copy it again"
-        )
-        return []
-    files = [os.fsdecode(line) for line in content.split(b"\n")[:-1]]
-    if len(files) != manifest.num_samples:
-        problems.append(
-            f"the list of original files {path.name} has {len(files)} lines where the manifest states "
-            f"{manifest.num_samples} samples; {AGAIN}"
-        )
-        return []
-    return files
-
-
 def _table_problems(tables: Tables, manifest: Manifest | None) -> list[str]:
     problems = []
     if tables.fields != _FIELDS:
-        problems.append(f"has the fields {', '.join(tables.fields)}: training expects {', '.join(_FIELDS)}; {AGAIN}")
+        problems.append(
+            f"has the fields {', '.join(tables.fields)}: training expects {', '.join(_FIELDS)}; {CONVERT_AGAIN}"
+        )
     if manifest and len(tables) != manifest.num_samples:
-        problems.append(f"holds {len(tables)} samples where its manifest states {manifest.num_samples}; {AGAIN}")
+        problems.append(f"has {len(tables)} samples, but its manifest states {manifest.num_samples}; {CONVERT_AGAIN}")
     if tables.num_allocations < len(tables):
         problems.append(
-            f"its allocation table has {tables.num_allocations} entries for {len(tables)} samples: cut off; "
-            f"copy it again, or {AGAIN}"
+            f"its allocation table has {tables.num_allocations} entries for {len(tables)} samples: truncated; "
+            f"copy it again, or {CONVERT_AGAIN}"
         )
     return problems
 
 
 def _page_problems(tables: Tables, manifest: Manifest, num_workers: int) -> list[str]:
-    """Every byte of the pages against the conversion's checksums: a flipped bit need not disturb a decoder."""
+    """Compare the pages with the checksums of the manifest: decoders do not notice every flipped bit."""
     problems = []
     num_pages = len(manifest.page_crc32)
     if tables.pages_end - tables.pages_start < num_pages * tables.page_size:
-        return [f"has no room for the {num_pages} pages that its manifest states; copy it again, or {AGAIN}"]
+        return [f"is too small for the {num_pages} pages that its manifest states; copy it again, or {CONVERT_AGAIN}"]
     for page in damaged_pages(tables, manifest.page_crc32, num_workers):
         inside = tables.samples_in_page(page, num_pages)
         samples = f" (samples {inside.min()} to {inside.max()})" if len(inside) else ""
-        problems.append(f"page {page}{samples} differs from its checksum: damaged; copy it again, or {AGAIN}")
+        problems.append(f"page {page}{samples} differs from its checksum: damaged; copy it again, or {CONVERT_AGAIN}")
     return problems
 
 
 def _check_rows(tables: Tables, manifest: Manifest | None, reasons: Reasons) -> None:
-    """Every row of the sample table, without a loop over the good ones."""
+    """Check each row of the sample table; only bad rows cost a Python loop."""
 
     def bad(where: NDArray[np.bool_], reason: Callable[[int], str]) -> None:
         for sample in np.flatnonzero(where).tolist():
             reasons[sample].append(reason(sample))
 
     widths, heights, labels, modes = tables.widths, tables.heights, tables.labels, tables.modes
-    bad((widths == 0) | (heights == 0), lambda i: f"the sample table says {widths[i]} x {heights[i]} pixels")
+    bad((widths == 0) | (heights == 0), lambda i: f"the sample table states {widths[i]} x {heights[i]} pixels")
     bad((modes != JPG) & (modes != RAW), lambda _: REASONS[UNKNOWN_MODE])
     if labels is not None:
         num_classes = len(manifest.classes) if manifest else 1 << 62
@@ -267,30 +228,28 @@ def _check_rows(tables: Tables, manifest: Manifest | None, reasons: Reasons) -> 
             lambda i: f"its label {labels[i]} is not among the {f'{num_classes} ' if manifest else ''}classes",
         )
     known = tables.lengths >= 0
-    bad(~known, lambda _: "the allocation table does not know its address")
+    bad(~known, lambda _: "its address is not in the allocation table")
     bad(
         known & ~tables.in_pages,
-        lambda i: (
-            f"its data ({tables.lengths[i]} bytes from {tables.addresses[i]} on) does not lie in a page of the file"
-        ),
+        lambda i: f"its data ({tables.lengths[i]} bytes at {tables.addresses[i]}) is not inside a page of the file",
     )
     bad(
         known & (tables.owners != np.arange(len(tables))),
-        lambda i: f"the allocation table gives its data to sample {tables.owners[i]}",
+        lambda i: f"the allocation table assigns its data to sample {tables.owners[i]}",
     )
-    located = np.flatnonzero(tables.in_pages & (tables.owners == np.arange(len(tables))))  # the others are bad already
+    located = np.flatnonzero(tables.in_pages & (tables.owners == np.arange(len(tables))))  # the others are already bad
     if not len(located):
         return
     order = located[np.argsort(tables.addresses[located], kind="stable")]
     ends = tables.addresses[order] + tables.lengths[order]
-    furthest = np.maximum.accumulate(ends)  # up to each sample, where data before it ends
+    furthest = np.maximum.accumulate(ends)  # end of all data up to each sample
     whose = np.maximum.accumulate(np.where(ends == furthest, np.arange(len(order)), 0))
     for k in (np.flatnonzero(tables.addresses[order[1:]] < furthest[:-1]) + 1).tolist():
         reasons[int(order[k])].append(f"its data overlaps that of sample {order[whose[k - 1]]}")
 
 
 def _decode_all(tables: Tables, num_workers: int, reasons: Reasons) -> int:
-    """Decode every sample whose data can be found, in the order of the file; returns how many there were."""
+    """Decode each sample whose data is located, in the order of the file; return their number."""
     usable = tables.in_pages & (tables.widths > 0) & (tables.heights > 0)
     usable &= (tables.modes == JPG) | (tables.modes == RAW)
     samples = np.flatnonzero(usable)
@@ -312,16 +271,16 @@ def _decode_all(tables: Tables, num_workers: int, reasons: Reasons) -> int:
 
 
 class _Decoder:
-    """Says what is wrong with stored images; any number of threads may call it."""
+    """Find what is wrong with stored images; thread-safe."""
 
     def __init__(self, tables: Tables, descriptor: int) -> None:
         self.tables = tables
         self.descriptor = descriptor
         self.functions = addresses()
-        self.own = threading.local()  # a thread's buffers, as large as it has needed so far
+        self.own = threading.local()  # each thread's buffers, which grow as needed
 
     def __call__(self, samples: list[int]) -> list[str]:
-        """For each sample the reason why it is bad, or nothing."""
+        """Return for each sample the reason why it is bad, or ''."""
         return [self._reason(sample) for sample in samples]
 
     def _buffer(self, name: str, size: int) -> NDArray[np.uint8]:
@@ -346,11 +305,11 @@ class _Decoder:
         if table.modes[sample] == RAW:
             if data.size == height * width * 3:
                 return ""
-            return f"{data.size} bytes of raw pixels, where the sample table says {width} x {height} pixels"
+            return f"{data.size} bytes of raw pixels, but the sample table states {width} x {height} pixels"
         layout = np.zeros(8, np.int64)
         read_layout(data, layout)
-        if layout[HEIGHT] and (layout[HEIGHT], layout[WIDTH]) != (height, width):  # before making room for the pixels
-            return f"its JPEG has {layout[WIDTH]} x {layout[HEIGHT]} pixels, the sample table says {width} x {height}"
+        if layout[HEIGHT] and (layout[HEIGHT], layout[WIDTH]) != (height, width):  # before the buffer is allocated
+            return f"its JPEG has {layout[WIDTH]} x {layout[HEIGHT]} pixels, the sample table states {width} x {height}"
         if data[:2].tobytes() != b"\xff\xd8":
             return REASONS[NO_JPEG]
         status = int(decode_jpeg(data, height, width, self._buffer("pixels", height * width * 3), self.functions))

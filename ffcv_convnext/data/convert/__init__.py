@@ -1,6 +1,8 @@
-"""Any source of images -> .beton. Imports neither torch nor ffcv until work begins."""
+"""Any source of images -> .beton. Imports neither torch nor ffcv until it starts to write."""
 
-from ffcv_convnext.data.convert.conversion import ConversionOptions, convert, ending_like_ctrl_c
-from ffcv_convnext.data.convert.shards import join_parts
+from ffcv_convnext.data.convert.conversion import convert
+from ffcv_convnext.data.convert.options import ConversionOptions
+from ffcv_convnext.data.convert.shards import join_shards
+from ffcv_convnext.data.convert.source import ImageFolder, Source
 
-__all__ = ["ConversionOptions", "convert", "ending_like_ctrl_c", "join_parts"]
+__all__ = ["ConversionOptions", "ImageFolder", "Source", "convert", "join_shards"]

@@ -1,4 +1,4 @@
-"""Where a conversion keeps what is not finished: a hidden, locked folder with a journal, from which it can go on."""
+"""The unfinished part of a conversion: a hidden, locked folder with a journal, from which --resume continues."""
 
 from __future__ import annotations
 
@@ -15,120 +15,116 @@ from ffcv_convnext.data.beton import Page
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a conversion was when a page was written."""
+class JournalEntry:
+    """The state of a conversion after one page was written."""
 
     page: Page
-    num_files: int  # settled since the start: stored, or skipped
-    num_originals: int  # of the page: pictures with the coefficients of their files
-    skipped: list[tuple[str, str]]  # since the page before: path, reason
+    num_done: int  # images since the start that are stored or skipped
+    num_originals: int  # images since the start that kept the coefficients of their files
+    skipped: list[tuple[str, str]]  # since the previous page: name, reason
 
     def to_line(self) -> str:
-        """A line of JSON."""
-        return json.dumps([self.page.crc32, self.page.rows, self.num_files, self.num_originals, self.skipped]) + "\n"
+        """Return a line of JSON."""
+        return json.dumps([self.page.crc32, self.page.rows, self.num_done, self.num_originals, self.skipped]) + "\n"
 
     @classmethod
-    def from_line(cls, line: bytes) -> Progress:
-        """Raises ValueError for a line that was cut off."""
-        crc32, rows, num_files, num_originals, skipped = json.loads(line)
+    def from_line(cls, line: bytes) -> JournalEntry:
+        """Parse a line. Raises ValueError if it is incomplete."""
+        crc32, rows, num_done, num_originals, skipped = json.loads(line)
         page = Page(crc32, [tuple(row) for row in rows])
-        return cls(page, num_files, num_originals, [(path, reason) for path, reason in skipped])
+        return cls(page, num_done, num_originals, [(name, reason) for name, reason in skipped])
 
 
-class Workplace:
-    """The folder of one unfinished .beton, held under a lock (see `workplace`).
+class Journal:
+    """The folder `out_dir/.<stem>.unfinished` of one unfinished .beton; see `open_journal` for its lock.
 
-    The journal is a line that says what is being written, then a line for each page that is on the disk. A line is
-    appended after its page is written, so one that was cut off anywhere tells of whole pages only.
+    The first line of pages.jsonl is the identity of the .beton, each further line one page on disk. A line is added
+    after its page is written, so the journal lists complete pages only, wherever it is cut off.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder = folder
-        self.beton = folder / f"{name}.beton"
-        self.journal = folder / "pages.jsonl"
+    def __init__(self, out_dir: Path, stem: str) -> None:
+        self.folder = out_dir / f".{stem}.unfinished"
+        self.beton = self.folder / f"{stem}.beton"
+        self.path = self.folder / "pages.jsonl"
 
-    def read(self, identity: str) -> list[Progress] | None:
-        """What an earlier attempt at the same left here, page by page; None when that was something else."""
+    def read(self, identity: str) -> list[JournalEntry] | None:
+        """Return the entries of an earlier attempt, or None if there is none for this identity."""
         try:
-            first, *lines = self.journal.read_bytes().split(b"\n")
+            first, *lines = self.path.read_bytes().split(b"\n")
             if json.loads(first) != identity:
                 return None
         except (OSError, ValueError):
             return None
-        found: list[Progress] = []
+        entries: list[JournalEntry] = []
         for line in lines:
             try:
-                found.append(Progress.from_line(line))
-            except ValueError:  # cut off, or the nothing behind the last line
+                entries.append(JournalEntry.from_line(line))
+            except ValueError:  # cut off, or empty after the last line
                 break
-        return found
+        return entries
 
-    def begin(self, identity: str, kept: Sequence[Progress] = ()) -> None:
-        """Start the journal anew, with what is kept of an earlier attempt; when that is nothing, its files go."""
+    def begin(self, identity: str, kept: Sequence[JournalEntry] = ()) -> None:
+        """Start a new journal with the entries to keep; without any, remove all files of the earlier attempt."""
         if not kept:
             for path in self.folder.iterdir():
                 path.unlink()
-        fresh = self.folder / "pages.new"
-        fresh.write_text("".join([json.dumps(identity) + "\n", *(entry.to_line() for entry in kept)]))
-        fresh.replace(self.journal)
+        new = self.folder / "pages.new"
+        new.write_text("".join([json.dumps(identity) + "\n", *(entry.to_line() for entry in kept)]))
+        new.replace(self.path)
 
-    def append(self, entry: Progress) -> None:
-        with open(self.journal, "a") as file:
+    def append(self, entry: JournalEntry) -> None:
+        """Add an entry."""
+        with open(self.path, "a") as file:
             file.write(entry.to_line())
 
     @property
     def num_pages(self) -> int:
-        """Pages that another attempt can keep."""
+        """Pages from which another attempt can continue."""
         with suppress(OSError):
-            return max(self.journal.read_bytes().count(b"\n") - 1, 0)
+            return max(self.path.read_bytes().count(b"\n") - 1, 0)
         return 0
 
 
 @contextmanager
-def workplace(out_dir: Path, name: str) -> Iterator[Workplace]:
-    """Enter `out_dir/.<name>.unfinished`; it stays after a failure that left whole pages, and is removed otherwise.
+def open_journal(out_dir: Path, stem: str) -> Iterator[Journal]:
+    """Create and lock the folder of a journal. It stays if the body fails after whole pages, else it is removed.
 
-    A lock on it, which the kernel drops with the process, tells a conversion that runs from one that was killed.
-    Raises ValueError when another conversion runs there, PermissionError when the folder cannot be written.
+    The lock ends with the process, so a killed conversion does not block the next one.
+    Raises ValueError if another conversion holds the lock, PermissionError if the folder cannot be written.
     """
-    folder = out_dir / f".{name}.unfinished"
+    journal = Journal(out_dir, stem)
     try:
-        descriptor = _open_locked(folder)
+        descriptor = _open_locked(journal.folder)
     except BlockingIOError:
-        raise ValueError(f"another conversion is writing {out_dir / name}.beton ({folder} is locked)") from None
+        raise ValueError(
+            f"another conversion is writing {out_dir / stem}.beton ({journal.folder} is locked); wait for it to end"
+        ) from None
     except OSError as error:
         raise PermissionError(f"out_dir = {out_dir} cannot be written: {error.strerror}; choose another") from None
-    place = Workplace(folder, name)
     finished = False
     try:
-        yield place
+        yield journal
         finished = True
     finally:
-        if finished or not place.num_pages:
-            shutil.rmtree(folder, ignore_errors=True)
+        if finished or not journal.num_pages:
+            shutil.rmtree(journal.folder, ignore_errors=True)
         os.close(descriptor)
 
 
 def _open_locked(folder: Path) -> int:
-    """Make the folder, if need be, and hold its lock. Raises BlockingIOError when another process does."""
+    """Create the folder if needed and lock it. Raises BlockingIOError if another process holds the lock."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            with suppress(FileNotFoundError):
-                _lock(descriptor)
-                if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
-                    return descriptor
-            os.close(descriptor)  # its last owner removed it between our two steps
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:  # a file system without locks: continue without one
+                if isinstance(error, BlockingIOError):
+                    raise
+            if folder.exists() and os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                return descriptor
+            os.close(descriptor)  # its last owner removed the folder before we locked it
         except BaseException:
             os.close(descriptor)
             raise
-
-
-def _lock(descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:  # a file system without locks: what runs and what was killed look alike
-        pass

@@ -1,31 +1,26 @@
-"""How far a long pass over images is, on stderr."""
+"""Progress of a long pass over images, on stderr."""
 
 from __future__ import annotations
 
+import io
+import math
 import sys
 import time
 
 from tqdm import tqdm
 
-PLAIN_SECONDS = 10.0  # between lines where there is no terminal
+PLAIN_SECONDS = 10.0  # between lines if stderr is not a terminal
 
 
 class ProgressBar:
-    """A bar on a terminal, elsewhere a line on stderr every ten seconds; both with images/s and time left."""
+    """A bar on a terminal, else a line every ten seconds; both with images/s and time left."""
 
     def __init__(self, total: int, name: str, done: int = 0) -> None:
-        self.bar = tqdm(
-            total=total,
-            initial=done,
-            desc=name,
-            unit=" images",
-            smoothing=0.05,
-            file=sys.stderr,
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
-        )
-        self.name, self.total, self.initial, self.done = name, total, done, done
-        self.started = self.said = time.monotonic()
+        self.is_terminal = sys.stderr.isatty()
+        plain = {"file": io.StringIO(), "mininterval": math.inf, "ncols": 0, "smoothing": 0}
+        how = {"file": sys.stderr, "dynamic_ncols": True, "smoothing": 0.05} if self.is_terminal else plain
+        self.bar = tqdm(total=total, initial=done, desc=name, unit=" images", **how)
+        self.last_line = time.monotonic()
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -34,19 +29,9 @@ class ProgressBar:
         self.bar.close()
 
     def add(self, number: int) -> None:
-        self.done += number
+        """Count `number` more images as done."""
         self.bar.update(number)
-        now = time.monotonic()
-        if self.bar.disable and now - self.said >= PLAIN_SECONDS:
-            self.said = now
-            text = tqdm.format_meter(
-                self.done,
-                self.total,
-                now - self.started,
-                initial=self.initial,
-                prefix=self.name,
-                unit=" images",
-                ncols=0,
-            )
-            sys.stderr.write(text.strip() + "\n")
+        if not self.is_terminal and time.monotonic() - self.last_line >= PLAIN_SECONDS:
+            self.last_line = time.monotonic()
+            sys.stderr.write(f"{str(self.bar).strip()}\n")
             sys.stderr.flush()

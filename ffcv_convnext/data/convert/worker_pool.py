@@ -1,11 +1,13 @@
-"""Supervised worker processes: a list of tasks in, their answers out in the same order, never a hang.
+"""Supervised worker processes: results in the order of their tasks; a dead worker is an error, never a hang.
 
-`multiprocessing.Pool` waits for ever for the task of a worker that was killed. Here each worker has a socket of
-its own: the kernel closes it when the worker dies, which wakes the parent, and when the parent dies, which ends
-the worker. Workers share nothing else, so there is nothing to leak.
+Why not `concurrent.futures.ProcessPoolExecutor` with a parent-death signal? Tried with Python 3.11: BrokenProcessPool
+does not name the task of a killed worker, and every unfinished future has it. After Ctrl-C, leaving the pool waits for
+running tasks; with a read that blocks it had not ended after 8 s. spawn and forkserver import the main script again in
+each worker. Under forkserver the signal comes from the server's death: workers stayed after the parent was killed.
 
-They are fresh interpreters: forking a process with threads (OpenBLAS, tqdm, numba) is unsafe, and the other start
-methods of `multiprocessing` import the caller's main script again, which may take seconds in each worker.
+Here each worker has its own socket. The kernel closes it when the worker dies, which wakes the parent, and when the
+parent dies, which ends the worker. Workers share nothing else. They are new interpreters, because forking a process
+with threads (OpenBLAS, tqdm, numba) is unsafe.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ from typing import Any, Generic, NoReturn, TypeVar
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
 
-CHUNKS_AHEAD = 4  # a worker: answers that may wait for an older one, which bounds the parent's memory
+TASKS_AHEAD = 4  # per worker, beyond the oldest unfinished task: bounds the results in the parent's memory
 END_SECONDS = 5.0
 
 
 class WorkerDied(RuntimeError):
-    """A worker ended in the middle of `task`: killed for memory, or crashed inside a library."""
+    """A worker ended during `task`: killed when memory ran out, or crashed inside a library."""
 
     def __init__(self, task: Any, how: str) -> None:
         super().__init__(how)
@@ -41,11 +43,11 @@ class WorkerDied(RuntimeError):
 
 
 class Workers(Generic[Task, Answer]):
-    """Processes that apply `function` to every task. Iterate inside `with`; leaving it ends them.
+    """Processes that apply `function` to each task. Iterate inside `with`; leaving the block ends them.
 
     function: picklable, so importable by name; each worker imports its module.
-    A first batch of tasks is under way when `with` is entered. Raises WorkerDied, or RuntimeError with the
-    worker's traceback when `function` raised.
+    Workers start with the first tasks when `with` is entered. Raises WorkerDied, or RuntimeError with the worker's
+    traceback if `function` raises.
     """
 
     def __init__(self, function: Callable[[Task], Answer], tasks: Sequence[Task], num_workers: int) -> None:
@@ -53,7 +55,7 @@ class Workers(Generic[Task, Answer]):
         self.tasks = tasks
         self.num_workers = min(num_workers, len(tasks))
         self.processes: dict[Connection, subprocess.Popen[bytes]] = {}
-        self.busy: dict[Connection, int] = {}  # the number of the task in work
+        self.busy: dict[Connection, int] = {}  # index of the current task
         self.idle: list[Connection] = []
         self.next_task = 0
 
@@ -78,7 +80,7 @@ class Workers(Generic[Task, Answer]):
                 [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                process_group=0,  # a terminal's Ctrl-C reaches the parent only, which decides what ends
+                process_group=0,  # a terminal sends Ctrl-C to the parent only, which ends the workers
             )
         connection = Connection(ours.detach())
         self.processes[connection] = process
@@ -99,8 +101,8 @@ class Workers(Generic[Task, Answer]):
             yield finished.pop(number)
 
     def _assign(self, oldest: int) -> None:
-        """Give idle workers a task each, one only: so a worker is always listening when we send."""
-        limit = min(len(self.tasks), oldest + CHUNKS_AHEAD * self.num_workers)
+        """Give each idle worker one task, so a worker is always receiving when we send."""
+        limit = min(len(self.tasks), oldest + TASKS_AHEAD * self.num_workers)
         while self.idle and self.next_task < limit:
             connection = self.idle.pop()
             self.busy[connection] = self.next_task
@@ -108,41 +110,41 @@ class Workers(Generic[Task, Answer]):
             try:
                 connection.send(self.tasks[self.busy[connection]])
             except OSError:
-                self._mourn(connection)
+                self._raise_died(connection)
 
     def _collect(self, connection: Connection, finished: dict[int, Answer]) -> None:
         try:
             answer, trace = connection.recv()
         except (EOFError, OSError):
-            self._mourn(connection)
+            self._raise_died(connection)
         if trace is not None:
             raise RuntimeError(f"a worker process failed:\n{trace}")
         finished[self.busy.pop(connection)] = answer
         self.idle.append(connection)
 
-    def _mourn(self, connection: Connection) -> NoReturn:
+    def _raise_died(self, connection: Connection) -> NoReturn:
         code = self.processes[connection].wait(END_SECONDS)
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         raise WorkerDied(self.tasks[self.busy[connection]], how) from None
 
     def _end(self, *, at_once: bool = True) -> None:
-        """End every process. They hold nothing that needs saving, so SIGKILL is safe."""
+        """End all processes. They have nothing to save, so SIGKILL is safe."""
         for connection in self.processes:
-            connection.close()  # an idle worker leaves by itself
+            connection.close()  # an idle worker exits by itself
         for process in self.processes.values():
             if not at_once:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(END_SECONDS)
             process.kill()
         for process in self.processes.values():
-            with suppress(subprocess.TimeoutExpired):  # stuck in the kernel, e.g. on a network disk
+            with suppress(subprocess.TimeoutExpired):  # blocked in the kernel, e.g. on a network disk
                 process.wait(END_SECONDS)
         self.processes.clear()
 
 
 def serve(descriptor: int, parent: int) -> None:
-    """A worker's life: a function arrives, then tasks, answered until the parent closes its end or is gone."""
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    """Run in a worker: receive a function, then tasks, and send results until the parent closes its end or dies."""
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     connection = Connection(descriptor)
     with suppress(EOFError, OSError):
         function = connection.recv()
@@ -156,8 +158,8 @@ def serve(descriptor: int, parent: int) -> None:
             connection.send(answer)
 
 
-def _leave_with(parent: int) -> None:
-    """For a worker that hangs in a read, of a network disk say, when its parent is killed."""
+def _exit_with(parent: int) -> None:
+    """Exit when the parent dies, even if the main thread is blocked in a read, e.g. of a network disk."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

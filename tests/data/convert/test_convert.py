@@ -27,9 +27,9 @@ from support.imagefolder import class_name, draw_every_mode, make_image_folder, 
 from ffcv_convnext import cli
 from ffcv_convnext.data.beton.manifest import Manifest
 from ffcv_convnext.data.beton.tables import RAW, read_tables
-from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
+from ffcv_convnext.data.convert import ConversionOptions, convert
 from ffcv_convnext.data.convert.encode import Encoding, encode
-from ffcv_convnext.data.convert.journal import workplace
+from ffcv_convnext.data.convert.journal import open_journal
 from ffcv_convnext.data.convert.source import list_classes, scan
 from ffcv_convnext.data.convert.worker_pool import Workers
 from ffcv_convnext.errors import Failure
@@ -91,7 +91,7 @@ def assert_nothing_left(out_dir: Path) -> None:
 
 def spoil(folder: Path, split: str = "train", label: int = 0, index: int = 1) -> Path:
     path = folder / split / class_name(label) / f"{index:03d}.JPEG"
-    path.write_bytes(b"not a picture")
+    path.write_bytes(b"not an image")
     return path
 
 
@@ -135,7 +135,7 @@ def test_stock_ffcv_reads_labels_that_match_the_pictures_around_skipped_files(st
     read = np.load(f"{beton}.process_cache.npz")
     manifest = Manifest.check(beton)
     assert {Path(manifest.source, skipped.path) for skipped in manifest.skipped} == set(stock["bad"])
-    assert manifest.skipped[0].reason == "not a picture in a known format"
+    assert manifest.skipped[0].reason == "not an image in a known format"
     assert len(read["labels"]) == manifest.num_samples == 6 * 8 - 2
     for sample, (pixels, label) in enumerate(zip(read["images"], read["labels"], strict=True)):
         original = manifest.original_file(beton, sample)
@@ -232,8 +232,8 @@ def test_a_conversion_tells_its_figures_and_leaves_three_files_a_split(
     printed = capsys.readouterr()
     assert printed.err == ""
     room, train, val = printed.out.splitlines()
-    assert room.startswith("44 images will take about 33.6 MB of the ")
-    assert "train.beton: 32 images of 4 classes" in train
+    assert room.startswith("44 images will take about 33.6 MB; ")
+    assert "train.beton: 32 images, 4 classes" in train
     assert "images/s, 0 skipped" in val
     names = [f"{split}.{end}" for split in ("train", "val") for end in ("beton", "files.txt", "json")]
     assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == names
@@ -255,7 +255,7 @@ def test_the_file_does_not_depend_on_the_number_of_workers(folder: Path, tmp_pat
 
 def test_a_subset_larger_than_the_split_takes_all_and_says_so(own_folder: Path, tmp_path: Path, capsys) -> None:
     cli.run_command("write", ["--data_path", str(own_folder), "--out_dir", str(tmp_path / "out"), "--subset", "5"])
-    assert "val: subset = 5, there are 2 images, all are taken" in capsys.readouterr().out
+    assert "val: subset = 5, but there are only 2 images; all are used" in capsys.readouterr().out
     assert Manifest.check(tmp_path / "out" / "train.beton").num_samples == 5
 
 
@@ -287,7 +287,7 @@ def test_val_alone_takes_the_classes_of_an_earlier_train(own_folder: Path, tmp_p
     (tmp_path / "first" / "train" / class_name(1)).rename(tmp_path / "first" / "train" / "renamed")
     status, stderr = write(tmp_path / "first", out, "--split", "train", "--overwrite")
     assert status == 2
-    assert_one_line(stderr, "val.json was made with 2 classes", "class_01, renamed", "--split all --overwrite")
+    assert_one_line(stderr, "val.json has 2 classes", "class_01, renamed", "--split all --overwrite")
 
 
 def damage(folder: Path, how: str) -> None:
@@ -320,12 +320,12 @@ def damage(folder: Path, how: str) -> None:
     [
         ("no train", ("train does not exist", "data_path/train/<class>/<image>")),
         ("no val", ("val does not exist", "--split")),
-        ("no classes", ("train holds no class folders", "data_path/train/<class>/<image>")),
+        ("no classes", ("train has no class folders", "data_path/train/<class>/<image>")),
         ("empty class", ("train: no images in class nothing_here", "remove the folder")),
         ("empty classes", ("no images in 4 classes (a, b, c, ...)",)),
         ("unknown class", ("val: class unheard_of not among the 2 classes of train",)),
-        ("no val images", ("val holds no images (.jpg,",)),
-        ("line break", ("holds a line break; rename it",)),
+        ("no val images", ("val has no images (.jpg,",)),
+        ("line break", ("contains a line break; rename it",)),
         ("nothing", ("data_path =", "is not a folder")),
     ],
 )
@@ -342,15 +342,15 @@ def test_a_wrong_folder_is_one_line_and_no_work(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--split", "test"), ("--split", "invalid choice", "--help")),
-        (("--max_resolution", "0"), ("max_resolution = 0: expected 1 to 65500",)),
-        (("--max_resolution", "big"), ("invalid number value: 'big'",)),
-        (("--jpeg_quality", "101"), ("jpeg_quality = 101: expected 1 to 100",)),
-        (("--num_workers", "0"), ("num_workers = 0: expected at least 1",)),
+        (("--split", "test"), ("split = test: expected one of train, val, all",)),
+        (("--max_resolution", "0"), ("max_resolution = 0", "[1, 65500]")),
+        (("--max_resolution", "big"), ("max_resolution = big", "a whole number", "or none")),
+        (("--jpeg_quality", "101"), ("jpeg_quality = 101", "[1, 100] or original")),
+        (("--num_workers", "0"), ("num_workers = 0", ">= 1")),
         (("--subset", "0"), ("subset = 0",)),
         (("--seed", "-1"), ("seed = -1",)),
-        (("--overwright",), ("nobody declared '--overwright'; nearest: overwrite",)),
-        (("stray",), ("unrecognized arguments: stray",)),
+        (("--overwright",), ("unknown option '--overwright'; did you mean --overwrite?",)),
+        (("stray",), ("unexpected argument 'stray'",)),
     ],
 )
 def test_a_wrong_flag_is_one_line(folder: Path, tmp_path: Path, write: Run, flags, words) -> None:
@@ -367,7 +367,7 @@ def test_an_output_that_cannot_be_written_is_one_line(own_folder: Path, tmp_path
 
 
 def test_a_second_conversion_to_the_same_place_refuses(own_folder: Path, tmp_path: Path, write: Run) -> None:
-    with workplace(tmp_path, "train"):
+    with open_journal(tmp_path, "train"):
         status, stderr = write(own_folder, tmp_path, "--split", "train")
         assert status == 2
         assert_one_line(stderr, "another conversion is writing")
@@ -378,7 +378,7 @@ def test_a_bad_file_stops_the_conversion_with_its_path(own_folder: Path, tmp_pat
     bad = spoil(own_folder)
     status, stderr = write(own_folder, tmp_path / "out")
     assert status == 1
-    assert_one_line(stderr, f"{bad}: not a picture", "--skip_bad")
+    assert_one_line(stderr, f"{bad}: not an image", "--skip_bad")
     assert_nothing_left(tmp_path / "out")
 
 
@@ -575,11 +575,11 @@ def test_a_failed_rename_is_not_a_success_but_can_be_resumed(own_folder: Path, t
     (out / "train.json").mkdir(parents=True)
     options = ConversionOptions(data_path=own_folder, out_dir=out, split="train")
     said: list[str] = []
-    with pytest.raises(Failure, match=r"train\.beton cannot be put in place: Is a directory .*train\.json"):
+    with pytest.raises(Failure, match=r"train\.beton cannot be moved into place: Is a directory .*train\.json"):
         convert(options, said.append)
     assert not (out / "train.beton").exists()
-    assert said[-1].endswith("6 of 6 images are kept; the same command with --resume goes on from there, "
-                             "with --overwrite it starts anew")  # fmt: skip
+    assert said[-1].endswith("6 of 6 images are saved; the same command with --resume continues from there, "
+                             "with --overwrite it starts from the beginning")  # fmt: skip
     (out / "train.json").rmdir()
     (manifest,) = convert(dataclasses.replace(options, resume=True))
     assert Manifest.check(out / "train.beton") == manifest

@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from support.imagefolder import draw_every_mode, picture
 
+from ffcv_convnext.data.convert import ImageFolder
 from ffcv_convnext.data.convert.encode import (
+    EncodedImage,
     Encoding,
     ImageError,
     Rejected,
+    Task,
     encode_content,
-    encode_files,
+    encode_images,
     load_rgb,
     shrink,
     to_rgb,
@@ -30,7 +33,12 @@ ENCODING = Encoding(max_resolution=500, jpeg_quality=90, max_bytes=8 << 20)
 LOSSY = (".jpg", ".JPEG")
 
 
-def test_every_mode_becomes_the_rgb_it_stands_for(tmp_path: Path) -> None:
+def encode_all(folder: Path, *files: str) -> list[EncodedImage | Rejected]:
+    images = ImageFolder(folder, ("only",), list(files), [0] * len(files))
+    return encode_images(Task(images, [True] * len(files)), ENCODING)
+
+
+def test_every_mode_is_converted_to_the_expected_rgb(tmp_path: Path) -> None:
     for name, expected in draw_every_mode(tmp_path).items():
         pixels = load_rgb(tmp_path / name)
         assert pixels.shape == expected.shape, name
@@ -40,7 +48,7 @@ def test_every_mode_becomes_the_rgb_it_stands_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBX", "YCbCr", "HSV", "PA", "RGBa", "La", "I;16L", "I;16N"])
-def test_modes_no_common_file_holds_are_converted(mode: str) -> None:
+def test_rare_modes_are_converted(mode: str) -> None:
     assert to_rgb(Image.new(mode, (3, 2))).mode == "RGB"
 
 
@@ -78,29 +86,27 @@ def truncated(path: Path) -> None:
     [
         (truncated, "truncated"),
         (bomb, "could be decompression bomb"),
-        (lambda path: path.write_text("not a picture"), "not a picture in a known format"),
-        (lambda path: path.write_bytes(b""), "not a picture in a known format"),
+        (lambda path: path.write_text("not an image"), "not an image in a known format"),
+        (lambda path: path.write_bytes(b""), "not an image in a known format"),
         (lambda path: Image.new("F", (4, 4)).save(path, format="TIFF"), "mode F"),
         (lambda path: Image.new("LAB", (4, 4)).save(path, format="TIFF"), "mode LAB"),
         (lambda path: Image.new("I", (4, 4), 70000).save(path, format="TIFF"), "grey values from 70000 to 70000"),
     ],
 )
-def test_a_file_without_a_picture_tells_why_and_spares_its_neighbours(tmp_path: Path, write, reason) -> None:
+def test_a_file_without_an_image_gives_the_reason_and_does_not_affect_others(tmp_path: Path, write, reason) -> None:
     write(tmp_path / "bad.jpg")
     Image.fromarray(picture(0, 0, (64, 48))).save(tmp_path / "good.jpg")
     with pytest.raises(ImageError, match=reason):
         load_rgb(tmp_path / "bad.jpg")
-    bad, good = encode_files([(str(tmp_path / "bad.jpg"), True), (str(tmp_path / "good.jpg"), True)], ENCODING)
+    bad, good = encode_all(tmp_path, "bad.jpg", "good.jpg")
     assert isinstance(bad, Rejected)
     assert bad.skippable
     assert good[:2] == (64, 48)
 
 
-def test_a_file_that_cannot_be_read_is_no_bad_picture(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_not_skippable(tmp_path: Path) -> None:
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    assert encode_files([(str(tmp_path / "gone.jpg"), True)], ENCODING) == [
-        Rejected("cannot be read: No such file or directory", skippable=False)
-    ]
+    assert encode_all(tmp_path, "gone.jpg") == [Rejected("cannot be read: No such file or directory", skippable=False)]
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
@@ -109,7 +115,7 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
     return content.getvalue()
 
 
-def test_a_side_beyond_jpegs_limit_needs_max_resolution() -> None:
+def test_a_side_above_the_jpeg_limit_needs_max_resolution() -> None:
     wide = png(np.zeros((2, 65501, 3), dtype=np.uint8))
     with pytest.raises(ImageError, match=r"65501 x 2 pixels.*max_resolution"):
         encode_content(wide, dataclasses.replace(ENCODING, max_resolution=None))
@@ -117,13 +123,13 @@ def test_a_side_beyond_jpegs_limit_needs_max_resolution() -> None:
 
 
 @pytest.mark.parametrize(("compress", "kind"), [(True, "JPEG takes 0.0 MiB"), (False, "raw pixels take 0.0 MiB")])
-def test_a_picture_larger_than_a_page_names_both_sizes(compress: bool, kind: str) -> None:
+def test_an_image_larger_than_a_page_names_both_sizes(compress: bool, kind: str) -> None:
     noise = png(np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8))
     with pytest.raises(ImageError, match=rf"{kind}.*max_resolution or --jpeg_quality"):
         encode_content(noise, dataclasses.replace(ENCODING, max_bytes=1000), compress=compress)
 
 
-def test_small_pictures_are_not_enlarged() -> None:
+def test_small_images_are_not_enlarged() -> None:
     small = picture(0, 0, (30, 20))
     assert shrink(small, 500) is small
     assert shrink(picture(0, 0, (300, 200)), 150).shape == (100, 150, 3)

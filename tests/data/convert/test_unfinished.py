@@ -19,9 +19,9 @@ from support.imagefolder import class_name
 
 from ffcv_convnext import cli
 from ffcv_convnext.data.beton.manifest import Manifest
-from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
-from ffcv_convnext.data.convert.journal import Workplace
-from ffcv_convnext.data.convert.shards import join_parts
+from ffcv_convnext.data.convert import ConversionOptions, convert
+from ffcv_convnext.data.convert.journal import Journal
+from ffcv_convnext.data.convert.shards import join_shards
 from ffcv_convnext.errors import Failure
 
 SCRIPT = REPOSITORY / "write_ffcv_dataset.py"
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         noise = random.integers(0, 256, (500, 480, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path, quality=95, subsampling=0)
-    (root / "train" / class_name(0) / "030.jpg").write_bytes(b"not a picture")
+    (root / "train" / class_name(0) / "030.jpg").write_bytes(b"not an image")
     return root
 
 
@@ -71,12 +71,12 @@ def killed(folder: Path, tmp_path: Path) -> Path:
     flags = ["--data_path", str(folder), "--out_dir", str(out), "--split", "train", "--skip_bad", "--num_workers", "1"]
     process = subprocess.Popen([sys.executable, str(SCRIPT), *flags], stdout=subprocess.DEVNULL)
     patience = time.monotonic() + 120
-    while not Workplace(out / UNFINISHED, "train").num_pages and time.monotonic() < patience:
+    while not Journal(out, "train").num_pages and time.monotonic() < patience:
         time.sleep(0.002)
     process.kill()
     process.wait(timeout=30)
     assert os.listdir(out) == [UNFINISHED]
-    assert 1 <= Workplace(out / UNFINISHED, "train").num_pages < 4
+    assert 1 <= Journal(out, "train").num_pages < 4
     return out
 
 
@@ -85,19 +85,19 @@ def test_a_killed_conversion_goes_on_to_the_bytes_of_an_undisturbed_one(
 ) -> None:
     flags = ["--data_path", str(folder), "--out_dir", str(killed), "--split", "train", "--skip_bad", "--resume"]
     assert cli.main(["write", *flags]) == 0
-    assert "of them from an earlier attempt) of 3 classes" in capsys.readouterr().out
+    assert "of them from an earlier attempt), 3 classes" in capsys.readouterr().out
     assert_same_files(killed, whole)
     before = (killed / "train.beton").stat().st_mtime_ns
     assert cli.main(["write", *flags]) == 0  # as a requeued job does
-    assert capsys.readouterr().out == f"{killed / 'train.beton'} is finished\n"
+    assert capsys.readouterr().out == f"{killed / 'train.beton'} is already complete\n"
     assert (killed / "train.beton").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("damage", ["journal cut off", "page never reached the disk", "no page reached the disk"])
 def test_what_a_power_failure_left_out_is_written_again(folder: Path, killed: Path, whole: Path, damage: str) -> None:
-    place = Workplace(killed / UNFINISHED, "train")
+    place = Journal(killed, "train")
     if damage == "journal cut off":
-        place.journal.write_bytes(place.journal.read_bytes()[:-40])
+        place.path.write_bytes(place.path.read_bytes()[:-40])
     elif damage == "page never reached the disk":
         os.truncate(place.beton, place.beton.stat().st_size - (9 << 20))
     else:
@@ -109,12 +109,12 @@ def test_what_a_power_failure_left_out_is_written_again(folder: Path, killed: Pa
 def test_an_unfinished_conversion_is_neither_lost_nor_mixed_by_accident(
     folder: Path, killed: Path, whole: Path
 ) -> None:
-    with pytest.raises(FileExistsError, match=r"\.train\.unfinished holds .*--resume, or start anew with --overwrite"):
+    with pytest.raises(FileExistsError, match=r"\.train\.unfinished contains .*--resume, .*--overwrite"):
         convert(options(folder, killed))
     said: list[str] = []
     other = options(folder, killed, resume=True, jpeg_quality=50)
     convert(other, said.append)
-    assert any("nothing to resume, or of other images or settings" in line for line in said)
+    assert any("nothing to resume for these images and settings" in line for line in said)
     assert Manifest.check(killed / "train.beton").jpeg_quality == 50
     with pytest.raises(FileExistsError, match=r"train\.beton exists"):  # finished, but not this one
         convert(options(folder, killed, resume=True))
@@ -129,9 +129,9 @@ def test_a_bad_file_late_in_a_conversion_costs_only_itself(folder: Path, whole: 
     (own / "train" / last).write_bytes(b"")
     (own / "train" / class_name(0) / "030.jpg").write_bytes(content)  # so that this one is the only bad one
     said: list[str] = []
-    with pytest.raises(Failure, match=rf"{last}: not a picture"):
+    with pytest.raises(Failure, match=rf"{last}: not an image"):
         convert(options(own, tmp_path / "out", skip_bad=False), said.append)
-    assert "images are kept; the same command with --resume" in said[-1]
+    assert "images are saved; the same command with --resume" in said[-1]
     (own / "train" / last).write_bytes(content)
     (manifest,) = convert(options(own, tmp_path / "out", skip_bad=False, resume=True))
     assert manifest.num_samples == 130
@@ -141,12 +141,12 @@ def test_sigterm_keeps_whole_pages(folder: Path, whole: Path, tmp_path: Path) ->
     out = tmp_path / "out"
     flags = ["--data_path", str(folder), "--out_dir", str(out), "--split", "train", "--skip_bad", "--num_workers", "1"]
     process = subprocess.Popen([sys.executable, str(SCRIPT), *flags], stdout=subprocess.PIPE, text=True)
-    while not Workplace(out / UNFINISHED, "train").num_pages and process.poll() is None:
+    while not Journal(out, "train").num_pages and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "of 130 images are kept; the same command with --resume goes on from there" in said
+    assert "of 130 images are saved; the same command with --resume" in said
     convert(options(folder, out, resume=True))
     assert_same_files(out, whole)
 
@@ -160,42 +160,42 @@ def test_parts_join_to_the_bytes_of_an_undivided_conversion(
     assert cli.main(["write", *flags, "--shard", "2/3"]) == 0
     assert cli.main(["write", *flags, "--shard", "0/3"]) == 0
     assert cli.main(join) == 2
-    assert "1 of 3 parts of train are missing: --shard 1/3" in capsys.readouterr().err
+    assert "1 of 3 shards of train are missing; convert them with --shard 1/3" in capsys.readouterr().err
     assert cli.main(["write", *flags, "--shard", "1/3"]) == 0
     sizes = [Manifest.check(out / f"train.part-{i}-of-3.beton").num_samples for i in range(3)]
     assert sum(sizes) == 129
     assert cli.main(join) == 0
-    assert "129 images of 3 classes out of 3 parts" in capsys.readouterr().out
+    assert "joined 3 shards, 129 images, 3 classes" in capsys.readouterr().out
     assert_same_files(out, whole)
 
 
 def test_parts_that_do_not_belong_together_are_refused(folder: Path, tmp_path: Path) -> None:
     for index, quality in ((0, 90), (1, 80)):
         convert(options(folder, tmp_path, subset=6, shard=(index, 2), jpeg_quality=quality))
-    with pytest.raises(ValueError, match=r"part-1-of-2\.beton was made from other images or with other settings than"):
-        join_parts(tmp_path, "train", overwrite=False, say=print)
+    with pytest.raises(ValueError, match=r"part-1-of-2\.beton has other images or settings than"):
+        join_shards(tmp_path, "train", overwrite=False, say=print)
     convert(options(folder, tmp_path, subset=6, shard=(1, 2), overwrite=True))
     content = bytearray((tmp_path / "train.part-1-of-2.beton").read_bytes())
     content[-200_000] ^= 1  # inside a picture or behind the last one
     (tmp_path / "train.part-1-of-2.beton").write_bytes(content)
     with pytest.raises(ValueError, match=r"part-1-of-2\.beton: page 0 differs from its checksum"):
-        join_parts(tmp_path, "train", overwrite=False, say=print)
+        join_shards(tmp_path, "train", overwrite=False, say=print)
     assert not (tmp_path / "train.beton").exists()
     convert(options(folder, tmp_path, subset=6, shard=(0, 3)))
-    with pytest.raises(ValueError, match="parts of several divisions of train: into 2, 3"):
-        join_parts(tmp_path, "train", overwrite=False, say=print)
-    with pytest.raises(FileNotFoundError, match="holds no parts of val; make them with --shard"):
-        join_parts(tmp_path, "val", overwrite=False, say=print)
+    with pytest.raises(ValueError, match="shards of train of several conversions: N = 2, 3"):
+        join_shards(tmp_path, "train", overwrite=False, say=print)
+    with pytest.raises(FileNotFoundError, match="contains no shards of val; write them with --shard"):
+        join_shards(tmp_path, "val", overwrite=False, say=print)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--shard", "3/3"], "shard = 3/3: expected i/n with i from 0 to n - 1"),
-        (["--shard", "one"], "'one': expected I/N, such as 0/8"),
-        (["--shard", "0/1000"], "shard = 0/1000: train has 130 images only"),
+        (["--shard", "3/3"], "shard = 3/3: expected I/N with I from 0 to N - 1"),
+        (["--shard", "one"], "shard = one: expected 2 whole numbers >= 0 or none, e.g. 0/8"),
+        (["--shard", "0/1000"], "shard = 0/1000: train has only 130 images"),
         (["--resume", "--overwrite"], "choose one of them"),
-        (["--join"], "--join takes --out_dir, --split and --overwrite only, not --data_path"),
+        (["--join"], "--join accepts only --out_dir, --split and --overwrite, not --data_path"),
     ],
 )
 def test_flags_without_a_meaning_are_one_line(folder: Path, tmp_path: Path, capsys, flags, words) -> None:

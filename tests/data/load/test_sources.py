@@ -23,9 +23,10 @@ pytest.importorskip("ffcv.reader")
 
 from ffcv_convnext.bench.cold_loader import evict
 from ffcv_convnext.config import DataConfig
+from ffcv_convnext.data.beton import EncodedImage
 from ffcv_convnext.data.beton.manifest import Manifest, tables_digest
 from ffcv_convnext.data.beton.writer import BetonWriter
-from ffcv_convnext.data.convert.encode import EncodedImage, Encoding
+from ffcv_convnext.data.convert.encode import Encoding
 from ffcv_convnext.data.load import loader
 from ffcv_convnext.data.load.decoder import SampleError
 from ffcv_convnext.data.load.loader import EvalLoader, TrainLoader
