@@ -24,7 +24,8 @@ from ffcv_convnext.augment import TrainAugment, normalise
 from ffcv_convnext.config import Config
 from ffcv_convnext.files import write_atomically
 from ffcv_convnext.formatting import format_bytes
-from ffcv_convnext.training import Processes, count_classes
+from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.preflight import count_classes
 
 if TYPE_CHECKING:  # at run time `data` imports it, and ffcv with it
     from ffcv_convnext.data.load import TrainLoader

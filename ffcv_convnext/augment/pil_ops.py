@@ -138,7 +138,7 @@ def rounded_mean(levels: Tensor) -> Tensor:
 
 
 def _blend(base: Tensor | float, values: Tensor, factor: float) -> Tensor:
-    """base + factor (values - base). values: float32, overwritten."""
+    """Base + factor (values - base). values: float32, overwritten."""
     return values.sub_(base).mul_(factor).add_(base)
 
 

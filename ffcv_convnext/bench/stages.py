@@ -22,7 +22,9 @@ from ffcv_convnext.bench.compare import Timed
 from ffcv_convnext.config import Config, DataConfig
 from ffcv_convnext.errors import Failure
 from ffcv_convnext.rng import permutation
-from ffcv_convnext.training import Learner, Processes, build_learner, train_step
+from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.engine import Learner, train_step
+from ffcv_convnext.training.run import build_learner
 
 Batch = tuple[Tensor, Tensor]
 MOST_SAMPLES = 2048  # decoded again and again, so that they come from memory

@@ -76,7 +76,7 @@ FREE_CONVNEXT = FREE_RESNET | {"resnet_embed_dim", "resnet_kernel_size"}
 
 
 def from_timm_convnext(state: Mapping[str, Tensor]) -> State:
-    """timm's ConvNeXt state dict under our names, as a `ResNet` with the settings of convnext_tiny.yaml loads it.
+    """Timm's ConvNeXt state dict under our names, as a `ResNet` with the settings of convnext_tiny.yaml loads it.
 
     Linear weights (out, in) become 1x1 convolutions (out, in, 1, 1). The tensors share the given ones' memory.
     Raises ValueError for a state dict of another layout. The three functions below do likewise.
@@ -93,7 +93,7 @@ def to_timm_convnext(state: Mapping[str, Tensor]) -> State:
 
 
 def from_torchvision_resnet(state: Mapping[str, Tensor]) -> State:
-    """torchvision's (or timm's) bottleneck ResNet state dict under our names."""
+    """Torchvision's (or timm's) bottleneck ResNet state dict under our names."""
     return _rename(state, {theirs: ours for ours, theirs in TORCHVISION_RESNET.items()}, "torchvision's ResNet")
 
 

@@ -23,7 +23,7 @@ from ffcv_convnext.models import ResNet, build_model, count_gmacs, kernels, use_
 from ffcv_convnext.models.kernels import TWINS, fuse_blocks
 from ffcv_convnext.models.kernels.block import FusedBlock
 from ffcv_convnext.models.resnet import Block
-from ffcv_convnext.training import train
+from ffcv_convnext.training.run import train
 
 ROOT = REPOSITORY
 STEPS = sorted((ROOT / "rn_configs").glob("[0-9c]*.yaml"))

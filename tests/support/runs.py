@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ffcv_convnext.config import Config
-from ffcv_convnext.training import read_lines, train
+from ffcv_convnext.files import read_lines
 from ffcv_convnext.training.checkpoint import read_checkpoint
+from ffcv_convnext.training.run import train
 
 TIMINGS = ("images_per_s", "data_wait_s", "train_s", "epoch_s")
 STATE = ("model", "ema", "optimizer", "epoch", "step", "best", "epoch_loss", "interval_loss")

@@ -13,8 +13,10 @@ from support.runs import config_from, log_without_timings, train_here
 from torch import Tensor, nn
 
 from ffcv_convnext.bench.stages import some_images
-from ffcv_convnext.training import Processes, build_learner, compiles, engine, train_step
-from ffcv_convnext.training.run import compiled
+from ffcv_convnext.training import engine
+from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.engine import train_step
+from ffcv_convnext.training.run import build_learner, compiled, compiles
 
 CPU = torch.device("cpu")
 
@@ -55,7 +57,7 @@ def test_a_compiled_run_equals_an_eager_one_through_a_stop_and_is_compiled_once(
     train_here(settings, output_dir=tmp_path / "eager")
     plain_step, calls = engine.train_step, 0
 
-    def step(run: engine.Run, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def step(run: engine.Learner, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         nonlocal calls
         calls += 1
         if calls == 8:  # the checkpoint of step 5 is what remains

@@ -89,7 +89,7 @@ def test_an_unknown_optimiser_is_refused_with_the_nearest_ones(network: nn.Modul
 
 @pytest.mark.parametrize("name", ["sgd", "adan"])
 def test_betas_for_an_optimiser_that_takes_none_are_refused(network: nn.Module, name: str) -> None:
-    with pytest.raises(ValueError, match=f"opt_betas has no meaning with opt = {name}"):
+    with pytest.raises(ValueError, match=f"opt_betas has no effect with opt = {name}"):
         optimiser(network, opt=name, opt_betas=(0.9, 0.95))
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ffcv_convnext.config import steps_per_epoch
 from ffcv_convnext.rng import Stream, permutation
 
 COPY = 1 << 32  # more than any file has samples
@@ -115,23 +116,14 @@ class Shares:
         return -(-self.global_batch // self.copies)
 
     def num_steps(self, num_samples: int) -> int:
-        """Optimiser steps in an epoch, as many with copies as without.
-
-        What they do not get to, without copies less than a global batch, sits this epoch out.
-        Raises ValueError when not even one global batch can be filled, or has no room for all copies of a sample.
-        """
-        if self.copies > self.global_batch:
-            raise ValueError(
-                f"repeated_aug = {self.copies}: the copies of a sample do not fit into the global batch of "
-                f"{self.global_batch}; lower repeated_aug, or raise batch_size or update_freq"
-            )
-        if num_samples < self.global_batch:
-            raise ValueError(
-                f"the training set has {num_samples} images, fewer than the global batch of {self.global_batch} "
-                f"(batch_size {self.batch_size} x update_freq {self.update_freq} x {self.world} processes); "
-                "lower batch_size or update_freq"
-            )
-        return num_samples // self.global_batch
+        """Return the number of optimiser steps in an epoch, the same with copies as without."""
+        return steps_per_epoch(
+            num_samples,
+            batch_size=self.batch_size,
+            update_freq=self.update_freq,
+            world=self.world,
+            copies=self.copies,
+        )
 
     def micro_batches(
         self,

@@ -18,7 +18,7 @@ def on(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x (N, C, H, W) in channels_last memory, itself where it is so already.
+    """X (N, C, H, W) in channels_last memory, itself where it is so already.
 
     Raises ValueError for a data type or a size that the kernels do not know.
     """

@@ -42,7 +42,7 @@ def depthwise_layer_norm(
 
 
 def add_branch(shortcut: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
-    """shortcut + branch x gamma x keep.
+    """Shortcut + branch x gamma x keep.
 
     shortcut, branch: (N, C, H, W).   gamma: (C,), layer scale.   keep: (N,), each sample's factor of stochastic depth:
     0 or 1 / the probability to be kept.   Returns the data type that PyTorch's promotion gives them.
