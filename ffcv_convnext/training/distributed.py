@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -46,18 +48,19 @@ class Processes:
         """Whether this process has rank 0, which writes the run folder."""
         return self.rank == 0
 
-    def join(self) -> None:
-        """Join the process group. Gloo reduces CPU tensors, so a flag never waits for the device."""
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Join the process group while the block runs. Gloo reduces CPU tensors: a flag never waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
-
-    def leave(self) -> None:
-        """Leave the process group."""
-        if self.world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            yield
+        finally:
+            if self.world > 1 and dist.is_initialized():
+                dist.destroy_process_group()
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all processes, in place; the result is the same on each."""

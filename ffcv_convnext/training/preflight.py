@@ -33,13 +33,7 @@ def check_config(config: Config, world: int) -> Plan:
     data = config.data
     train, val = (_manifest(data.data_path, split) for split in ("train", "val"))
     check_same_classes(train, val, data.data_path)
-    num_steps = steps_per_epoch(
-        train.num_samples,
-        batch_size=data.batch_size,
-        update_freq=data.update_freq,
-        world=world,
-        copies=data.repeated_aug,
-    )
+    num_steps = steps_per_epoch(train.num_samples, data.batch_size, data.update_freq, world, data.repeated_aug)
     num_classes = count_classes(config.model, len(train.classes))
     if config.model.model != "resnet" or config.optim.opt not in ADAM_LIKE or config.optim.momentum is not None:
         _build(config, num_classes)

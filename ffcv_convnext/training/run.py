@@ -61,7 +61,7 @@ def train(config: Config) -> dict[str, Any]:
         if finished is not None and config.run.auto_resume:
             log.info("%s is finished: %s. Nothing to do; choose another output_dir to train again", folder, finished)
             return finished
-        with _joined(processes), _loaders(config, processes) as (train_loader, val_loader):
+        with processes.joined(), _loaders(config, processes) as (train_loader, val_loader):
             run = build_run(config, processes, train_loader, val_loader)
             with closing(run.log):
                 _resume(run)
@@ -89,15 +89,6 @@ def _processes(config: Config) -> Processes:
 
 
 @contextmanager
-def _joined(processes: Processes) -> Iterator[None]:
-    processes.join()
-    try:
-        yield
-    finally:
-        processes.leave()
-
-
-@contextmanager
 def _loaders(config: Config, processes: Processes) -> Iterator[tuple[TrainLoader, EvalLoader]]:
     from ffcv_convnext.data.load import TrainLoader
 
@@ -116,14 +107,13 @@ def _loaders(config: Config, processes: Processes) -> Iterator[tuple[TrainLoader
 
 
 def _val_loader(config: Config, processes: Processes) -> EvalLoader:
-    shared = config.run.dist_eval
     from ffcv_convnext.data.load import EvalLoader
 
     return EvalLoader(
         config.data,
         processes.device,
-        rank=processes.rank if shared else 0,
-        world=processes.world if shared else 1,
+        rank=processes.rank if config.run.dist_eval else 0,
+        world=processes.world if config.run.dist_eval else 1,
         local_rank=processes.local_rank,
         num_local=processes.num_local,
     )
@@ -349,7 +339,7 @@ def evaluate_only(config: Config) -> dict[str, float]:
     processes = _processes(config)
     setup_logging(None, processes)
     path, content = _weights_to_evaluate(config)
-    with _joined(processes), closing(_val_loader(config, processes)) as val_loader:
+    with processes.joined(), closing(_val_loader(config, processes)) as val_loader:
         network = _network(config, count_classes(config.model, val_loader.num_classes), processes.device)
         scores: dict[str, float] = {}
         for part, suffix in (("model", ""), ("ema", "_ema")):

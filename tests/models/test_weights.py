@@ -130,7 +130,7 @@ def test_export_of_step_0_fits_torchvision_and_timm(tmp_path: Path, layout: Any)
     torch.testing.assert_close(logits(model), logits(theirs))
 
 
-def test_export_takes_the_averaged_weights_when_asked(tmp_path: Path) -> None:
+def test_export_with_ema_writes_the_averaged_weights(tmp_path: Path) -> None:
     raw, averaged = (build_model(SMALL_CONVNEXT.model, 7) for _ in range(2))
     path = checkpoint(tmp_path / "last.pth", raw, SMALL_CONVNEXT, ema=averaged.state_dict())
     for ema, model in ((False, raw), (True, averaged)):
@@ -141,7 +141,7 @@ def test_export_takes_the_averaged_weights_when_asked(tmp_path: Path) -> None:
         export_weights(checkpoint(path, raw, SMALL_CONVNEXT), tmp_path / "out.pth", "ours", ema=True)
 
 
-def test_export_of_a_step_in_between_says_that_no_library_has_it(tmp_path: Path) -> None:
+def test_export_of_an_intermediate_step_is_refused(tmp_path: Path) -> None:
     config = load_config(CONFIGS / "07_kernel7.yaml", overrides={"resnet_layers": "1-1-1-1", "resnet_embed_dim": 8})
     path = checkpoint(tmp_path / "last.pth", build_model(config.model, 7), config)
     with pytest.raises(ValueError, match=r"torchvision has no such network: .*resnet_depthwise = true"):
@@ -178,7 +178,7 @@ def test_a_failed_export_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pth", "out.pth"]
 
 
-def test_export_refuses_what_is_no_run(tmp_path: Path) -> None:
+def test_export_refuses_other_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"checkpoint .* does not exist"):
         export_weights(tmp_path / "none.pth", tmp_path / "out.pth", "ours")
     torch.save(build_model(SMALL_CONVNEXT.model, 7).state_dict(), tmp_path / "plain.pth")
@@ -209,7 +209,7 @@ def test_finetuning_reads_every_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_name", ["resnet", "resnet18"])
-def test_a_head_of_another_size_is_left_out_with_a_warning(
+def test_a_head_of_another_size_is_skipped_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, model_name: str
 ) -> None:
     config = SMALL_CONVNEXT.model if model_name == "resnet" else ModelConfig(model=model_name)

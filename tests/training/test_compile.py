@@ -39,7 +39,7 @@ def test_auto_compiles_on_a_cuda_device_only(small_settings: dict[str, Any], mon
 
 
 @pytest.mark.parametrize(("device", "compiler"), [("cpu", r"g\+\+"), ("cuda", "gcc")])
-def test_without_a_compiler_it_says_what_to_install(
+def test_a_missing_compiler_is_named(
     small_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, device: str, compiler: str
 ) -> None:
     for variable in ("PATH", "CC", "CXX"):
@@ -104,7 +104,7 @@ class Branching(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where a graph breaks
-def test_a_network_of_timms_may_break_into_several_graphs(small_settings: dict[str, Any]) -> None:
+def test_a_timm_network_may_need_several_graphs(small_settings: dict[str, Any]) -> None:
     network, images = Branching(), torch.randn(2, 4)
     theirs = {key: value for key, value in small_settings.items() if not key.startswith("resnet")}
     model = compiled(network, config_from(theirs, model="test_vit"))

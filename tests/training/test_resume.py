@@ -87,7 +87,7 @@ def test_four_epochs_equal_two_and_a_half_plus_one_and_a_half(
 
 
 @pytest.mark.parametrize("how", ["truncated", "bit flipped"])
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_taken(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     how: str, folder: Path, settings: dict[str, Any], undisturbed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(folder / LAST, how)
@@ -133,7 +133,7 @@ def test_resume_refuses_weights_without_a_state(stopped: Path, settings: dict[st
         ({"resume": "nowhere.pth"}, "checkpoint nowhere.pth does not exist"),
     ],
 )
-def test_resume_refuses_what_it_cannot_continue(
+def test_resume_refuses_other_runs(
     change: dict[str, Any], message: str, stopped: Path, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -141,7 +141,7 @@ def test_resume_refuses_what_it_cannot_continue(
     assert not (tmp_path / "config.yaml").exists(), "a refused run leaves no settings behind"
 
 
-def test_resume_says_which_settings_change(
+def test_resume_logs_changed_settings(
     stopped: Path, settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train_here(settings, output_dir=tmp_path, resume=stopped / LAST, epochs=3, lr=1e-3)
@@ -156,7 +156,7 @@ def test_other_training_data_is_refused(folder: Path, settings: dict[str, Any]) 
         train_here(settings, output_dir=folder)
 
 
-def test_without_auto_resume_a_folder_starts_anew(folder: Path, settings: dict[str, Any]) -> None:
+def test_without_auto_resume_a_folder_restarts(folder: Path, settings: dict[str, Any]) -> None:
     (folder / "done").write_text("{}")
     with pytest.MonkeyPatch.context() as patch:
         send_at_step(patch, 3, signal.SIGUSR2)
@@ -227,7 +227,7 @@ def test_signals_save_and_exit_with_75(
 
 
 @pytest.mark.slow
-def test_train_py_killed_from_outside_ends_as_if_undisturbed(
+def test_train_py_killed_and_restarted_gives_the_same_result(
     settings: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
     words = [w for name, value in {**settings, "output_dir": tmp_path}.items() for w in (f"--{name}", str(value))]

@@ -193,7 +193,7 @@ def test_eval_gives_the_scores_of_the_log(learned: Finished, tmp_path: Path) -> 
     assert not (tmp_path / "unused").exists(), "evaluating writes nothing"
 
 
-def test_eval_prints_the_scores_and_leaves_the_folder_alone(learned: Finished) -> None:
+def test_eval_prints_the_scores_and_does_not_change_the_folder(learned: Finished) -> None:
     before = sorted(path.name for path in learned.folder.iterdir())
     status, output = command(words({**learned.settings, "eval": "true"}))
     assert status == 0
@@ -275,7 +275,7 @@ def test_wrong_settings_are_one_line_and_status_2(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_asking_for_a_gpu_that_is_not_there_is_refused(small_settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_missing_gpu_is_refused(small_settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"this machine has 0 CUDA devices.*use --device cpu"):
         train_here(small_settings, device="cuda", output_dir=tmp_path)
 
@@ -386,7 +386,7 @@ def test_the_schedule_warms_up_linearly_then_follows_a_cosine() -> None:
     assert schedule(10) == pytest.approx(1 + 1.5 * (1 + 2**-0.5))
 
 
-def test_epochs_become_steps_and_weight_decay_has_a_cosine_of_its_own() -> None:
+def test_epochs_become_steps_and_weight_decay_has_its_own_cosine() -> None:
     settings = {"epochs": 4, "warmup_epochs": 2, "lr": 1.0, "min_lr": 0.0, "weight_decay": 0.1}
     schedules = build_schedules(Config.from_flat({**settings, "weight_decay_end": 0.3}), 10)
     assert schedules.lr(19) == schedules.lr(20) == 1.0

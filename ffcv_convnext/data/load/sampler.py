@@ -117,13 +117,7 @@ class Shares:
 
     def num_steps(self, num_samples: int) -> int:
         """Return the number of optimiser steps in an epoch, the same with copies as without."""
-        return steps_per_epoch(
-            num_samples,
-            batch_size=self.batch_size,
-            update_freq=self.update_freq,
-            world=self.world,
-            copies=self.copies,
-        )
+        return steps_per_epoch(num_samples, self.batch_size, self.update_freq, self.world, self.copies)
 
     def micro_batches(
         self,
