@@ -158,7 +158,7 @@ def test_the_middle_image_of_an_odd_batch_stays_itself(mode: str) -> None:
 
 
 def test_an_odd_batch_is_not_mixed_in_pairs() -> None:
-    with pytest.raises(ValueError, match=r"^mixup_mode = pair: 7 images do not pair up; use an even batch_size"):
+    with pytest.raises(ValueError, match=r"^mixup_mode = pair: 7 images cannot form pairs; use an even batch_size"):
         augmentation(mixup_mode="pair")(uint8_images(7), labels(7), step=0, micro_batch=0)
 
 
@@ -659,7 +659,7 @@ def test_a_batch_is_what_torchvision_and_timm_make_of_it_for_the_same_draws(
 )
 @pytest.mark.parametrize("aa", ["none", "rand-m9-mstd0.5-inc1"])
 def test_images_of_other_than_three_colours_are_refused(images: Tensor, found: str, aa: str) -> None:
-    with pytest.raises(ValueError, match=rf"^images are {found}: augmentation is for uint8 \(N, 3, H, W\), of red,"):
+    with pytest.raises(ValueError, match=rf"^images are {found}: augmentation needs uint8 \(N, 3, H, W\), red,"):
         augmentation(aa=aa)(images, labels(4), step=0, micro_batch=0)
 
 

@@ -210,7 +210,7 @@ def test_an_image_s_result_does_not_depend_on_its_neighbours() -> None:
     ],
 )
 def test_other_images_are_refused(images: Tensor, found: str) -> None:
-    with pytest.raises(ValueError, match=rf"images are {found}: a policy is for uint8 \(N, 3, H, W\)"):
+    with pytest.raises(ValueError, match=rf"images are {found}: a policy needs uint8 \(N, 3, H, W\)"):
         apply_policy(images, one_round(Kind.INVERT, [0.0, 0.0]))
 
 
@@ -385,13 +385,13 @@ def test_randaugment_s_settings_are_timm_s(text: str) -> None:
         ("rand-m9-inc", "unknown section 'inc'"),
         ("rand-m9.5", "m9.5 is not an integer"),
         ("rand-mstd0.5x", "mstd0.5x is not a number"),
-        ("rand-m9-m8", "section m is there twice"),
-        ("rand-n0", "n0 is no number of operations"),
-        ("rand-p1.5", "p1.5 is no probability"),
+        ("rand-m9-m8", "section m occurs twice"),
+        ("rand-n0", "n0 is not a number of operations"),
+        ("rand-p1.5", "p1.5 is not a probability"),
         ("rand-mmax0", "mmax0 leaves no magnitude"),
         ("rand-tcolours", "unknown set of operations tcolours"),
         ("rand-w1", "unknown weights w1"),
-        ("rand-w0-tweights", "w and t exclude each other"),
+        ("rand-w0-tweights", "w and t cannot be combined"),
         ("rand-n14-w0", "n14 of 13 weighted operations"),
         ("v0-m9", "unknown section m of v0"),
         ("ta_wide-m9", "unknown section m of ta_wide"),

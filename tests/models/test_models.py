@@ -352,7 +352,7 @@ def test_an_unknown_model_is_refused_with_similar_names() -> None:
 
 
 def test_drop_path_is_refused_for_a_timm_model_without_it() -> None:
-    with torch.device("meta"), pytest.raises(ValueError, match="has no meaning with model = vgg11"):
+    with torch.device("meta"), pytest.raises(ValueError, match="has no effect with model = vgg11"):
         build_model(ModelConfig(model="vgg11", drop_path=0.1), 5)
 
 
