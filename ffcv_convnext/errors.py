@@ -1,4 +1,4 @@
-"""Errors a user can act on, and the exit status that tells them apart."""
+"""Errors that a user can fix, and their exit statuses."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 class Failure(RuntimeError):
-    """Work that began and could not be finished: a corrupt image, a full disk, a loss that is not finite.
+    """Work started and could not be finished: a corrupt image, a full disk, a loss that is not finite.
 
-    The message is one line that names the place and the next action. Wrong settings and paths are a ValueError or
-    FileNotFoundError instead, raised before work begins.
+    The message is one line with the place and the next action. Wrong settings and paths raise ValueError or
+    FileNotFoundError instead, before work begins.
     """
 
 
@@ -30,7 +30,7 @@ class Interrupted(RuntimeError):
 
 
 def exit_status(work: Callable[[], int]) -> int:
-    """Do some work and return its exit status; what a user can mend is one line on stderr, the rest is raised."""
+    """Do some work and return its exit status. Print errors that a user can fix as one line on stderr; raise others."""
     try:
         return work()
     except Interrupted as error:
@@ -51,11 +51,12 @@ def exit_status(work: Callable[[], int]) -> int:
 
 
 def _raised_by_us(error: BaseException) -> bool:
-    """Whether our own code raised it on purpose: a ValueError from inside torch keeps its traceback."""
+    """Return whether this package raised the error itself: a ValueError from inside torch keeps its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and PACKAGE in Path(frames[-1].filename).resolve().parents
 
 
 def complain(line: str, status: int) -> int:
+    """Print a line on stderr and return `status`."""
     sys.stderr.write(f"{line}\n")
     return status

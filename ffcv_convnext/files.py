@@ -1,4 +1,4 @@
-"""Files that are either the old content or the complete new one, whatever happens in between; lines of objects."""
+"""Atomic writing of files, and reading of .jsonl files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import IO, Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` once it is complete and on disk.
+    """Open a temporary file that replaces `path` once it is complete and on disk.
 
-    When the block or the disk fails, the temporary file beside `path` is removed and the error goes on.
+    If the block or the disk fails, the temporary file beside `path` is removed and `path` keeps its old content.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -25,7 +25,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # so that the name, too, survives a power cut
+            os.fsync(folder)  # so that the name also survives a power failure
         finally:
             os.close(folder)
     finally:
@@ -33,18 +33,19 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of processes that were killed while writing; nobody else may be writing there."""
+    """Remove temporary files of processes that were killed while writing. No other process may write there."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file; after a crash it has the old or the new content."""
     with replacing(path) as file:
         file.write(content)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a last line that a kill cut short is left out."""
+    """Read the objects of a .jsonl file, without an incomplete last line; [] if there is no file."""
     entries = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

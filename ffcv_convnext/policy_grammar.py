@@ -1,6 +1,6 @@
-"""What an `aa` policy string says: which operations an image takes, how likely and how strong. Plain data.
+"""Grammar of the `aa` policy strings: the operations, their probabilities and magnitudes. Plain data.
 
-The grammar and the operations' names are those of timm's auto_augment.py, so a recipe written for timm means the same
+The grammar and the operations' names are those of timm's auto_augment.py, so a timm recipe has the same meaning
 here. Sources: RandAugment (Cubuk et al. 2019, arXiv:1909.13719), AutoAugment (Cubuk et al. 2018, arXiv:1805.09501),
 3-Augment (Touvron et al. 2022, arXiv:2204.07118), TrivialAugment (Mueller and Hutter 2021, arXiv:2103.10158).
 """
@@ -24,7 +24,7 @@ NUM_WIDE_LEVELS = 31  # TrivialAugment's strengths of an operation, 0 to 30
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operation of a policy: its name, the probability that it is applied, its magnitude."""
+    """One operation of a policy: its name, the probability to apply it, its magnitude."""
 
     name: str
     prob: float
@@ -33,9 +33,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """An image takes `num_draws` of the sequences, in the order drawn, and of each its steps in turn.
+    """Each image gets `num_draws` of the sequences, in the order drawn, and all steps of each sequence in order.
 
-    sequences: all of one length, each as likely, with replacement; weights: instead, shares that sum to 1, without.
+    sequences: of equal length, drawn with equal probability and with replacement.   weights: if set, probabilities of
+    the sequences, which sum to 1; they are then drawn without replacement.
     magnitude_std: of a normal distribution around a step's magnitude; inf: uniform from 0 to it.
     magnitude_max: larger magnitudes are clipped to it.   wide: magnitudes are TrivialAugment's levels instead.
     """
@@ -52,10 +53,17 @@ _RAND = (
     "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
     "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel",
 )  # fmt: skip
-_INCREASING = {"Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness"}  # those that have a twin
+_INCREASING = {
+    "Posterize",
+    "Solarize",
+    "Color",
+    "Contrast",
+    "Brightness",
+    "Sharpness",
+}  # those with an increasing version
 _RAND_INCREASING = tuple(f"{name}Increasing" if name in _INCREASING else name for name in _RAND)
 
-# -w0 of timm up to 0.6, by the operations' places in the list; later versions know -tweights only.
+# -w0 of timm up to 0.6, by position in the list; later versions have -tweights only.
 _W0 = {
     "Rotate": 0.3, "ShearX": 0.2, "ShearY": 0.2, "TranslateXRel": 0.1, "TranslateYRel": 0.1, "Color": 0.025,
     "Sharpness": 0.025, "AutoContrast": 0.025, "Solarize": 0.005, "SolarizeAdd": 0.005, "Contrast": 0.005,
@@ -76,7 +84,7 @@ _SETS: dict[str, dict[str, float]] = {
 }  # fmt: skip
 _SET_3A = ("SolarizeIncreasing", "Desaturate", "GaussianBlur")
 
-# ImageNet's policies: name, probability, magnitude of each step. v0 is that of the EfficientNet code for TPUs.
+# ImageNet's policies: name, probability, magnitude of each step. v0 is from the EfficientNet code for TPUs.
 _V0 = """
     Equalize .8 1, ShearY .8 4;    Color .4 9, Equalize .6 3;     Color .4 1, Rotate .6 8
     Solarize .8 3, Equalize .4 7;  Solarize .4 2, Solarize .6 2;  Color .2 0, Equalize .8 8
@@ -113,7 +121,7 @@ _WIDE = (
 
 
 def parse_policy(text: str) -> Policy:
-    """The policy that a string names. Raises ValueError, which tells what is wrong and the grammar."""
+    """Parse a policy string. Raises ValueError with the problem and the grammar."""
     name, *sections = text.split("-")
     if name == "augmix":
         raise ValueError(f"aa = {text}: AugMix is not available on the device; {GRAMMAR}")
@@ -138,7 +146,7 @@ def parse_policy(text: str) -> Policy:
 
 
 def _settings(text: str, sections: list[str]) -> dict[str, str]:
-    """Sections as key -> value: letters and a number, or t and a word."""
+    """Split sections into key -> value: letters and a number, or t and a name."""
     found: dict[str, str] = {}
     for section in sections:
         match = re.fullmatch(r"(t)(.+)|([a-z]+)(\d.*)", section)
@@ -146,7 +154,7 @@ def _settings(text: str, sections: list[str]) -> dict[str, str]:
             raise ValueError(f"aa = {text}: unknown section {section!r}; {GRAMMAR}")
         key, value = (each for each in match.groups() if each is not None)
         if key in found:
-            raise ValueError(f"aa = {text}: section {key} is there twice; {GRAMMAR}")
+            raise ValueError(f"aa = {text}: section {key} occurs twice; {GRAMMAR}")
         found[key] = value
     return found
 
@@ -172,7 +180,7 @@ def _rand(text: str, settings: dict[str, str]) -> Policy:
     names: tuple[str, ...] = _RAND_INCREASING if number("inc", 0, integer=True) else _RAND
     shares: tuple[float, ...] | None = None
     if "w" in settings:
-        require("t" not in settings, "w and t exclude each other")
+        require("t" not in settings, "w and t cannot be combined")
         require(settings["w"] == "0", f"unknown weights w{settings['w']}")
         weighted = [(each, _W0[plain]) for each, plain in zip(names, _RAND, strict=True) if plain in _W0]
         names, shares = tuple(each for each, _ in weighted), tuple(share for _, share in weighted)
@@ -184,9 +192,9 @@ def _rand(text: str, settings: dict[str, str]) -> Policy:
     num_draws, prob = int(number("n", 2, integer=True)), number("p", 0.5)
     largest = number("mmax", FULL_MAGNITUDE, integer=True)
     std = number("mstd", 0.0)
-    require(num_draws >= 1, f"n{num_draws} is no number of operations")
+    require(num_draws >= 1, f"n{num_draws} is not a number of operations")
     require(shares is None or num_draws <= len(names), f"n{num_draws} of {len(names)} weighted operations")
-    require(prob <= 1, f"p{settings.get('p')} is no probability")
+    require(prob <= 1, f"p{settings.get('p')} is not a probability")
     require(largest >= 1, "mmax0 leaves no magnitude")
     magnitude = number("m", FULL_MAGNITUDE, integer=True)
     return Policy(

@@ -1,4 +1,4 @@
-"""A picture of what the network sees: images of any step of a run, by the run's own loader and augmentation."""
+"""A picture of the network's input: images of any step of a run, from the run's own loader and augmentation."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from ffcv_convnext.augment import TrainAugment, normalise
 from ffcv_convnext.config import Config
 from ffcv_convnext.files import write_atomically
 from ffcv_convnext.formatting import format_bytes
-from ffcv_convnext.training import Processes, count_classes
+from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.preflight import count_classes
 
-if TYPE_CHECKING:  # at run time `data` imports it, and ffcv with it
+if TYPE_CHECKING:  # needs ffcv, which is imported when a loader is built
     from ffcv_convnext.data.load import TrainLoader
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 DEFAULT_NUM = 18
-_LEAST_SIDE = 144  # smaller images are enlarged to it, or just above, by whole factors
-_LEAST_WIDTH = 480  # for the header's lines
+_MIN_SIDE = 144  # pixels; smaller images are enlarged at least to it, by an integer factor
+_MIN_WIDTH = 480  # for the header's lines
 _GAP, _MARGIN, _SEAM = 8, 12, 2
 _ASPECT = 1.5  # of the picture, width / height, roughly
 _INK, _FAINT = "black", "#666666"
@@ -45,9 +46,9 @@ Pixels = NDArray[np.uint8]
 class Shown:
     """An image of a global batch.
 
-    pixels, crop: (side, side, 3) as the network sees it, and as it came from the loader.
-    classes: names and the weights they were mixed with, the image's own class first; empty: the target says nothing.
-    operations: of the policy, in turn; those of the image itself, not of what is mixed into it.
+    pixels, crop: (side, side, 3), the network's input, and the loader's output.
+    classes: names and weights in the mixture, the image's own class first; empty if the target has no information.
+    operations: of the policy, in order; those of the image itself, not of its partner.
     """
 
     pixels: Pixels
@@ -68,16 +69,16 @@ def preview(
     num: int | None = None,
     raw: bool = False,
 ) -> str:
-    """Draw the first images of an optimiser step's global batch into `out`; returns a line that says so.
+    """Draw the first images of an optimiser step's global batch into `out`; return a summary line.
 
-    epoch, step: counted from 0, the step within the epoch.   num: None for DEFAULT_NUM, or as many as there are.
+    epoch, step: from 0, the step within the epoch.   num: None for DEFAULT_NUM, or fewer if the batch is smaller.
     raw: each image beside its crop before the augmentation.
-    The global batch is batch_size x update_freq, for one process; more processes see the same with an update_freq as
-    many times as large. Raises ValueError or FileNotFoundError for what cannot be drawn or written.
+    The global batch is batch_size x update_freq, for one process; for more processes, multiply update_freq by their
+    number. Raises ValueError or FileNotFoundError for arguments that cannot be drawn or written.
     """
     _check_writable(out)
     if not 0 <= epoch < config.schedule.epochs:
-        raise ValueError(f"--epoch {epoch}: the run has the epochs 0 to {config.schedule.epochs - 1}")
+        raise ValueError(f"--epoch {epoch}: expected 0 to {config.schedule.epochs - 1}")
     device = Processes.from_environment(config.run.device).device
     for_one_step = replace(config.data, data_cache="os", batches_ahead=1)  # neither changes a batch
     from ffcv_convnext.data.load import TrainLoader
@@ -85,9 +86,9 @@ def preview(
     with closing(TrainLoader(for_one_step, device, seed=config.run.seed)) as loader:
         global_batch = loader.sampler.global_batch
         if not 0 <= step < loader.steps_per_epoch:
-            raise ValueError(f"--step {step}: an epoch of this run has the steps 0 to {loader.steps_per_epoch - 1}")
+            raise ValueError(f"--step {step}: expected 0 to {loader.steps_per_epoch - 1}")
         if num is not None and not 1 <= num <= global_batch:
-            raise ValueError(f"--num {num}: the global batch has 1 to {global_batch} images to show")
+            raise ValueError(f"--num {num}: expected 1 to {global_batch}, the global batch")
         num = min(DEFAULT_NUM, global_batch) if num is None else num
         shown = list(islice(images_of_step(config, loader, device, epoch, step), num))
         names = " ".join(config_names) or "the default settings"
@@ -103,11 +104,11 @@ def preview(
 def _check_writable(out: Path) -> None:
     folder = out.resolve().parent
     if out.suffix.lower() not in FORMATS:
-        raise ValueError(f"--out {out}: expected a name that ends in {', '.join(FORMATS)}")
+        raise ValueError(f"--out {out}: expected a name that ends with {', '.join(FORMATS)}")
     if out.is_dir() or not folder.is_dir():
         raise ValueError(f"--out {out}: expected a file in a folder that exists")
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--out {out}: nothing can be written in {folder}; name another folder")
+        raise ValueError(f"--out {out}: {folder} is not writable; choose another folder")
 
 
 def _facts(config: Config, epoch: int, step: int, steps_per_epoch: int, num: int) -> list[str]:
@@ -117,13 +118,13 @@ def _facts(config: Config, epoch: int, step: int, steps_per_epoch: int, num: int
         f"optimiser step {epoch * steps_per_epoch + step} of the run",
         f"images 0 to {num - 1} of the global batch of {data.batch_size * data.update_freq} ({data.batch_size} x "
         f"{data.update_freq}), {data.input_size} pixels",
-        f"aa {augment.aa}, mixup {augment.mixup:g}, cutmix {augment.cutmix:g}, reprob {augment.reprob:g}; weights are "
-        f"those before label smoothing {augment.smoothing:g}",
+        f"aa {augment.aa}, mixup {augment.mixup:g}, cutmix {augment.cutmix:g}, reprob {augment.reprob:g}; class "
+        f"weights before label smoothing {augment.smoothing:g}",
     ]
 
 
 def images_of_step(config: Config, loader: TrainLoader, device: torch.device, epoch: int, step: int) -> Iterator[Shown]:
-    """The images of a step's global batch in turn. A micro-batch is augmented whole, as its images are mixed."""
+    """Yield the images of a step's global batch. A micro-batch is augmented as a whole: its images are mixed."""
     classes = loader.manifest.classes
     augment = TrainAugment(
         config.augment,
@@ -149,7 +150,7 @@ def images_of_step(config: Config, loader: TrainLoader, device: torch.device, ep
 
 
 def denormalise(inputs: Tensor) -> Pixels:
-    """The network's input (N, 3, H, W) as pixels (N, H, W, 3); what lies outside of 0 to 255, such as noise, is cut."""
+    """Convert the network's input (N, 3, H, W) to pixels (N, H, W, 3), clipped to 0 to 255."""
     ends = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 1, 1)
     black, white = normalise(ends.contiguous()).unbind()
     levels = (inputs.float().cpu() - black) / (white - black) * 255
@@ -162,9 +163,9 @@ def _arrays(images: Tensor) -> Pixels:
 
 
 def mixing_weights(target: Tensor, label: int, smoothing: float) -> list[tuple[int, float]]:
-    """A soft target's classes with the weights they had before label smoothing, the image's own class first.
+    """Return a soft target's classes with their weights before label smoothing, the image's own class first.
 
-    target: (num_classes,) float32.   Weights below 0.005 are left out; smoothing 1 leaves none.
+    target: (num_classes,) float32.   Weights below 0.005 are omitted; smoothing 1 leaves none.
     """
     if smoothing == 1:
         return []
@@ -174,25 +175,25 @@ def mixing_weights(target: Tensor, label: int, smoothing: float) -> list[tuple[i
 
 
 class _Page:
-    """The picture: a header, and rows of cells; a cell is an image, perhaps beside its crop, over a few lines."""
+    """The picture: a header, and rows of cells; a cell is an image (with `raw`, beside its crop) above some lines."""
 
     def __init__(self, header: list[str], shown: list[Shown], *, raw: bool) -> None:
         self.shown, self.raw = shown, raw
         side = shown[0].pixels.shape[0]
-        self.factor = math.ceil(_LEAST_SIDE / side)
+        self.factor = math.ceil(_MIN_SIDE / side)
         self.side = side * self.factor
         self.cell_width = self.side * 2 + _SEAM if raw else self.side
         self.captions = [self._caption(image) for image in shown]
         self.cell_height = self.side + _LINE * max(map(len, self.captions)) + _SEAM
         rows = max(1, round(math.sqrt(len(shown) * self.cell_width / self.cell_height / _ASPECT)))
         self.columns = math.ceil(len(shown) / rows)
-        self.width = max(self.columns * (self.cell_width + _GAP) - _GAP, _LEAST_WIDTH)
+        self.width = max(self.columns * (self.cell_width + _GAP) - _GAP, _MIN_WIDTH)
         self.header = [line for text in header for line in _wrapped(_in_ascii(text), self.width)]
 
     def _caption(self, image: Shown) -> list[tuple[str, str]]:
-        """Lines and their colours."""
+        """Return lines and their colours."""
         parts = [(_in_ascii(name), f" {weight:.2f}") for name, weight in image.classes]
-        joined = " + ".join(name + weight for name, weight in parts) or "all classes alike"
+        joined = " + ".join(name + weight for name, weight in parts) or "all classes equal"
         lines = [joined]
         if _FONT.getlength(joined) > self.cell_width:
             lines = [_shortened(name, weight, self.cell_width) for name, weight in parts]
@@ -201,6 +202,7 @@ class _Page:
         return [(line, _INK) for line in lines] + [(line, _FAINT) for line in _wrapped(origin + done, self.cell_width)]
 
     def draw(self) -> Image.Image:
+        """Return the picture."""
         top = _MARGIN + _LINE * len(self.header) + _GAP
         num_rows = math.ceil(len(self.shown) / self.columns)
         height = top + num_rows * (self.cell_height + _GAP) - _GAP + _MARGIN
@@ -222,13 +224,13 @@ class _Page:
 
 
 def _in_ascii(name: str) -> str:
-    """What Pillow's own font can draw: accents dropped, other characters as their escapes, blanks for line ends."""
+    """Convert to characters of Pillow's built-in font: without accents, escapes for others, spaces for line ends."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
     return " ".join(plain.encode("ascii", "backslashreplace").decode().split())
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of `width` pixels at most, broken at blanks; a word that is too long is shortened."""
+    """Split into lines of at most `width` pixels at spaces; shorten words that are too long."""
     lines: list[str] = []
     for word in text.split():
         joined = f"{lines[-1]} {word}" if lines else word
@@ -240,7 +242,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _shortened(text: str, ending: str, width: int) -> str:
-    """The text and its ending, in at most `width` pixels: an ellipsis stands for what the text loses in its middle."""
+    """Fit text and ending into at most `width` pixels, with an ellipsis in the middle of the text if necessary."""
 
     def keeping(num: int) -> str:
         return f"{text[: (num + 1) // 2]}…{text[len(text) - num // 2 :]}{ending}"

@@ -1,8 +1,8 @@
-"""Counter-based random numbers: a random decision is a function, not a state.
+"""Counter-based random numbers: a random decision is a function without state.
 
 Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns (seed, epoch, sample,
 stream, block) into four 32-bit words. The same arithmetic runs on numpy arrays, torch tensors of any device
-and, compiled by numba, on scalars (data/decoders.py); all give the same words. So nothing depends on the number
+and, compiled by numba, on scalars (data/load/crops.py); all give the same words. So nothing depends on the number
 of workers or processes, and a run resumes anywhere without replay.
 """
 
@@ -18,7 +18,7 @@ MASK = 0xFFFFFFFF
 
 
 class Stream(IntEnum):
-    """What a draw is for. Values are part of a run's identity: never reuse or renumber one."""
+    """Purpose of a draw. Values are part of a run's identity: never reuse or renumber one."""
 
     ORDER = 1
     CROP = 2
@@ -60,7 +60,7 @@ PHILOX = (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, MASK, 32)
 
 
 def sample_words(seed: int, epoch: int, samples: Any, stream: int, block: int = 0) -> tuple[Any, Any, Any, Any]:
-    """Four random 32-bit words for each sample.
+    """Return four random 32-bit words for each sample.
 
     samples: numpy uint64 array or torch int64 tensor of sample indices (any shape). Returns four of the same
     kind and shape. A further `block` gives four more words of the same stream.
@@ -78,32 +78,32 @@ def sample_words(seed: int, epoch: int, samples: Any, stream: int, block: int = 
 
 
 def short_words(key: Any, samples: Any) -> tuple[Any, Any]:
-    """Two random 32-bit words for each sample, at half of what four cost: Philox 2x32-10.
+    """Return two random 32-bit words for each sample, at half the cost of four: Philox 2x32-10.
 
     key: below 2^63: an int, or an int64 scalar tensor.   samples: torch int64 tensor of values below 2^32, any shape.
-    The samples are the second word of the counter, which is not multiplied at first: a compiler would take the
-    product of a running number for an address, and compute that in 32 bits.
+    The samples are the second word of the counter, which the first round does not multiply: a compiler would treat the
+    product of a running number as an address, and compute it in 32 bits.
     """
     c0, c1, k = (key >> 32) & MASK, samples, key & MASK
     for _ in range(10):
         product = c0 * 0xD256D193
-        c0, c1 = ((product >> 32) ^ c1 ^ k) & MASK, product  # of c1 the lower half counts
+        c0, c1 = ((product >> 32) ^ c1 ^ k) & MASK, product  # only the lower half of c1 is used
         k = (k + 0x9E3779B9) & MASK
     return c0, c1 & MASK
 
 
 def uniform(words: Any) -> Any:
-    """32-bit words -> numbers in [0, 1): multiples of 2^-24, exact in float32 as in float64."""
+    """Convert 32-bit words to numbers in [0, 1): multiples of 2^-24, exact in float32 and float64."""
     return (words >> 8) * 2.0**-24
 
 
 def permutation(num: int, seed: int, epoch: int, stream: int = Stream.ORDER) -> NDArray[np.int64]:
-    """A random order of range(num): the samples sorted by their random 64-bit keys."""
+    """Return a random order of range(num): the samples sorted by random 64-bit keys."""
     w0, w1, _, _ = sample_words(seed, epoch, np.arange(num, dtype=np.uint64), stream)
     return np.argsort(w0 << np.uint64(32) | w1, kind="stable")
 
 
 def step_seed(seed: int, step: int, micro_batch: int, stream: int) -> int:
-    """A 63-bit seed for a generator that serves one micro-batch of an optimiser step."""
+    """Return a 63-bit seed for the draws of one micro-batch of an optimiser step."""
     w0, w1, _, _ = sample_words(seed, micro_batch, np.array([step], dtype=np.uint64), stream, block=1 << 14)
     return int(w0[0] & np.uint64(MASK >> 1)) << 32 | int(w1[0])

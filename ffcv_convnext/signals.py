@@ -1,4 +1,4 @@
-"""Signals that stop a run: at once while it is being built, after the optimiser step at hand while it trains."""
+"""Signals that stop a run: immediately before training starts, after the current optimiser step during training."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from ffcv_convnext.errors import Interrupted
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGUSR2 or Ctrl-C; the training loop looks at it after each optimiser step."""
+    """A request to stop, by SIGTERM, SIGUSR2 or Ctrl-C; the training loop checks it after each optimiser step."""
 
     def __init__(self) -> None:
         self.name: str | None = None
 
     @property
     def requested(self) -> bool:
+        """Whether a signal arrived."""
         return self.name is not None
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
+        """Store the signal's name."""
         if number == signal.SIGINT and self.name == "SIGINT":
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
         self.name = signal.Signals(number).name
 
     def message(self, step: int) -> str:
+        """Return the message of the Interrupted error after an optimiser step."""
         reason = self.name or "a signal to another process"
         return f"stopped by {reason} after optimiser step {step}, state saved; the same command continues"
 
@@ -35,7 +38,7 @@ class StopRequest:
 @contextmanager
 def _handling(handler: Callable[[int, FrameType | None], Any], *numbers: int) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may install handlers
+        yield  # only the main thread can install handlers
         return
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
@@ -47,7 +50,7 @@ def _handling(handler: Callable[[int, FrameType | None], Any], *numbers: int) ->
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Turn the signals into a request while the block runs."""
+    """Convert the signals to a request while the block runs."""
     request = StopRequest()
     with _handling(request.handle, signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         yield request
@@ -55,7 +58,7 @@ def stop_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """SIGTERM and SIGUSR2 raise Interrupted while the block runs: before the first step there is nothing to save."""
+    """Raise Interrupted on SIGTERM and SIGUSR2 while the block runs: before the first step there is nothing to save."""
 
     def stop(number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""The source code that runs: which commit it is, and a copy that later edits do not change."""
+"""The commit of the running source, and a copy of it that later edits do not change."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import subprocess
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-COMMIT = "COMMIT"  # in a snapshot: what `source_commit` said where it was taken
-BESIDE = ("train.py", "rn_configs")  # beside the package, where it is a checkout
+COMMIT = "COMMIT"  # in a snapshot: `source_commit` of the original
+BESIDE = ("train.py", "rn_configs")  # beside the package in a checkout
 
 
 def source_commit() -> str:
-    """The commit this package's source is at, with a mark when it was changed since."""
+    """Return the commit of this package's source, with '+changes' if it was modified."""
     recorded = PACKAGE.parent / COMMIT
     if recorded.is_file():
         return recorded.read_text().strip()
@@ -31,9 +31,9 @@ def source_commit() -> str:
 
 
 def take_snapshot(folder: Path) -> Path:
-    """Copy the package, train.py and rn_configs/ to a subfolder of `folder` that is named after their content.
+    """Copy the package, train.py and rn_configs/ to a subfolder of `folder` named after their content.
 
-    Returns the subfolder; one that is there already is used again. It holds no data, no runs and no version control.
+    Returns the subfolder; an existing one is used again. It contains no data, runs or version control.
     """
     sources = [path for path in sorted(PACKAGE.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
     for name in BESIDE:
@@ -47,14 +47,14 @@ def take_snapshot(folder: Path) -> Path:
     snapshot = folder / digest.hexdigest()[:12]
     if snapshot.is_dir():
         return snapshot
-    coming = folder / f".{snapshot.name}.{os.getpid()}.tmp"
+    temporary = folder / f".{snapshot.name}.{os.getpid()}.tmp"
     try:
         for name, content in contents.items():
-            (coming / name).parent.mkdir(parents=True, exist_ok=True)
-            (coming / name).write_bytes(content)
-        coming.rename(snapshot)
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_bytes(content)
+        temporary.rename(snapshot)
     except OSError:
-        shutil.rmtree(coming, ignore_errors=True)
-        if not snapshot.is_dir():  # else another process has just put it there
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not snapshot.is_dir():  # else another process created it in the meantime
             raise
     return snapshot

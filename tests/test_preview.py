@@ -199,7 +199,7 @@ def test_a_name_that_is_too_long_keeps_its_ends_and_its_weight() -> None:
     rest = ["sample 1281166, copy 2:", "rotate -12.3, brightness", "increasing 1.84"]
     assert caption([(name, 0.73), ("tench", 0.27)]) == ["n0210790…tain_dog 0.73", "tench 0.27", *rest]
     assert caption([("tench", 0.73), ("goose", 0.27)]) == ["tench 0.73 + goose 0.27", *rest]
-    assert caption([]) == ["all classes alike", *rest]
+    assert caption([]) == ["all classes equal", *rest]
 
 
 def test_names_that_the_font_cannot_draw_are_spelt_in_ascii() -> None:
@@ -237,11 +237,11 @@ def test_the_command_writes_a_picture(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--epoch", "2"], "--epoch 2: the run has the epochs 0 to 1"),
-        (["--epoch", "-1"], "--epoch -1: the run has the epochs 0 to 1"),
-        (["--step", "5"], "--step 5: an epoch of this run has the steps 0 to 4"),
-        (["--num", "17"], "--num 17: the global batch has 1 to 16 images to show"),
-        (["--num", "0"], "--num 0: the global batch has 1 to 16 images to show"),
+        (["--epoch", "2"], "--epoch 2: expected 0 to 1"),
+        (["--epoch", "-1"], "--epoch -1: expected 0 to 1"),
+        (["--step", "5"], "--step 5: expected 0 to 4"),
+        (["--num", "17"], "--num 17: expected 1 to 16"),
+        (["--num", "0"], "--num 0: expected 1 to 16"),
         (["--num", "many"], "argument --num: invalid int value: 'many'"),
         (["--raw", "maybe"], "argument --raw: 'maybe': expected true or false"),
         (["--data_path", "nowhere"], "data_path: nowhere/train.beton does not exist; create it with: python write_"),
@@ -250,7 +250,7 @@ def test_the_command_writes_a_picture(
         (["--stepp", "1"], "unknown option '--stepp'; did you mean --step"),
     ],
 )
-def test_what_cannot_be_shown_is_one_line(
+def test_invalid_arguments_are_one_line(
     command: Callable[..., int], words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(*words) == 2
@@ -262,7 +262,7 @@ def test_what_cannot_be_shown_is_one_line(
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("grid.gif", "expected a name that ends in .png, .jpg, .jpeg"),
+        ("grid.gif", "expected a name that ends with .png, .jpg, .jpeg"),
         ("nowhere/grid.png", "expected a file in a folder that exists"),
         ("folder.png", "expected a file in a folder that exists"),
     ],
@@ -275,9 +275,9 @@ def test_a_picture_that_cannot_be_written_is_refused_before_work_begins(
     assert capsys.readouterr().err == f"error: --out {tmp_path / out}: {message}\n"
 
 
-def test_a_folder_that_is_not_ours_to_write_in_is_refused(
+def test_a_read_only_folder_is_refused(
     command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, _: Path(path) != tmp_path)  # root may write anywhere
     assert command() == 2
-    assert "nothing can be written in" in capsys.readouterr().err
+    assert "is not writable" in capsys.readouterr().err

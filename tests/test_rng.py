@@ -128,7 +128,7 @@ def test_step_seeds_differ_between_steps_micro_batches_streams_and_seeds() -> No
     assert step_seed(0, 5, 1, Stream.MIX) == step_seed(0, 5, 1, Stream.MIX)
 
 
-def test_streams_have_numbers_of_their_own() -> None:
+def test_streams_have_different_numbers() -> None:
     """They are part of a run's identity: a run resumed by a newer version draws the same."""
     assert {stream.name: int(stream) for stream in Stream} == {
         "ORDER": 1, "CROP": 2, "FLIP": 3, "INTERPOLATION": 4, "SUBSET": 5, "MIX": 6, "ERASING": 7, "COLOR_JITTER": 8,

@@ -1,8 +1,8 @@
 """A policy as one graph of fixed shape: every image goes through every operation, most of them with no effect.
 
-What a GPU with `torch.compile` wants: there a pass over the pixels is cheap, a launch is not, and an image's share of
-work must not depend on what it drew, or each batch would be compiled anew. A round is one resampling, one table a
-channel and one blend, all in one kernel, behind the statistics they need.
+This suits a GPU with `torch.compile`: a pass over the pixels is cheap, a launch is not, and the work must not depend on
+the draws, or each batch would be compiled again. A round is one resampling, one table per channel and one blend, all
+in one kernel, after the statistics they need.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PolicyTensors(NamedTuple):
 
     kinds: (rounds, N) int32, of Kind.   bicubic: (rounds, N) bool.
     numbers: (rounds, N, 10) float64: six of a matrix from output to input, a blend's factor, three weights of a blur.
-    tables: (rounds, N, 256) uint8, what becomes of each value.   Each has no effect where its operation is not drawn.
+    tables: (rounds, N, 256) uint8, the new value of each value.   Each has no effect if its operation is not drawn.
     """
 
     kinds: Tensor
@@ -49,7 +49,7 @@ class PolicyTensors(NamedTuple):
 
 
 def policy_tensors(draws: PolicyDraws, height: int, width: int, device: torch.device) -> PolicyTensors:
-    """draws: of images of this height and width. One copy to the device, which nothing waits for."""
+    """Copy the draws for images of this height and width to the device, in one transfer without waiting."""
     kinds, arguments = draws.kinds.T, draws.arguments.T
     arrays = [
         kinds.astype(np.int32),
@@ -61,20 +61,20 @@ def policy_tensors(draws: PolicyDraws, height: int, width: int, device: torch.de
 
 
 def policy_kinds(policy: Policy) -> frozenset[Kind]:
-    """The kinds of operation that a policy can draw."""
+    """Return the kinds of operation that a policy can draw."""
     operations = WIDE_OPERATIONS if policy.wide else OPERATIONS
     return frozenset(operations[step.name][0] for steps in policy.sequences for step in steps if step.prob > 0)
 
 
-def apply_policy_everywhere(
+def apply_policy_batched(
     images: Tensor, tensors: PolicyTensors, kinds: frozenset[Kind], interpolation: Interpolation
 ) -> Tensor:
-    """randaugment.apply_policy's result from code without a choice that depends on the draws.
+    """Compute the result of randaugment.apply_policy without branches that depend on the draws.
 
-    images: (N, 3, H, W) uint8, channels_last, left untouched.   tensors: of N images, made for their height and width.
-    kinds: those that the policy can draw (policy_kinds); others are not in the graph.   interpolation: as drawn with.
-    Returns a new tensor like images. Raises ValueError for other images. Under `torch.compile` a product may be fused
-    with a sum: a value whose fraction that carries over a whole number then differs by 1.
+    images: (N, 3, H, W) uint8, channels_last, not modified.   tensors: of N images, made for their height and width.
+    kinds: those that the policy can draw (policy_kinds); others are not in the graph.   interpolation: as in the draws.
+    Returns a new tensor like images. Raises ValueError for other images. Under `torch.compile` a product may be
+    fused with a sum, without its rounding; a value next to a whole number can then differ by 1.
     """
     check_images(images, tensors.kinds.shape[1])
     packed = _from_channels([channel.int() for channel in images.unbind(1)])
@@ -92,13 +92,13 @@ def _round(
     kinds: frozenset[Kind],
     interpolation: Interpolation,
 ) -> Tensor:
-    """packed: (N, H, W) int32.   kind, bicubic: (N,).   numbers: (N, 10).   tables: (N, 256)."""
+    """Apply one round. packed: (N, H, W) int32.   kind, bicubic: (N,).   numbers: (N, 10).   tables: (N, 256)."""
     if Kind.GAUSSIAN_BLUR in kinds:
         blurred = pil.gaussian_blur(_pixels(packed), numbers[:, 7:].long())
         packed = _from_channels([channel.int() for channel in blurred.unbind(-1)])
     values = _channels(packed)
     if kinds & {Kind.AUTO_CONTRAST, Kind.EQUALIZE}:
-        tables = _with_histogram_s(tables, values, kind)
+        tables = _with_histogram_tables(tables, values, kind)
     else:
         tables = tables[:, None].expand(-1, 3, -1)
     base = _base(packed, values, kind, kinds)
@@ -117,8 +117,8 @@ def _round(
     return _from_channels(values)
 
 
-def _with_histogram_s(tables: Tensor, values: list[Tensor], kind: Tensor) -> Tensor:
-    """(N, 3, 256) uint8: the tables, but those of the channels' own values where they are drawn."""
+def _with_histogram_tables(tables: Tensor, values: list[Tensor], kind: Tensor) -> Tensor:
+    """Return the tables (N, 3, 256) uint8, computed from the channel's histogram for the operations that need it."""
     first = torch.arange(len(kind), device=kind.device)[:, None, None] * 256
     none = torch.zeros(len(kind) * 256, dtype=torch.int32, device=kind.device)
     entries = [(value + first).view(-1) for value in values]
@@ -133,7 +133,7 @@ def _with_histogram_s(tables: Tensor, values: list[Tensor], kind: Tensor) -> Ten
 
 
 def _base(packed: Tensor, values: list[Tensor], kind: Tensor, kinds: frozenset[Kind]) -> list[Tensor]:
-    """(N, H, W) float32 of each channel: what the blend that an image drew starts from, else 0."""
+    """Return each channel's base (N, H, W) float32 of the blend that an image drew, or 0 without one."""
     kind = kind[:, None, None]
     base = [torch.zeros_like(packed, dtype=torch.float32)] * 3
     if kinds & {Kind.COLOR, Kind.CONTRAST}:
@@ -148,7 +148,7 @@ def _base(packed: Tensor, values: list[Tensor], kind: Tensor, kinds: frozenset[K
 
 
 def _resampled(packed: Tensor, matrices: Tensor, bicubic: Tensor, interpolation: Interpolation) -> list[Tensor]:
-    """The channels, (N, H, W) int32 each, of images taken from where a matrix says."""
+    """Return the channels, (N, H, W) int32 each, of images resampled at the positions that a matrix gives."""
     num, height, width = packed.shape
     place = pil.places(matrices, height, width)
     shares_x = _weights(place.along_x, bicubic, interpolation)
@@ -170,7 +170,7 @@ def _resampled(packed: Tensor, matrices: Tensor, bicubic: Tensor, interpolation:
 
 
 def _weights(along: Tensor, bicubic: Tensor, interpolation: Interpolation) -> list[Tensor]:
-    """pil_ops.weights of each image's interpolation."""
+    """Return pil_ops.weights of each image's interpolation."""
     found = pil.weights(along, bicubic=interpolation != "bilinear")
     if interpolation != "random":
         return list(found)
@@ -180,7 +180,7 @@ def _weights(along: Tensor, bicubic: Tensor, interpolation: Interpolation) -> li
 
 
 def _smooth(values: Tensor) -> Tensor:
-    """(N, H, W) int32 -> float32: what pil_ops.sharpness blends with."""
+    """Return the smoothed values that pil_ops.sharpness blends with: (N, H, W) int32 -> float32."""
     height, width = values.shape[1:]
     wide = F.pad(values, (1, 1, 1, 1))
     neighbours = [wide[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
@@ -191,7 +191,7 @@ def _smooth(values: Tensor) -> Tensor:
 
 
 def _channels(packed: Tensor) -> list[Tensor]:
-    """(N, H, W) int32: red, green and blue, each a byte of it -> int32 each."""
+    """Unpack (N, H, W) int32 with a byte each of red, green and blue to int32 each."""
     return [packed & 255, packed >> 8 & 255, packed >> 16]
 
 
@@ -201,6 +201,6 @@ def _from_channels(channels: list[Tensor]) -> Tensor:
 
 
 def _pixels(packed: Tensor) -> Tensor:
-    """(N, H, W, 3) uint8."""
+    """Unpack to (N, H, W, 3) uint8."""
     shifts = torch.arange(0, 24, 8, dtype=torch.int32, device=packed.device)
     return (packed[..., None] >> shifts & 255).to(torch.uint8)

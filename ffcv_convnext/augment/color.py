@@ -1,4 +1,4 @@
-"""Batched image operations on the device."""
+"""Normalisation and colour jitter of batches on the device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Planes = list[Tensor]  # the three channels of a batch, (N, H, W) each, dense or
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Images (N, 3, H, W) of values 0 to 255 -> float32 with ImageNet's mean 0 and standard deviation 1.
+    """Scale images (N, 3, H, W) of values 0 to 255 to float32 with mean 0 and standard deviation 1 over ImageNet.
 
     Returns a new tensor of the same memory format.
     """
@@ -30,22 +30,22 @@ def normalise(images: Tensor) -> Tensor:
         scale, shift = to_device(constants, images.device)[:, :, None, None]
         return torch.addcmul(shift, images.float(), scale)
     pixels = images.permute(0, 2, 3, 1)
-    scale, shift = to_device(np.tile(constants, pixels.shape[2]), images.device)  # three values: a slow broadcast
+    scale, shift = to_device(np.tile(constants, pixels.shape[2]), images.device)  # three values would broadcast slowly
     rows = torch.addcmul(shift, pixels.flatten(2).float(), scale)
     return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
 
 def normalised_planes(images: Tensor) -> Planes:
-    """The same, with constants that a compiler folds."""
+    """Normalise as above, with constants that a compiler folds."""
     planes = zip(images.unbind(1), _SCALE, _SHIFT, strict=True)
     return [plane.float() * scale + shift for plane, scale, shift in planes]
 
 
 @dataclass(frozen=True, slots=True)
 class JitterDraws:
-    """What was drawn for a micro-batch; one row an image, one column a step.
+    """Draws for a micro-batch: one row per image, one column per step.
 
-    steps: (N, 3) int64, 0 brightness, 1 contrast, 2 saturation, in an order of the image's own.
+    steps: (N, 3) int64, 0 brightness, 1 contrast, 2 saturation, in the image's own order.
     factors: (N, 3) float32, of these steps.
     """
 
@@ -61,7 +61,7 @@ def draw_jitter(strength: float, num: int, generator: np.random.Generator) -> Ji
 
 
 def color_jitter(images: Tensor, steps: Tensor, factors: Tensor) -> Tensor:
-    """Brightness, contrast and saturation, each by the image's own factor and in its own order.
+    """Change brightness, contrast and saturation, by each image's own factors and in its own order.
 
     images: (N, 3, H, W) uint8.   steps, factors: as in JitterDraws.   Returns float32 in [0, 255], channels_last. As
     torchvision's ColorJitter, except that values are not rounded between the three. Each of them is one blend with
@@ -77,7 +77,7 @@ def color_jitter(images: Tensor, steps: Tensor, factors: Tensor) -> Tensor:
 
 
 def inside(boxes: Tensor, height: int, width: int) -> Tensor:
-    """(N, H, W) bool: the pixels in each image's box. boxes: (N, 4), top, bottom, left, right."""
+    """Return the pixels in each image's box: (N, H, W) bool. boxes: (N, 4), top, bottom, left, right."""
     tops, bottoms, lefts, rights = boxes[:, :, None, None].unbind(1)
     ys = torch.arange(height, device=boxes.device)[:, None]
     xs = torch.arange(width, device=boxes.device)

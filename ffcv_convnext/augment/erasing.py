@@ -1,7 +1,7 @@
 """Random erasing (Zhong et al. 2017, arXiv:1708.04896), drawn for a whole micro-batch at once.
 
-Areas, aspect ratios and the ten attempts at a box that fits are those of timm's RandomErasing. Noise is a function
-of a key and the pixel, so every way to compute it, on any device, gives the same.
+Areas, aspect ratios and the ten attempts to draw a box that fits are those of timm's RandomErasing. Noise is a function
+of a key and the pixel, so it is the same on any device.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _NUM_TRIES = 10
 
 @dataclass(frozen=True, slots=True)
 class ErasingDraws:
-    """What was drawn for a micro-batch of N images with R boxes at most.
+    """Draws for a micro-batch of N images with at most R boxes each.
 
     boxes: (N, R, 4) int64, top, bottom, left, right; a box that was not drawn is empty (all 0).
-    colours: (N, R, 3) float32, what a box is filled with: normally distributed, or 0, which is the mean colour.
-    key: of the noise per pixel, below 2^63; None where boxes are filled with colours.
+    colours: (N, R, 3) float32, the fill of a box: normally distributed, or 0, which is the mean colour.
+    key: of the noise per pixel, below 2^63; None if boxes are filled with colours.
     """
 
     boxes: NDArray[np.int64]
@@ -40,9 +40,9 @@ class ErasingDraws:
 def draw_erasing(
     config: AugmentConfig, num: int, height: int, width: int, key: int, generator: np.random.Generator
 ) -> ErasingDraws:
-    """Draw what is erased of `num` images.
+    """Draw the erased boxes of `num` images.
 
-    An erased image gets 1 to `recount` boxes, each number as likely, which share the area.
+    An erased image gets 1 to `recount` boxes, each number with the same probability, which share the area.
     """
     erased = generator.random(num) < config.reprob
     counts = generator.integers(1, config.recount, num, endpoint=True)
@@ -67,17 +67,17 @@ def draw_erasing(
 
 
 def noise(key: int | Tensor, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Three independent standard normal numbers for each pixel, float32: a function of (key, pixel) and nothing else.
+    """Return three independent standard normal numbers per pixel, float32: a function of (key, pixel) only.
 
     pixels: int64, numbers (image H + y) W + x, below 2^32, any shape.   key: below 2^63, an int or an int64 scalar
-    tensor. A pair of numbers takes 32 bits, so none is beyond 4.9.   Source: Box and Muller 1958.
+    tensor. A pair of numbers uses 32 bits, so none exceeds 4.9.   Source: Box and Muller 1958.
     """
     (radius, angle), (third_radius, third_angle) = (_polar(word) for word in short_words(key, pixels))
     return radius * angle.cos(), radius * angle.sin(), third_radius * third_angle.cos()
 
 
 def _polar(words: Tensor) -> tuple[Tensor, Tensor]:
-    """Radius and angle of points normally distributed in the plane."""
+    """Return radius and angle of points normally distributed in the plane."""
     radius = ((words >> 16).float() + 0.5).mul(2.0**-16).log().mul(-2).sqrt()
     return radius, (words & 0xFFFF).float() * (2 * math.pi / 2**16)
 
@@ -85,7 +85,7 @@ def _polar(words: Tensor) -> tuple[Tensor, Tensor]:
 def erase(image: Tensor, index: int, draws: ErasingDraws) -> None:
     """Fill an image's boxes in place with noise, or each with its colour.
 
-    image: (H, W, 3) floating, normalised, modified; number `index` of those that the draws are for; on the CPU.
+    image: (H, W, 3) floating, normalised, modified; number `index` of the micro-batch; on the CPU.
     """
     height, width, _ = image.shape
     for (top, bottom, left, right), colour in zip(draws.boxes[index].tolist(), draws.colours[index], strict=True):
@@ -97,10 +97,10 @@ def erase(image: Tensor, index: int, draws: ErasingDraws) -> None:
             patch.copy_(torch.stack(noise(draws.key, rows + torch.arange(left, right)), -1))
 
 
-def erase_everywhere(planes: Planes, boxes: Tensor, colours: Tensor, key: Tensor | None = None) -> Planes:
-    """What erase does, for all images at once and in static shapes.
+def erase_batched(planes: Planes, boxes: Tensor, colours: Tensor, key: Tensor | None = None) -> Planes:
+    """Do the same as `erase` for all images at once, in static shapes.
 
-    planes: the channels, left untouched.   boxes, colours, key: those of ErasingDraws, on the planes' device.
+    planes: the channels, not modified.   boxes, colours, key: as in ErasingDraws, on the planes' device.
     """
     num, height, width = planes[0].shape
     if key is not None:

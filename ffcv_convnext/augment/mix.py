@@ -1,7 +1,7 @@
 """Mixup and CutMix on the device, targets included.
 
 Sources: Zhang et al. 2018, "mixup", arXiv:1710.09412; Yun et al. 2019, "CutMix", arXiv:1905.04899. The three modes
-and the way a draw becomes a box are those of timm's Mixup, so a recipe written for timm means the same here; the
+and the computation of a box from a draw are those of timm's Mixup, so a timm recipe has the same meaning here; the
 draws come from (seed, optimiser step, micro-batch).
 """
 
@@ -21,10 +21,10 @@ from ffcv_convnext.config import AugmentConfig
 
 @dataclass(frozen=True, slots=True)
 class MixDraws:
-    """What was drawn for a micro-batch; one row an image, whether it was drawn for the batch, the pair or the image.
+    """Draws for a micro-batch, one row per image, also if drawn for the whole batch or a pair.
 
-    lam: (N,) float32, the image's own weight in the mixture (CutMix: the share of its area that stays).
-    boxes: (N, 4) int64, top, bottom, left, right of what CutMix pastes; empty boxes where it does not.
+    lam: (N,) float32, the image's own weight in the mixture (CutMix: the share of its own area).
+    boxes: (N, 4) int64, top, bottom, left, right of the area that CutMix pastes; empty without CutMix.
     """
 
     lam: NDArray[np.float32]
@@ -36,7 +36,7 @@ def draw_mix(config: AugmentConfig, num: int, height: int, width: int, generator
     mode = config.mixup_mode
     if mode == "pair" and num % 2:
         raise ValueError(
-            f"mixup_mode = pair: {num} images do not pair up; use an even batch_size, or mode batch or elem"
+            f"mixup_mode = pair: {num} images cannot form pairs; use an even batch_size, or mode batch or elem"
         )
     rows = {"batch": 1, "pair": num // 2, "elem": num}[mode]
     lam = np.ones(rows)
@@ -50,9 +50,9 @@ def draw_mix(config: AugmentConfig, num: int, height: int, width: int, generator
             lam[i] = generator.beta(config.mixup, config.mixup)
             continue
         if config.cutmix_minmax is not None:
-            least, most = config.cutmix_minmax
-            box_height = int(generator.integers(int(height * least), int(height * most)))
-            box_width = int(generator.integers(int(width * least), int(width * most)))
+            low, high = config.cutmix_minmax
+            box_height = int(generator.integers(int(height * low), int(height * high)))
+            box_width = int(generator.integers(int(width * low), int(width * high)))
             top = int(generator.integers(0, height - box_height + 1))
             left = int(generator.integers(0, width - box_width + 1))
             box = top, top + box_height, left, left + box_width
@@ -75,8 +75,8 @@ def draw_mix(config: AugmentConfig, num: int, height: int, width: int, generator
     return MixDraws(lam.astype(np.float32), boxes)
 
 
-def mixed(image: Tensor, partner: Tensor, lam: float, box: Sequence[int]) -> Tensor:
-    """An image blended with its partner, or with a box of the partner pasted into it; a new tensor.
+def mix_image(image: Tensor, partner: Tensor, lam: float, box: Sequence[int]) -> Tensor:
+    """Blend an image with its partner, or paste a box of the partner into it; returns a new tensor.
 
     image, partner: (H, W, 3) floating, normalised.   lam, box: the image's row of MixDraws.
     """
@@ -88,8 +88,8 @@ def mixed(image: Tensor, partner: Tensor, lam: float, box: Sequence[int]) -> Ten
     return result
 
 
-def mix_everywhere(images: Tensor, lam: Tensor, boxes: Tensor) -> Tensor:
-    """Every image mixed with its mirror-position partner in the batch, in static shapes; a new tensor.
+def mix_batched(images: Tensor, lam: Tensor, boxes: Tensor) -> Tensor:
+    """Mix every image with its mirror-position partner in the batch, in static shapes; returns a new tensor.
 
     images: (N, 3, H, W) floating, normalised.   lam: (N,) float32.   boxes: (N, 4), as in MixDraws.
     """
@@ -101,5 +101,5 @@ def mix_everywhere(images: Tensor, lam: Tensor, boxes: Tensor) -> Tensor:
 
 
 def mix_targets(targets: Tensor, lam: Tensor) -> Tensor:
-    """targets: (N, K) float32, rows sum to 1; left untouched.   lam: (N,) float32."""
+    """Mix targets (N, K) float32, whose rows sum to 1, in the same way; returns a new tensor. lam: (N,) float32."""
     return torch.lerp(targets.flip(0), targets, lam[:, None])

@@ -1,7 +1,7 @@
-"""PIL's image operations, to the last bit where integers allow it.
+"""PIL's image operations, equal to the last bit where integer arithmetic allows it.
 
-pixels: (H, W, 3) uint8, contiguous, left untouched; each operation returns a new tensor like it. On a CPU a pass over
-bytes costs a tenth of one that gathers or interleaves, so values are computed, not looked up, where that is exact.
+pixels: (H, W, 3) uint8, contiguous, not modified; each operation returns a new tensor of the same kind. On a CPU a pass
+over bytes costs a tenth of one that gathers or interleaves, so values are computed, not looked up, where that is exact.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R 601 in 16-bit fixed point: how PIL makes an image gray
-NUDGE = 2.0**-12  # added before fractions are cut off: rounding leaves no whole number just below itself
+_LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R 601 in 16-bit fixed point: as in PIL
+NUDGE = 2.0**-12  # added before truncation, so that rounding errors do not turn a whole number into the one below
 
 Fill = tuple[int, int, int]
 Floats = NDArray[np.float64]
@@ -23,16 +23,17 @@ _T = TypeVar("_T", Tensor, Floats)
 
 
 def invert(pixels: Tensor) -> Tensor:
+    """Invert all values."""
     return pixels.bitwise_not()
 
 
 def posterize(pixels: Tensor, bits: int) -> Tensor:
-    """The highest `bits` of eight kept."""
+    """Keep the highest `bits` of eight."""
     return pixels & 255 - (255 >> bits)
 
 
 def solarize(pixels: Tensor, threshold: int) -> Tensor:
-    """Values from the threshold on inverted."""
+    """Invert values from the threshold on."""
     if not 0 < threshold < 256:
         return pixels.clone() if threshold > 0 else pixels.bitwise_not()
     reached = pixels.clamp(threshold - 1, threshold).sub_(threshold - 1)
@@ -40,30 +41,30 @@ def solarize(pixels: Tensor, threshold: int) -> Tensor:
 
 
 def solarize_add(pixels: Tensor, amount: int) -> Tensor:
-    """Values below 128 increased. amount: 0 to 128."""
+    """Add `amount`, 0 to 128, to values below 128."""
     below = pixels.clamp(127, 128).neg_().add_(128)
     return below.mul_(amount).add_(pixels)
 
 
 def brightness(pixels: Tensor, factor: float) -> Tensor:
-    """0: black, 1: as it is."""
+    """Change the brightness: factor 0 gives black, 1 the same image."""
     return _to_bytes(pixels.float().mul_(factor))
 
 
 def color(pixels: Tensor, factor: float) -> Tensor:
-    """0: gray, 1: as it is."""
+    """Change the saturation: factor 0 gives gray, 1 the same image."""
     planes = _planes(pixels).float()
     return _interleaved(_to_bytes(_blend(gray(*planes), planes, factor)))
 
 
 def contrast(pixels: Tensor, factor: float) -> Tensor:
-    """0: the mean gray, 1: as it is."""
+    """Change the contrast: factor 0 gives the mean gray, 1 the same image."""
     mean = float(rounded_mean(gray(*_planes(pixels).float())))
     return _to_bytes(_blend(mean, pixels.float(), factor))
 
 
 def sharpness(pixels: Tensor, factor: float) -> Tensor:
-    """0: a mean of each pixel, weight 5, and its eight neighbours, weight 1; 1: as it is. The border stays."""
+    """Sharpen: factor 0 averages each pixel (weight 5) with its 8 neighbours, 1 gives the same. The border is kept."""
     wide = pixels.flatten(1).short()
     columns = wide[:-2] + wide[1:-1]
     columns.add_(wide[2:])
@@ -76,12 +77,12 @@ def sharpness(pixels: Tensor, factor: float) -> Tensor:
 
 
 def thirteenth(totals: Tensor) -> Tensor:
-    """Rounded, float32: a thirteenth is never halfway. totals: integers from 0 to 13 * 255."""
+    """Return totals / 13 rounded, float32; never halfway. totals: integers from 0 to 13 * 255."""
     return (totals.float() + 6).mul_((1 + 2.0**-20) / 13).floor_()
 
 
 def autocontrast(pixels: Tensor) -> Tensor:
-    """The least value of a channel becomes 0, the largest 255."""
+    """Stretch each channel so that its smallest value becomes 0 and its largest 255."""
     channels = pixels.shape[1:]
     low = pixels.amin(0).view(channels).amin(0)[:, None]
     high = pixels.amax(0).view(channels).amax(0)[:, None]
@@ -91,22 +92,22 @@ def autocontrast(pixels: Tensor) -> Tensor:
 
 
 def autocontrast_tables(low: Tensor, high: Tensor) -> Tensor:
-    """(..., 256) uint8: low becomes 0, high 255. low, high: (..., 1), the least and largest value of a channel."""
+    """Return tables (..., 256) uint8 that map low to 0, high to 255. low, high: (..., 1), the range of a channel."""
     low, high = low.double(), high.double()
     values = torch.arange(256, dtype=torch.float64, device=low.device)
-    scale = torch.full_like(low, 255.0) / (high - low)  # infinite where a channel has one value, which then keeps it
+    scale = torch.full_like(low, 255.0) / (high - low)  # infinite if a channel has one value, which is kept
     stretched = torch.where(high > low, values * scale + -low * scale, values)
     return stretched.clamp(0, 255).to(torch.uint8)
 
 
 def equalize(pixels: Tensor) -> Tensor:
-    """Each channel with a flat histogram."""
+    """Flatten the histogram of each channel."""
     entries = _entries(pixels)
     return _look_up(equalize_tables(entries.view(-1).bincount(minlength=768).view(3, 256)), entries)
 
 
 def equalize_tables(counts: Tensor) -> Tensor:
-    """(..., 256) uint8: tables that give each channel a flat histogram. counts: (..., 256), integers."""
+    """Return tables (..., 256) uint8 that flatten each channel's histogram. counts: (..., 256), integers."""
     values = torch.arange(256, device=counts.device)
     last = torch.where(counts > 0, values, 0).amax(-1, keepdim=True)
     step = (counts.sum(-1, keepdim=True) - counts.gather(-1, last)) // 255
@@ -116,7 +117,7 @@ def equalize_tables(counts: Tensor) -> Tensor:
 
 
 def _entries(pixels: Tensor) -> Tensor:
-    """(H, 3 W) int32: where each value's entry stands in tables (3, 256)."""
+    """Return (H, 3 W) int32: the index of each value's entry in tables (3, 256)."""
     first = torch.arange(0, 768, 256, dtype=torch.int32, device=pixels.device)
     return pixels.flatten(1).int().add_(first.repeat(pixels.shape[1]))
 
@@ -127,28 +128,28 @@ def _look_up(tables: Tensor, entries: Tensor) -> Tensor:
 
 
 def gray(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
-    """Brightness, rounded to 0..255. float32 all, whole numbers: every step is exact."""
+    """Return the brightness, rounded, 0 to 255. All are float32 whole numbers: every step is exact."""
     return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).add_(0.5).floor_()
 
 
 def rounded_mean(levels: Tensor) -> Tensor:
-    """(...) float64: the mean of (..., H, W) float32, whole numbers up to 255, rounded."""
+    """Return (...) float64: the rounded mean of (..., H, W) float32, whole numbers up to 255."""
     total = levels.sum(-1).double().sum(-1)
     return (total / (levels.shape[-2] * levels.shape[-1]) + 0.5).floor()
 
 
 def _blend(base: Tensor | float, values: Tensor, factor: float) -> Tensor:
-    """base + factor (values - base). values: float32, overwritten."""
+    """Compute base + factor (values - base). values: float32, overwritten."""
     return values.sub_(base).mul_(factor).add_(base)
 
 
 def _to_bytes(values: Tensor) -> Tensor:
-    """float32 -> uint8: fractions are cut off, as in PIL. By way of int16, which is faster."""
+    """Truncate float32 to uint8, as in PIL; through int16, which is faster."""
     return values.to(torch.int16).clamp_(0, 255).to(torch.uint8)
 
 
 def _planes(pixels: Tensor) -> Tensor:
-    """(3, H, W)."""
+    """Return (3, H, W)."""
     return pixels.permute(2, 0, 1).contiguous()
 
 
@@ -157,9 +158,9 @@ def _interleaved(planes: Tensor) -> Tensor:
 
 
 def gaussian_blur(pixels: Tensor, weights: Tensor) -> Tensor:
-    """Three box filters along rows, then three along columns, each rounded to 8 bits: PIL's Gaussian.
+    """Apply three box filters along rows, then three along columns, each rounded to 8 bits: PIL's Gaussian.
 
-    pixels: (..., H, W, 3).   weights: (..., 3) int64, of a pixel, its neighbours and theirs, in 1 / 2^24.
+    pixels: (..., H, W, 3).   weights: (..., 3) int64, of a pixel, its neighbours at distance 1 and at 2, in 1 / 2^24.
     """
     middle, near, far = weights.int()[..., None, None, None].unbind(-4)
     for axis in (-2, -2, -2, -3, -3, -3):
@@ -173,11 +174,11 @@ def gaussian_blur(pixels: Tensor, weights: Tensor) -> Tensor:
 
 
 def translate(pixels: Tensor, shift: float, axis: int, fill: Fill, *, bicubic: bool) -> Tensor:
-    """Moved up (axis 0) or left (axis 1) by `shift` pixels. fill: colour of what comes from outside."""
+    """Move up (axis 0) or left (axis 1) by `shift` pixels. fill: colour outside of the image."""
     size = pixels.shape[axis]
     result = torch.empty_like(pixels)
     result.flatten(1).copy_(_row_of(fill, pixels))
-    first = math.ceil(-0.5 - shift)  # of the lines that come from inside
+    first = math.ceil(-0.5 - shift)  # of the lines from inside
     begin, end = max(0, first), min(size, first + size)
     if begin >= end:
         return result
@@ -195,7 +196,7 @@ def translate(pixels: Tensor, shift: float, axis: int, fill: Fill, *, bicubic: b
 
 
 def shear_rows(pixels: Tensor, slope: float, fill: Fill, *, bicubic: bool) -> Tensor:
-    """Each row moved left by `slope` pixels for each pixel down to its centre. fill: colour of what is outside."""
+    """Move each row left by `slope` pixels per pixel down to its centre. fill: colour outside of the image."""
     height, width, _ = pixels.shape
     shifts = (np.arange(height) + 0.5) * slope
     whole = np.floor(shifts)
@@ -216,7 +217,7 @@ def shear_rows(pixels: Tensor, slope: float, fill: Fill, *, bicubic: bool) -> Te
 
 
 def shear_columns(pixels: Tensor, slope: float, fill: Fill, *, bicubic: bool) -> Tensor:
-    """Each column moved up by `slope` pixels for each pixel right to its centre. fill: colour of what is outside."""
+    """Move each column up by `slope` pixels per pixel right to its centre. fill: colour outside of the image."""
     height, width, _ = pixels.shape
     shifts = ((np.arange(width) + 0.5) * slope).repeat(3)  # of each channel of a column
     whole = np.floor(shifts)
@@ -236,7 +237,7 @@ def shear_columns(pixels: Tensor, slope: float, fill: Fill, *, bicubic: bool) ->
 
 
 def _sum_of_taps(taken: Tensor, axis: int, step: int, along: Floats, *, bicubic: bool) -> Tensor:
-    """uint8, shorter by 3 steps along an axis: float32 values one step before, at, and one and two after, weighted."""
+    """Weight float32 values one step before, at, one and two after; returns uint8, 3 steps shorter along the axis."""
     size = taken.shape[axis] - 3 * step
     shares = [_tensor(share.astype(np.float32), taken) for share in weights(along, bicubic=bicubic)]
     first = 0 if bicubic else step
@@ -247,12 +248,12 @@ def _sum_of_taps(taken: Tensor, axis: int, step: int, along: Floats, *, bicubic:
 
 
 def _windows(store: Tensor, starts: Floats, length: int) -> Tensor:
-    """(n, length): pieces of a store, (size,)."""
+    """Return pieces of a store (size,): (n, length)."""
     return store.as_strided((len(store) - length + 1, length), (1, 1)).index_select(0, _index(starts, store))
 
 
 def _row_of(fill: Fill, pixels: Tensor) -> Tensor:
-    """(3 W,) uint8."""
+    """Return (3 W,) uint8."""
     return _tensor(np.tile(np.array(fill, np.uint8), pixels.shape[1]), pixels)
 
 
@@ -265,7 +266,7 @@ def _tensor(values: NDArray[Any], like: Tensor) -> Tensor:
 
 
 class Places(NamedTuple):
-    """Where output pixels come from, (..., H, W) each: between columns left and left + 1, rows top and top + 1."""
+    """Source positions of output pixels, (..., H, W) each: between columns left and left + 1, rows top and top + 1."""
 
     left: Tensor  # int32
     top: Tensor
@@ -275,7 +276,7 @@ class Places(NamedTuple):
 
 
 def places(matrices: Tensor, height: int, width: int) -> Places:
-    """Output pixel (x, y) comes from (a x + b y + c, d x + e y + f); pixel centres are at halves.
+    """Return source positions: pixel (x, y) comes from (a x + b y + c, d x + e y + f); pixel centres are at halves.
 
     matrices: (..., 6) float64, a to f.
     """
@@ -291,7 +292,7 @@ def places(matrices: Tensor, height: int, width: int) -> Places:
 
 
 def affine(pixels: Tensor, matrix: Tensor, fill: Fill, *, bicubic: bool) -> Tensor:
-    """Each pixel taken from where a matrix, (6,) float64, says (see places). fill: colour of what is outside."""
+    """Resample at the positions of a matrix, (6,) float64 (see places). fill: colour outside of the image."""
     height, width, _ = pixels.shape
     place = places(matrix, height, width)
     padded = _padded_words(pixels)
@@ -319,7 +320,7 @@ def affine(pixels: Tensor, matrix: Tensor, fill: Fill, *, bicubic: bool) -> Tens
 
 
 def _add_product(total: Tensor, values: Tensor, share: Tensor, *, first: bool) -> None:
-    """Into the total, whatever it holds where this is the first."""
+    """Add values * share to the total; overwrite it if this is the first."""
     if first:
         torch.mul(values, share, out=total)
     else:
@@ -327,7 +328,7 @@ def _add_product(total: Tensor, values: Tensor, share: Tensor, *, first: bool) -
 
 
 def _padded_words(pixels: Tensor) -> Tensor:
-    """((H + 4) (W + 4),) int32: red, green and blue each a byte of it, and the edge repeated twice around them."""
+    """Pack red, green and blue into ((H + 4) (W + 4),) int32, a byte each, with the edges repeated twice."""
     height, width, _ = pixels.shape
     red, green, blue = _planes(pixels).int()
     padded = torch.empty((height + 4, width + 4), dtype=torch.int32, device=pixels.device)
@@ -339,7 +340,7 @@ def _padded_words(pixels: Tensor) -> Tensor:
 
 
 def weights(along: _T, *, bicubic: bool) -> list[_T]:
-    """Of two neighbours (linear) or four (cubic: Keys 1981, a = -1). along: in [0, 1), from the middle ones' first."""
+    """Return the weights of 2 (linear) or 4 neighbours (cubic, Keys 1981, a = -1). along: in [0, 1)."""
     back = 1 - along
     if not bicubic:
         return [back, along]

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ffcv_convnext.augment.batched_ops import PolicyTensors, apply_policy_everywhere, policy_kinds, policy_tensors
+from ffcv_convnext.augment.batched_ops import PolicyTensors, apply_policy_batched, policy_kinds, policy_tensors
 from ffcv_convnext.augment.color import JitterDraws, color_jitter, draw_jitter, normalise, normalised_planes
-from ffcv_convnext.augment.erasing import ErasingDraws, draw_erasing, erase, erase_everywhere
-from ffcv_convnext.augment.mix import MixDraws, draw_mix, mix_everywhere, mix_targets, mixed
+from ffcv_convnext.augment.erasing import ErasingDraws, draw_erasing, erase, erase_batched
+from ffcv_convnext.augment.mix import MixDraws, draw_mix, mix_batched, mix_image, mix_targets
 from ffcv_convnext.augment.randaugment import Interpolation, PolicyDraws, apply_policy, draw_policy
 from ffcv_convnext.augment.to_device import all_to_device
 from ffcv_convnext.config import AugmentConfig
@@ -27,7 +27,7 @@ _STREAMS = (Stream.POLICY, Stream.COLOR_JITTER, Stream.ERASING, Stream.MIX)
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """Everything random about a micro-batch; None: what the settings leave out."""
+    """Everything random about a micro-batch; None: disabled by the settings."""
 
     policy: PolicyDraws | None
     jitter: JitterDraws | None
@@ -36,20 +36,20 @@ class Draws:
 
 
 class DrawTensors(NamedTuple):
-    """The same on the device, but for the policy. Shapes and types depend on the settings and the images' number."""
+    """The same on the device, without the policy. Shapes and types depend on the settings and the number of images."""
 
-    jitter: tuple[Tensor, ...] | None  # as color_jitter takes them
-    erasing: tuple[Tensor, ...] | None  # as erase_everywhere takes them
-    mix: tuple[Tensor, ...] | None  # as mix_everywhere takes them
+    jitter: tuple[Tensor, ...] | None  # arguments of color_jitter
+    erasing: tuple[Tensor, ...] | None  # arguments of erase_batched
+    mix: tuple[Tensor, ...] | None  # arguments of mix_batched
 
 
 class TrainAugment:
-    """Turns uint8 crops and labels into the network's input and soft targets.
+    """Convert uint8 crops and labels to the network's input and soft targets.
 
-    Every draw is a function of (seed, optimiser step, micro-batch), so it does not depend on which process a
-    micro-batch falls to. Decisions are drawn on the host; the host never waits for the device. They are then applied
-    in one of two ways, with the same result: image by image, touching no pixel in vain, which suits a CPU; or
-    everywhere, in static shapes and without a choice that depends on a draw, which torch.compile makes few kernels of.
+    Every draw is a function of (seed, optimiser step, micro-batch), so it does not depend on the process that gets a
+    micro-batch. Draws are made on the host, which never waits for the device, and applied in one of two ways with the
+    same result: image by image, without computing pixels that are not used, for a CPU; or batched, in static shapes and
+    without branches that depend on a draw, from which torch.compile makes few kernels.
     """
 
     def __init__(
@@ -63,9 +63,10 @@ class TrainAugment:
         compile: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """interpolation: of the policy's geometric operations; random: either, for each operation of each image.
+        """Prepare the augmentation of a run.
 
-        compile: one graph for a whole run, by torch.compile.   dtype: of the inputs that come out.
+        interpolation: of the policy's geometric operations; random: drawn for each operation of each image.
+        compile: one graph for a whole run, by torch.compile.   dtype: of the returned inputs.
         """
         self.config = config
         self.num_classes = num_classes
@@ -77,21 +78,21 @@ class TrainAugment:
         self.kinds = policy_kinds(self.policy) if self.policy else frozenset()
         self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
         if compile:
-            self._compiled = torch.compile(self._everywhere, fullgraph=True, dynamic=False)
+            self._compiled = torch.compile(self._batched, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor, *, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
         """Augment one micro-batch.
 
-        images: (N, 3, H, W) uint8, channels_last; left untouched.   labels: (N,) int64.
+        images: (N, 3, H, W) uint8, channels_last; not modified.   labels: (N,) int64.
         step: optimiser step in the run; micro_batch: its number in the step's global batch.
-        Returns normalised images of the dtype asked for, channels_last, and targets (N, num_classes) float32. They
-        are computed in float32 and rounded once. Raises ValueError for other images, and for an odd number of them
-        where they are mixed in pairs.
+        Returns normalised images of self.dtype, channels_last, and targets (N, num_classes) float32. They are computed
+        in float32 and rounded once. Raises ValueError for other images, and for an odd number of them if they are mixed
+        in pairs.
         """
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
-            raise ValueError(f"images are {found}: augmentation is for uint8 (N, 3, H, W), of red, green and blue")
+            raise ValueError(f"images are {found}: augmentation needs uint8 (N, 3, H, W), red, green and blue")
         num, _, height, width = images.shape
         draws = self.draw(num, height, width, step=step, micro_batch=micro_batch)
         if self._compiled is not None:
@@ -101,10 +102,10 @@ class TrainAugment:
             images = apply_policy(images, draws.policy)
         if self.device.type == "cpu":
             return self._image_by_image(images, labels, draws)
-        return self._everywhere(images, labels, None, _tensors(draws, self.device))
+        return self._batched(images, labels, None, _tensors(draws, self.device))
 
     def draw(self, num: int, height: int, width: int, *, step: int, micro_batch: int) -> Draws:
-        """All that is random about a micro-batch of `num` images of this size."""
+        """Draw everything random about a micro-batch of `num` images of this size."""
         config = self.config
         seeds = {stream: step_seed(self.seed, step, micro_batch, stream) for stream in _STREAMS}
         generators = {stream: np.random.Generator(np.random.Philox(key=seed)) for stream, seed in seeds.items()}
@@ -122,9 +123,9 @@ class TrainAugment:
         return Draws(policy, jitter, erasing, mix)
 
     def _image_by_image(self, images: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Everything but the policy, on a CPU: an image and its partner stay in the caches until they are done."""
+        """Apply everything except the policy, on a CPU: an image and its partner stay in the processor's caches."""
         num, _, height, width = images.shape
-        # numpy asks for huge pages, as PyTorch does not: without them, fresh memory costs more than what fills it
+        # numpy uses huge pages, PyTorch does not: without them, page faults cost more than the computation
         memory = torch.from_numpy(np.empty(images.numel() * self.dtype.itemsize, np.uint8))
         inputs = memory.view(self.dtype).view(num, height, width, 3)
         targets = soft_targets(labels, self.num_classes, self.config.smoothing)
@@ -136,11 +137,11 @@ class TrainAugment:
             pair = i, num - 1 - i
             prepared = [self._prepared(images, each, draws) for each in pair]
             for each, own, partner in zip(pair, prepared, reversed(prepared), strict=True):
-                inputs[each] = mixed(own, partner, float(draws.mix.lam[each]), draws.mix.boxes[each].tolist())
+                inputs[each] = mix_image(own, partner, float(draws.mix.lam[each]), draws.mix.boxes[each].tolist())
         return inputs.permute(0, 3, 1, 2), mix_targets(targets, torch.from_numpy(draws.mix.lam))
 
     def _prepared(self, images: Tensor, index: int, draws: Draws) -> Tensor:
-        """(H, W, 3) float32: an image jittered, normalised and erased."""
+        """Return an image jittered, normalised and erased: (H, W, 3) float32."""
         image = images[index : index + 1]
         if draws.jitter is not None:
             steps, factors = draws.jitter.steps[index : index + 1], draws.jitter.factors[index : index + 1]
@@ -150,27 +151,27 @@ class TrainAugment:
             erase(result, index, draws.erasing)
         return result
 
-    def _everywhere(
+    def _batched(
         self, images: Tensor, labels: Tensor, policy: PolicyTensors | None, draws: DrawTensors
     ) -> tuple[Tensor, Tensor]:
-        """Everything, as a function of tensors whose shapes never change in a run."""
+        """Apply everything, as a function of tensors whose shapes never change in a run."""
         if policy is not None:
-            images = apply_policy_everywhere(images, policy, self.kinds, self.interpolation)
+            images = apply_policy_batched(images, policy, self.kinds, self.interpolation)
         if draws.jitter is not None:
             images = color_jitter(images, *draws.jitter)
         planes = normalised_planes(images)
         targets = soft_targets(labels, self.num_classes, self.config.smoothing)
         if draws.erasing is not None:
-            planes = erase_everywhere(planes, *draws.erasing)
+            planes = erase_batched(planes, *draws.erasing)
         inputs = torch.stack(planes, -1).permute(0, 3, 1, 2)
         if draws.mix is not None:
-            inputs = mix_everywhere(inputs, *draws.mix)
+            inputs = mix_batched(inputs, *draws.mix)
             targets = mix_targets(targets, draws.mix[0])
         return inputs.to(self.dtype), targets
 
 
 def _tensors(draws: Draws, device: torch.device) -> DrawTensors:
-    """In one copy to the device."""
+    """Copy the draws to the device, in one transfer."""
     jitter, erasing, mix = draws.jitter, draws.erasing, draws.mix
     groups: list[list[NDArray[Any]]] = [
         [] if jitter is None else [jitter.steps, jitter.factors],
@@ -184,7 +185,7 @@ def _tensors(draws: Draws, device: torch.device) -> DrawTensors:
 
 
 def soft_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Label smoothing (Szegedy et al. 2015, arXiv:1512.00567).
+    """Return targets with label smoothing (Szegedy et al. 2015, arXiv:1512.00567).
 
     labels: (N,) int64.   Returns (N, num_classes) float32 whose rows sum to 1.
     """

@@ -1,8 +1,8 @@
 """RandAugment, AutoAugment and TrivialAugment on a batch: each image draws its own operations and strengths.
 
-What an operation does to the pixels is what timm does with PIL; how strong a magnitude is, is timm's too (for ta_wide
-torchvision's). Draws are made on the host, in float64. apply_policy takes image after image through its own operations
-only, which suits a CPU; batched_ops.py does the same work as one graph for all, which suits a GPU.
+Operations and magnitudes are those of timm with PIL (for ta_wide, torchvision's magnitudes). Draws are made on the
+host, in float64. apply_policy applies each image's own operations, one image after the other, which suits a CPU;
+batched_ops.py does the same work as one graph for all images, which suits a GPU.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ffcv_convnext.augment.to_device import to_device
 from ffcv_convnext.policy_grammar import FULL_MAGNITUDE, NUM_WIDE_LEVELS, Policy
 
 Interpolation = Literal["bicubic", "bilinear", "random"]
-# Colour of what a geometric operation uncovers.
+# Colour outside of the image, for geometric operations.
 FILL = round(255 * IMAGENET_MEAN[0]), round(255 * IMAGENET_MEAN[1]), round(255 * IMAGENET_MEAN[2])
 
 
 class Kind(IntEnum):
-    """What is done to the pixels. The comment names its argument."""
+    """Operation on the pixels. The comment describes its argument."""
 
     IDENTITY = 0
     AUTO_CONTRAST = 1
@@ -38,10 +38,10 @@ class Kind(IntEnum):
     POSTERIZE = 4  # bits that are kept; 0: black
     SOLARIZE = 5  # values from here on are inverted
     SOLARIZE_ADD = 6  # added to values below 128
-    BRIGHTNESS = 7  # factor: 0 black, 1 as it is
-    COLOR = 8  # factor: 0 gray, 1 as it is
-    CONTRAST = 9  # factor: 0 the mean gray, 1 as it is
-    SHARPNESS = 10  # factor: 0 smoothed, 1 as it is
+    BRIGHTNESS = 7  # factor: 0 black, 1 unchanged
+    COLOR = 8  # factor: 0 gray, 1 unchanged
+    CONTRAST = 9  # factor: 0 the mean gray, 1 unchanged
+    SHARPNESS = 10  # factor: 0 smoothed, 1 unchanged
     GAUSSIAN_BLUR = 11  # standard deviation, pixels
     SHEAR_X = 12  # pixels left for each pixel down
     SHEAR_Y = 13  # pixels up for each pixel right
@@ -58,9 +58,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Strength:
-    """What an operation's argument is drawn from, one entry an image."""
+    """Inputs of an operation's argument, one entry per image."""
 
-    magnitude: Floats  # 0 to 10 where mmax is not set; TrivialAugment: level 0 to 30
+    magnitude: Floats  # 0 to 10 unless mmax is set; TrivialAugment: level 0 to 30
     sign: Floats  # -1 or 1
     uniform: Floats  # in [0, 1)
     size: int  # the image's extent along the operation's axis, pixels
@@ -158,7 +158,7 @@ WIDE_OPERATIONS: dict[str, tuple[Kind, Callable[[Strength], Floats]]] = {
 
 @dataclass(frozen=True, slots=True)
 class PolicyDraws:
-    """What was drawn for a micro-batch; one row an image, one column a round.
+    """Draws for a micro-batch: one row per image, one column per round.
 
     kinds: (N, rounds) int64, of Kind.   arguments: (N, rounds) float64.   bicubic: (N, rounds) bool, else bilinear.
     """
@@ -168,7 +168,7 @@ class PolicyDraws:
     bicubic: NDArray[np.bool_]
 
     def words(self) -> list[list[str]]:
-        """Each image's operations in turn, such as 'rotate -12.3', with the arguments that Kind tells of."""
+        """Describe each image's operations in order, such as 'rotate -12.3', with the arguments described in Kind."""
         return [
             [_words(Kind(kind), argument) for kind, argument in zip(*row, strict=True) if kind != Kind.IDENTITY]
             for row in zip(self.kinds.tolist(), self.arguments.tolist(), strict=True)
@@ -187,7 +187,7 @@ def draw_policy(
     num_sequences = len(policy.sequences)
     if policy.weights is None:
         chosen = generator.integers(0, num_sequences, (num, policy.num_draws))
-    else:  # the earliest of exponential clocks that run at these rates: a weighted draw without replacement
+    else:  # the first arrivals of exponential clocks with these rates: a weighted draw without replacement
         clocks = generator.exponential(size=(num, num_sequences)) / np.array(policy.weights)
         chosen = clocks.argsort(axis=1)[:, : policy.num_draws]
     names = np.array([[step.name for step in steps] for steps in policy.sequences])[chosen].reshape(num, -1)
@@ -216,9 +216,9 @@ def draw_policy(
 
 
 def apply_policy(images: Tensor, draws: PolicyDraws) -> Tensor:
-    """Apply each image's operations, one round after the other. Meant for a CPU: elsewhere the host waits for it.
+    """Apply each image's operations, one round after the other. For a CPU: on other devices the host waits for it.
 
-    images: (N, 3, H, W) uint8, left untouched.   draws: of N images, made for their height and width.
+    images: (N, 3, H, W) uint8, not modified.   draws: of N images, made for their height and width.
     Returns a new tensor of the same shape, dtype and memory format. Raises ValueError for other images.
     """
     check_images(images, len(draws.kinds))
@@ -237,10 +237,10 @@ def apply_policy(images: Tensor, draws: PolicyDraws) -> Tensor:
 
 
 def check_images(images: Tensor, num: int) -> None:
-    """Raises ValueError for images that are not uint8 (num, 3, H, W)."""
+    """Raise ValueError for images that are not uint8 (num, 3, H, W)."""
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
         found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
-        raise ValueError(f"images are {found}: a policy is for uint8 (N, 3, H, W); use --aa none for others")
+        raise ValueError(f"images are {found}: a policy needs uint8 (N, 3, H, W); use --aa none for others")
     if len(images) != num:
         raise ValueError(f"{num} rows of draws for {len(images)} images")
 
@@ -277,7 +277,7 @@ _APPLY: dict[Kind, Callable[[Tensor, float, bool], Tensor]] = {
 
 
 def kind_tables(kinds: NDArray[np.int64], arguments: Floats) -> NDArray[np.uint8]:
-    """(..., 256): what becomes of each value; where the kind is none of TABLES, nothing."""
+    """Return (..., 256): the new value of each value; unchanged if the kind is not in TABLES."""
     found = np.empty((*kinds.shape, 256), np.uint8)
     found[...] = values = np.arange(256)
     for kind in TABLES:
@@ -291,15 +291,15 @@ def kind_tables(kinds: NDArray[np.int64], arguments: Floats) -> NDArray[np.uint8
             found[at] = np.where(values < argument, values, 255 - values)
         elif kind == Kind.SOLARIZE_ADD:
             found[at] = np.where(values < 128, np.minimum(255, values + argument.astype(np.int64)), values)
-        else:  # cut off by the cast, as in PIL
+        else:  # truncated by the cast, as in PIL
             found[at] = np.clip(values.astype(np.float32) * argument.astype(np.float32), 0, 255)
     return found
 
 
 def kind_numbers(kinds: NDArray[np.int64], arguments: Floats, height: int, width: int) -> Floats:
-    """(..., 10): a matrix's six (see pil_ops.places), a blend's factor, a blur's three weights; without effect if none.
+    """Return (..., 10): a matrix's six numbers (see pil_ops.places), a blend's factor, a blur's three weights.
 
-    height, width: of the images, pixels.
+    Numbers of other kinds have no effect.   height, width: of the images, pixels.
     """
     found = np.zeros((*kinds.shape, 10))
     found[..., :6] = _matrices(kinds, arguments, height, width)
@@ -311,7 +311,7 @@ def kind_numbers(kinds: NDArray[np.int64], arguments: Floats, height: int, width
 
 
 def _matrices(kinds: NDArray[np.int64], arguments: Floats, height: int, width: int) -> Floats:
-    """(..., 6): from the output to the input; the identity of kinds that are not geometric."""
+    """Return (..., 6): from the output to the input; the identity for kinds that are not geometric."""
     found = np.zeros((*kinds.shape, 6))
     found[..., (0, 4)] = 1.0
     for column, kind in ((1, Kind.SHEAR_X), (3, Kind.SHEAR_Y), (2, Kind.TRANSLATE_X), (5, Kind.TRANSLATE_Y)):
@@ -326,14 +326,14 @@ def _matrices(kinds: NDArray[np.int64], arguments: Floats, height: int, width: i
 
 
 def _box_weights(sigma: float) -> tuple[float, float, float]:
-    """Weights in 1 / 2^24 of the box, whose ends are fractions of pixels, that three times over has this deviation.
+    """Return the weights in 1 / 2^24 of a box with fractional ends that, applied three times, has this deviation.
 
     Source: Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering".
     """
     variance = np.float32(sigma) * np.float32(sigma) / np.float32(3)
     length = np.float32(math.sqrt(12.0 * variance + 1.0))
     whole = math.floor((length - 1.0) / 2.0)
-    assert whole <= 1, "five pixels hold the box of a deviation up to 2.8"
+    assert whole <= 1, "five pixels suffice for a deviation up to 2.8"
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
     radius = np.float32(whole + part)
     inner = int(np.float32(1 << 24) / np.float32(radius * 2 + 1))

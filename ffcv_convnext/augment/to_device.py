@@ -1,4 +1,4 @@
-"""Small host arrays on the device."""
+"""Transfer of small host arrays to the device."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_ALIGNMENT = 16  # bytes; compiled kernels copy what lies otherwise
+_ALIGNMENT = 16  # bytes; compiled kernels copy tensors that are not aligned
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A small host array on the device, without waiting for the device."""
+    """Copy a small host array to the device without waiting for it."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def all_to_device(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
-    """Small host arrays on the device, in one copy; their shapes and types stay."""
+    """Copy small host arrays to the device in one transfer; shapes and types are kept."""
     arrays = [np.asarray(array, order="C") for array in arrays]
     flat = [array.reshape(-1).view(np.uint8) for array in arrays]
     packed = np.concatenate([np.pad(each, (0, -len(each) % _ALIGNMENT)) for each in flat] or [np.zeros(0, np.uint8)])

@@ -24,7 +24,9 @@ from ffcv_convnext.bench.loader import choose
 from ffcv_convnext.bench.stages import repeating
 from ffcv_convnext.bench.synthetic_data import find_photographs
 from ffcv_convnext.config import Config
-from ffcv_convnext.training import Processes, compiles, input_dtype
+from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.engine import input_dtype
+from ffcv_convnext.training.run import compiles
 
 REFERENCE = "timm (PIL)"
 NUM_CLASSES = 1000

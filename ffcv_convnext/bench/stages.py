@@ -22,7 +22,9 @@ from ffcv_convnext.bench.compare import Timed
 from ffcv_convnext.config import Config, DataConfig
 from ffcv_convnext.errors import Failure
 from ffcv_convnext.rng import permutation
-from ffcv_convnext.training import Learner, Processes, build_learner, train_step
+from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.engine import Learner, train_step
+from ffcv_convnext.training.run import build_learner
 
 if TYPE_CHECKING:
     from ffcv_convnext.data.load import Samples

@@ -19,7 +19,8 @@ from ffcv_convnext.bench.compare import Comparison, Row, compare
 from ffcv_convnext.bench.loader import choose
 from ffcv_convnext.bench.synthetic_data import write_photo_folder
 from ffcv_convnext.config import Config, load_config
-from ffcv_convnext.training import Processes, compiles
+from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.run import compiles
 
 REFERENCE = "timm convnext_tiny"
 NUM_PHOTOGRAPHS = 512

@@ -15,7 +15,8 @@ from ffcv_convnext.errors import EXIT_FAILURE, complain
 
 def train(argv: Sequence[str]) -> int:
     """Train a network, continue a run, or evaluate a checkpoint; with --job_dir, as a job on a cluster."""
-    from ffcv_convnext.cluster import add_cluster_flags, cluster_from_args, run_config, split_slurm_options, submit_run
+    from ffcv_convnext.cluster import add_cluster_flags, cluster_from_args, split_slurm_options, submit_run
+    from ffcv_convnext.training import run_config
 
     parser = parser_of("train", train)
     add_flags(parser)

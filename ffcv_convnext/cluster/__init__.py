@@ -1,6 +1,5 @@
 """Runs as jobs: on a Slurm cluster by way of submitit, or as processes of this machine."""
 
-from ffcv_convnext.cluster.here import run_config
 from ffcv_convnext.cluster.local_executor import log_of
 from ffcv_convnext.cluster.settings import ClusterConfig, add_cluster_flags, cluster_from_args, split_slurm_options
 from ffcv_convnext.cluster.slurm import cancel, log_of_job, states
@@ -20,7 +19,6 @@ __all__ = [
     "num_processes",
     "plan_task",
     "read_submissions",
-    "run_config",
     "split_slurm_options",
     "states",
     "submit_run",

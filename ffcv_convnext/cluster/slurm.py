@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffcv_convnext.cluster.here import run_config
 from ffcv_convnext.cluster.requeue_policy import is_worth_another_try
 from ffcv_convnext.cluster.settings import ClusterConfig
 from ffcv_convnext.config import Config, nearest
 from ffcv_convnext.errors import Failure, complain, exit_status
+from ffcv_convnext.training import run_config
 
 if TYPE_CHECKING:
     import submitit

@@ -8,21 +8,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
 from ffcv_convnext.cluster import slurm
-from ffcv_convnext.cluster.here import run_config
 from ffcv_convnext.cluster.local_executor import LocalRun, choose_devices, run_all
 from ffcv_convnext.cluster.settings import ClusterConfig, flat
 from ffcv_convnext.cluster.submissions import LOCAL, Submission, holder, read_submissions, write_submissions
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import complain
 from ffcv_convnext.snapshot import source_commit, take_snapshot
-
-if TYPE_CHECKING:
-    from ffcv_convnext.training import Plan
+from ffcv_convnext.training import run_config
+from ffcv_convnext.training.preflight import Plan, check_config
 
 Say = Callable[[str], None]
 CODE = "code"  # in job_dir: snapshots
@@ -50,8 +47,6 @@ def plan_task(name: str, config: Config, world: int) -> Task:
     A run that has begun keeps its global batch, on any number of processes. Raises ValueError or FileNotFoundError for
     what cannot be run.
     """
-    from ffcv_convnext.training import check_config
-
     data = config.data
     changes: dict[str, object] = {
         key: Path(value).absolute() for key, value in config.flat().items() if key in PATHS and value is not None

@@ -23,6 +23,7 @@ from ffcv_convnext.config.train import (
     ScheduleConfig,
     differences,
     find_setting,
+    steps_per_epoch,
 )
 from ffcv_convnext.config.yaml_files import load_config, read_mapping, read_yaml
 
@@ -52,5 +53,6 @@ __all__ = [
     "read_yaml",
     "setting",
     "settings_from_args",
+    "steps_per_epoch",
     "to_plain",
 ]

@@ -412,6 +412,26 @@ def find_setting(name: str) -> Setting:
     return SETTINGS[name]
 
 
+def steps_per_epoch(num_samples: int, batch_size: int, update_freq: int, world: int, copies: int) -> int:
+    """Return the number of optimiser steps in an epoch; leftover samples, fewer than a global batch, are skipped.
+
+    copies: of a sample in a global batch.   Raises ValueError if they exceed it, or if the samples do not fill it.
+    """
+    global_batch = batch_size * update_freq * world
+    if copies > global_batch:
+        raise ValueError(
+            f"repeated_aug = {copies}: the copies of a sample do not fit into the global batch of {global_batch}; "
+            "lower repeated_aug, or raise batch_size or update_freq"
+        )
+    if num_samples < global_batch:
+        raise ValueError(
+            f"the training set has {num_samples} images, fewer than the global batch of {global_batch} "
+            f"(batch_size {batch_size} x update_freq {update_freq} x {world} processes); "
+            "lower batch_size or update_freq"
+        )
+    return num_samples // global_batch
+
+
 def differences(ours: Config, theirs: Config) -> list[str]:
     """Return the settings that differ and change what is computed, each as 'name: ours != theirs'."""
     mine, other = ours.flat(), theirs.flat()

@@ -22,7 +22,7 @@ from ffcv_convnext.data.convert import ConversionOptions, convert
 from ffcv_convnext.doctor.cold_read import ColdFile, StorageRate, available_cores, room_for_cache
 from ffcv_convnext.doctor.predict import File, Machine, Node, Outlook, Rates, advise, foresee, in_figures, predict_whole
 from ffcv_convnext.rng import permutation
-from ffcv_convnext.training import Processes
+from ffcv_convnext.training.distributed import Processes
 
 NUM_PHOTOGRAPHS = 512
 IMAGENET, IMAGENET_CLASSES = 1_281_167, 1000  # training images; what photographs stand for

@@ -1,4 +1,4 @@
-"""Networks: the ladder's one configurable class, timm's by name, their size, their weights."""
+"""Networks: the configurable class of the ladder, timm models by name, their size, their weights."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ __all__ = [
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """The network `config.model` names, freshly initialised: images (N, 3, H, W) -> logits (N, num_classes).
+    """Build and initialise the network `config.model`: images (N, 3, H, W) -> logits (N, num_classes).
 
     Random numbers come from torch's global generator; under `torch.device("meta")` none are drawn.
-    Raises ValueError for a name that timm does not know, or for a drop_path that this timm model does not have.
+    Raises ValueError for a name that timm does not have, or a drop_path for a model without stochastic depth.
     """
     if config.model == "resnet":
         return ResNet(config, num_classes)
@@ -55,7 +55,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         if "drop_path_rate" not in str(error):
             raise
         raise ValueError(
-            f"drop_path = {config.drop_path} has no meaning with model = {config.model}, which has no stochastic "
+            f"drop_path = {config.drop_path} has no effect with model = {config.model}, which has no stochastic "
             "depth; use --drop_path 0"
         ) from None
     return model

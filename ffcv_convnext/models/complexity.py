@@ -1,4 +1,4 @@
-"""How large a network is and how much it computes."""
+"""Number of parameters and multiply-accumulates of a network."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ffcv_convnext.models.kernels.block import FusedBlock
+from ffcv_convnext.models.kernels.fused_branch import FusedBranch
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable and frozen numbers alike; a shared one counts once."""
+    """Count trainable and frozen parameters; a shared one counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_gmacs(model: nn.Module, input_size: int = 224) -> float:
-    """Multiply-accumulates of convolutions and linear layers for one image, in 10^9 (the paper's "GFLOPs").
+    """Count multiply-accumulates of convolutions and linear layers for one image, in 10^9 (the paper's "GFLOPs").
 
     input_size: side of the square image, pixels. Runs on the meta device, in evaluation mode: nothing is computed,
-    and the model, on whatever device, is as before afterwards. Matrix products that are no layer (attention) do not
-    count.
+    and the model is unchanged afterwards. Matrix products outside of layers (attention) do not count.
     """
     macs = 0
 
     def count(module: nn.Module, _: Any, output: Tensor) -> None:
         nonlocal macs
-        if isinstance(module, FusedBlock):
+        if isinstance(module, FusedBranch):
             macs += module.count_depthwise(output)
         else:
             assert isinstance(module, nn.Conv2d | nn.Linear)
             macs += output.numel() * module.weight[0].numel()  # each output is a dot product with one filter
 
-    counted = (nn.Conv2d, nn.Linear, FusedBlock)
+    counted = (nn.Conv2d, nn.Linear, FusedBranch)
     hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, counted)]
     training = [module for module in model.modules() if module.training]
     tensors = [*model.named_parameters(), *model.named_buffers()]

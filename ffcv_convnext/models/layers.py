@@ -1,4 +1,4 @@
-"""The small parts of the network: pointwise convolution, norms, activations, layer scale, a sequence of parts."""
+"""Parts of the network: pointwise convolution, norms, activations, layer scale, a sequence of parts."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ class PointwiseConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output for x, as described above."""
         if not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
-        # by way of channels_last, so that the weight's gradient gets the memory layout of a channels_last weight
+        # permuted first, so that the weight's gradient gets the memory layout of a channels_last weight
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
 
@@ -41,14 +42,16 @@ class LayerNorm2d(nn.LayerNorm):
         super().__init__(num_channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output for x, as described above."""
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2)
 
 
 class Float32LayerNorm2d(LayerNorm2d):
-    """LayerNorm2d computed in float32 whatever autocast does; the result has the input's data type again."""
+    """LayerNorm2d computed in float32, also under autocast; the result has the input's data type."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output for x, as described above."""
         return super().forward(x.float()).to(x.dtype)
 
 
@@ -63,13 +66,15 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((num_channels,), initial))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output for x, as described above."""
         return x * self.gamma.view(-1, 1, 1)
 
     def extra_repr(self) -> str:
+        """Return the number of channels, for printing."""
         return f"{len(self.gamma)}"
 
 
-# A config's word -> what it builds, from the number of channels.
+# A config's value -> constructor from the number of channels.
 NORMS: Mapping[str, Callable[[int], nn.Module]] = {
     "bn": nn.BatchNorm2d,
     "ln": LayerNorm2d,
@@ -79,5 +84,5 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {"relu": partial(nn.ReLU, i
 
 
 def sequence(parts: Mapping[str, nn.Module | None]) -> nn.Sequential:
-    """The parts one after the other, under their names; None stands for a part that is not there."""
+    """Return the parts in order under their names, without those that are None."""
     return nn.Sequential(OrderedDict((name, part) for name, part in parts.items() if part is not None))

@@ -1,11 +1,12 @@
 """One configurable network that serves every step from ResNet-50 to ConvNeXt.
 
-The constructors turn the config's words into an ordered list of parts (convolution, norm, activation); the
-forward pass is the residual sum. Source: Liu et al. 2022, "A ConvNet for the 2020s", arXiv:2201.03545, Section 2.
+The constructors turn the config into an ordered list of parts (convolution, norm, activation); the forward pass is
+the residual sum. Source: Liu et al. 2022, "A ConvNet for the 2020s", arXiv:2201.03545, Section 2.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from timm.layers import DropPath, trunc_normal_
@@ -18,17 +19,27 @@ EXPANSION = 4  # wide / narrow width of a block
 
 
 def block_widths(config: ModelConfig, width: int) -> tuple[int, int]:
-    """Channels inside and at the end of a block, in a stage of the given width."""
+    """Return the channels inside and at the end of a block, in a stage of the given width."""
     if config.resnet_block == "inverted":
         return EXPANSION * width, width
     return width, EXPANSION * width
 
 
+class Branch(nn.Sequential):
+    """The parts of a block's residual branch in order, and the sum. `kernels` has a version that fuses parts."""
+
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:  # type: ignore[override]
+        """Return shortcut + branch(x)."""
+        for part in self:
+            x = part(x)
+        return shortcut + x
+
+
 class Block(nn.Module):
-    """A residual block: shortcut + branch, then an activation unless only one a block is left.
+    """A residual block: shortcut + branch, then an activation unless a block has only one (resnet_del_act).
 
     x: (N, width_in, H, W). Returns (N, out, ceil(H / stride), ceil(W / stride)), `out` from `block_widths`.
-    drop_path: probability that a sample's branch is left out in training.
+    drop_path: probability that a sample's branch is dropped in training.
     """
 
     def __init__(self, config: ModelConfig, width_in: int, width: int, stride: int, drop_path: float) -> None:
@@ -54,7 +65,7 @@ class Block(nn.Module):
         scale = config.resnet_ls_init_values
         parts["scale"] = LayerScale(out, scale) if scale > 0 else None
         parts["drop_path"] = DropPath(drop_path) if drop_path > 0 else None
-        self.branch = sequence(parts)
+        self.branch = Branch(OrderedDict(sequence(parts).named_children()))
 
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or width_in != out:
@@ -62,12 +73,13 @@ class Block(nn.Module):
         self.act = nn.Identity() if config.resnet_del_act else activation()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.shortcut(x) + self.branch(x))
-        return x
+        """Return the block's output for x."""
+        output: Tensor = self.act(self.branch(x, self.shortcut(x)))
+        return output
 
 
 def build_stem(config: ModelConfig) -> nn.Sequential:
-    """Images (N, 3, H, W) -> (N, resnet_embed_dim, H / 4, W / 4)."""
+    """Build the stem: images (N, 3, H, W) -> (N, resnet_embed_dim, H / 4, W / 4)."""
     width, norm = config.resnet_embed_dim, NORMS[config.resnet_norm_layer]
     if config.resnet_stem == "patch_embed":
         return sequence(
@@ -77,14 +89,14 @@ def build_stem(config: ModelConfig) -> nn.Sequential:
         {
             "conv": nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False),
             "norm": norm(width),
-            "act": ACTIVATIONS["relu"](),  # whatever the blocks have
+            "act": ACTIVATIONS["relu"](),  # also if the blocks have another one
             "pool": nn.MaxPool2d(3, stride=2, padding=1),
         }
     )
 
 
 def build_downsample(config: ModelConfig, width_in: int, width_out: int) -> nn.Sequential:
-    """The separate downsampling between two stages: half the side, `width_out` channels."""
+    """Build the separate downsampling between two stages: half the side, `width_out` channels."""
     norm, place = NORMS[config.resnet_norm_layer], config.resnet_ds_norm
     convolution = nn.Conv2d(width_in, width_out, 2, stride=2)
     if place == "pre":
@@ -93,7 +105,7 @@ def build_downsample(config: ModelConfig, width_in: int, width_out: int) -> nn.S
 
 
 def build_stage(config: ModelConfig, index: int, width_in: int, drop_paths: Sequence[float]) -> nn.Sequential:
-    """One stage: the blocks, and before them, from the second stage on, a separate downsampling if asked for."""
+    """Build one stage: a separate downsampling if configured (not in the first stage), then the blocks."""
     width = config.resnet_embed_dim * 2**index
     _, out = block_widths(config, width)
     stride = 1 if index == 0 else 2
@@ -108,11 +120,11 @@ def build_stage(config: ModelConfig, index: int, width_in: int, drop_paths: Sequ
 
 
 class ResNet(nn.Module):
-    """Stem, four stages, average pooling, linear head, all as `config` words them.
+    """Stem, four stages, average pooling, linear head, all configured by `config`.
 
     images: (N, 3, H, W) floating, H and W at least 32, channels_last for speed. Returns logits (N, num_classes).
-    May be built on the meta device. Names in the state dict: stem.conv, stages.I.downsample.conv,
-    stages.I.blocks.J.branch.conv1 (conv1 is the first in order, whatever its kind), ...shortcut.conv, norm, head.
+    Can be built on the meta device. Names in the state dict: stem.conv, stages.I.downsample.conv,
+    stages.I.blocks.J.branch.conv1 (conv1 is the first in order, of any kind), ...shortcut.conv, norm, head.
     """
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
@@ -132,8 +144,7 @@ class ResNet(nn.Module):
     def init_weights(self) -> None:
         """Draw linear weights, and with resnet_init trunc the convolutions', from a normal with std 0.02.
 
-        Norms start at 1 and 0 by themselves. Convolutions otherwise keep PyTorch's default. (The paper's Table 5
-        prints 0.2, its code has 0.02.)
+        Norms start at 1 and 0. Other convolutions keep PyTorch's default. (The paper's Table 5 has 0.2, its code 0.02.)
         """
         drawn = (nn.Linear, nn.Conv2d) if self.config.resnet_init == "trunc" else (nn.Linear,)
         for module in self.modules():
@@ -143,6 +154,7 @@ class ResNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
         x = self.stages(self.stem(images))
         x = self.norm(x.mean((2, 3), keepdim=True))
         logits: Tensor = self.head(x.flatten(1))
@@ -150,6 +162,6 @@ class ResNet(nn.Module):
 
 
 def drop_path_rates(config: ModelConfig) -> list[float]:
-    """Stochastic depth's rate for every block of the network: linear from 0 to `config.drop_path`."""
+    """Return the stochastic depth rate of every block of the network: linear from 0 to `config.drop_path`."""
     num_blocks = sum(config.resnet_layers)
     return [config.drop_path * i / max(num_blocks - 1, 1) for i in range(num_blocks)]

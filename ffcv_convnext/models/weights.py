@@ -1,6 +1,6 @@
-"""Weights from and to other people's names: timm's ConvNeXt and torchvision's ResNet.
+"""Conversion of weight names: timm's ConvNeXt and torchvision's ResNet.
 
-One table a layout pairs our name of a part with theirs; `#` stands for a number that both share.
+One table per layout maps our name of a part to theirs; `#` stands for a number that both share.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ TORCHVISION_RESNET = {  # timm's plain ResNets have the same names
     "head": "fc",
 }
 
-# The settings such a network has here. Those in FREE_* may differ: the layout holds any value of them.
+# The settings of such a network. Those in FREE_* may have any value.
 CONVNEXT = ModelConfig(
     resnet_stem="patch_embed",
     resnet_stem_norm=True,
@@ -76,10 +76,10 @@ FREE_CONVNEXT = FREE_RESNET | {"resnet_embed_dim", "resnet_kernel_size"}
 
 
 def from_timm_convnext(state: Mapping[str, Tensor]) -> State:
-    """timm's ConvNeXt state dict under our names, as a `ResNet` with the settings of convnext_tiny.yaml loads it.
+    """Convert timm's ConvNeXt state dict to our names, for a `ResNet` with the settings of convnext_tiny.yaml.
 
-    Linear weights (out, in) become 1x1 convolutions (out, in, 1, 1). The tensors share the given ones' memory.
-    Raises ValueError for a state dict of another layout. The three functions below do likewise.
+    Linear weights (out, in) become 1x1 convolutions (out, in, 1, 1). The tensors share memory with the given ones.
+    Raises ValueError for a state dict of another layout, as do the three functions below.
     """
     renamed = _rename(state, {theirs: ours for ours, theirs in TIMM_CONVNEXT.items()}, "timm's ConvNeXt")
     pointwise = re.compile(r"stages\..*\.conv[23]\.weight")
@@ -87,23 +87,23 @@ def from_timm_convnext(state: Mapping[str, Tensor]) -> State:
 
 
 def to_timm_convnext(state: Mapping[str, Tensor]) -> State:
-    """Our state dict under timm's ConvNeXt names; the inverse of `from_timm_convnext`."""
+    """Convert our state dict to timm's ConvNeXt names; the inverse of `from_timm_convnext`."""
     renamed = _rename(state, TIMM_CONVNEXT, "our ConvNeXt")
     return {k: v.flatten(1) if re.search(r"\.fc[12]\.weight$", k) else v for k, v in renamed.items()}
 
 
 def from_torchvision_resnet(state: Mapping[str, Tensor]) -> State:
-    """torchvision's (or timm's) bottleneck ResNet state dict under our names."""
+    """Convert torchvision's (or timm's) bottleneck ResNet state dict to our names."""
     return _rename(state, {theirs: ours for ours, theirs in TORCHVISION_RESNET.items()}, "torchvision's ResNet")
 
 
 def to_torchvision_resnet(state: Mapping[str, Tensor]) -> State:
-    """Our state dict under torchvision's ResNet names."""
+    """Convert our state dict to torchvision's ResNet names."""
     return _rename(state, TORCHVISION_RESNET, "our ResNet-50")
 
 
 def _rename(state: Mapping[str, Tensor], table: Mapping[str, str], whose: str) -> State:
-    """Rename every key by the one row of the table that fits; every row must be of use."""
+    """Rename every key by the row of the table that matches; every row must be used."""
     patterns = {old: re.compile(re.escape(old).replace(r"\#", r"(\d+)") + r"(\.\w+)?") for old in table}
     renamed: State = {}
     unknown, unused = [], set(table)
@@ -118,13 +118,13 @@ def _rename(state: Mapping[str, Tensor], table: Mapping[str, str], whose: str) -
         unused.discard(old)
     if unknown or unused:
         lacks = [old for old in table if old in unused]
-        raise ValueError(f"these weights have not the layout of {whose}: {_mismatch(lacks, unknown)}")
+        raise ValueError(f"these weights do not have the layout of {whose}: {_mismatch(lacks, unknown)}")
     return renamed
 
 
 def _mismatch(missing: list[str], unexpected: list[str], other_shape: list[str] | None = None) -> str:
-    """A few names of each kind, for messages."""
-    kinds = {"missing": missing, "unexpected": unexpected, "of other shape": other_shape or []}
+    """List a few names of each kind, for messages."""
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": other_shape or []}
     return "; ".join(
         f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         for kind, names in kinds.items()
@@ -133,11 +133,11 @@ def _mismatch(missing: list[str], unexpected: list[str], other_shape: list[str] 
 
 
 def load_pretrained(model: nn.Module, path: Path) -> None:
-    """Load the weights in `path` into `model`, in place: what `--finetune` does.
+    """Load the weights in `path` into `model`, in place (--finetune).
 
-    path: a checkpoint of ours ({"model": state dict, ...}), any {"state_dict": ...}, or a plain state dict, under
-    our names, timm's (ConvNeXt) or torchvision's (ResNet). A classifier head of another size is left out with a
-    warning, and keeps its initialisation. Anything else that does not fit raises ValueError and changes nothing.
+    path: a checkpoint of a run ({"model": state dict, ...}), any {"state_dict": ...}, or a plain state dict, with our
+    names, timm's (ConvNeXt) or torchvision's (ResNet). A classifier head of another size is skipped with a warning and
+    keeps its initialisation. Raises ValueError, and changes nothing, if anything else does not fit.
     """
     state = _state_in(_read(path), path)
     if isinstance(model, ResNet):
@@ -149,7 +149,7 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
     head = [key for key in state if key in own and key.startswith(_head_names(model))]
     if any(state[key].shape != own[key].shape for key in head):
         log.warning(
-            "%s: its head is for %d classes, the model's for %d; it is left out and starts anew",
+            "%s: its head has %d classes, the model's %d; it is not loaded and keeps its initialisation",
             path,
             len(state[head[0]]),
             len(own[head[0]]),
@@ -166,7 +166,7 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
 
 
 def _head_names(model: nn.Module) -> tuple[str, ...]:
-    """What the names of the classifier's weights start with."""
+    """Return the prefixes of the names of the classifier's weights."""
     if isinstance(model, ResNet):
         return ("head.",)
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
@@ -192,22 +192,22 @@ def _state_in(content: Mapping[str, Any], path: Path) -> State:
             content = content[key]
             break
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no weights: expected a state dict, or one under 'model' or 'state_dict'")
+        raise ValueError(f"{path} has no weights: expected a state dict, or one under 'model' or 'state_dict'")
     return dict(content)
 
 
 def export_weights(checkpoint: Path, out: Path, layout: Layout, *, ema: bool = False) -> None:
     """Write a run's weights as a plain state dict that `layout`'s library loads strictly.
 
-    checkpoint: one of ours, with keys `model`, `config` (flat settings) and perhaps `ema`.   out: written under a
+    checkpoint: of a run, with keys `model`, `config` (flat settings) and optionally `ema`.   out: written under a
     temporary name, then renamed; an existing file is replaced.   ema: the averaged weights instead of the raw ones.
-    Raises FileNotFoundError, or ValueError for a network that the layout does not have.
+    Raises FileNotFoundError, or ValueError for a network that the layout cannot represent.
     """
     content = _read(checkpoint)
     if not isinstance(content.get("config"), Mapping):
-        raise ValueError(f"{checkpoint} has no 'config': it is no checkpoint of ffcv-convnext")
+        raise ValueError(f"{checkpoint} has no 'config': it is not a checkpoint of ffcv-convnext")
     if ema and not content.get("ema"):
-        raise ValueError(f"{checkpoint} holds no averaged weights; leave --ema out, or train with --model_ema true")
+        raise ValueError(f"{checkpoint} has no averaged weights; remove --ema, or train with --model_ema true")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"folder {out.absolute().parent} does not exist")
     try:
@@ -225,16 +225,16 @@ def _to_layout(state: State, config: ModelConfig, layout: Layout, source: Path) 
     if layout == "ours" or (layout == "timm" and config.model != "resnet"):
         return state
     if config.model != "resnet":
-        raise ValueError(f"{source}: model = {config.model} is timm's; export it with --layout timm")
+        raise ValueError(f"{source}: model = {config.model} is a timm model; export it with --layout timm")
     if layout == "timm" and config.resnet_block == "inverted":
         config = dataclasses.replace(
             config,
             resnet_norm_layer="ln" if config.resnet_norm_layer == "fp32ln" else config.resnet_norm_layer,
             resnet_ls_init_values=1e-6 if config.resnet_ls_init_values > 0 else 0.0,
         )
-        obstacles, rename = _departures(config, CONVNEXT, FREE_CONVNEXT), to_timm_convnext
+        obstacles, rename = _unsupported(config, CONVNEXT, FREE_CONVNEXT), to_timm_convnext
     else:
-        obstacles, rename = _departures(config, RESNET, FREE_RESNET), to_torchvision_resnet
+        obstacles, rename = _unsupported(config, RESNET, FREE_RESNET), to_torchvision_resnet
     if not obstacles:
         return rename(state)
     raise ValueError(
@@ -242,8 +242,8 @@ def _to_layout(state: State, config: ModelConfig, layout: Layout, source: Path) 
     )
 
 
-def _departures(config: ModelConfig, target: ModelConfig, free: set[str]) -> list[str]:
-    """Settings in which a network differs from what the target layout holds: 'name = ours (needs theirs)'."""
+def _unsupported(config: ModelConfig, target: ModelConfig, free: set[str]) -> list[str]:
+    """List the settings that the target layout cannot represent: 'name = ours (needs theirs)'."""
     return [
         f"{name} = {format_value(getattr(config, name))} (needs {format_value(getattr(target, name))})"
         for name in (field.name for field in dataclasses.fields(ModelConfig))

@@ -1,23 +1,21 @@
-"""Training and evaluation of one run."""
+"""Training and evaluation of one run. Import from a module: `from ffcv_convnext.training.run import train`.
 
-from ffcv_convnext.files import read_lines
-from ffcv_convnext.training.distributed import Processes
-from ffcv_convnext.training.engine import Learner, autocast, input_dtype, train_step
-from ffcv_convnext.training.preflight import Plan, check_config
-from ffcv_convnext.training.run import build_learner, compiles, count_classes, evaluate_only, train
+preflight.py and schedule.py import neither torch nor timm: a submission is checked in a second.
+"""
 
-__all__ = [
-    "Learner",
-    "Plan",
-    "Processes",
-    "autocast",
-    "build_learner",
-    "check_config",
-    "compiles",
-    "count_classes",
-    "evaluate_only",
-    "input_dtype",
-    "read_lines",
-    "train",
-    "train_step",
-]
+from __future__ import annotations
+
+from ffcv_convnext.config import Config
+from ffcv_convnext.signals import stopping_at_once
+
+
+def run_config(config: Config) -> int:
+    """Train, continue or evaluate in this process; return exit status 0. Raises as `run.train` does."""
+    with stopping_at_once():  # the imports take seconds
+        from ffcv_convnext.training.run import evaluate_only, train
+
+        if config.run.eval:
+            evaluate_only(config)
+        else:
+            train(config)
+    return 0

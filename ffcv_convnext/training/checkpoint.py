@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill at any moment.
 
-A file is written under a temporary name, flushed to disk, then renamed; the one before it stays as
-`checkpoint-previous.pth` until the next save. Reading verifies the checksums that torch.save stores, so a truncated
-or damaged file is told from a good one, and the previous one is taken.
+A file is written under a temporary name, flushed to disk, then renamed; the previous one stays as
+`checkpoint-previous.pth` until the next save. Reading verifies the checksums that torch.save stores: if the newest file
+is truncated or damaged, the previous one is used.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ BEST_EMA = "checkpoint-best-ema.pth"
 
 
 class UnreadableCheckpoint(ValueError):
-    """A file that is no complete checkpoint; the message says what is wrong with it."""
+    """A file is not a complete checkpoint."""
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write atomically: after a crash `path` holds the old content or the new one. Raises Failure on a full disk."""
+    """Write atomically: after a crash `path` has the old or the new content. Raises Failure on a full disk."""
     try:
         with replacing(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise Failure(
             f"could not write {path}: {' '.join(str(error).split())}; make room or fix permissions, then run the same "
-            "command again: it continues from the checkpoint before"
+            "command again: it continues from the previous checkpoint"
         ) from error
 
 
 def read_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint after verifying its checksums.
 
-    Raises FileNotFoundError, or UnreadableCheckpoint when it is truncated, damaged or something else.
+    Raises FileNotFoundError, or UnreadableCheckpoint if it is truncated, damaged or another kind of file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
@@ -57,9 +57,9 @@ def read_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> 
         content = None if damaged else torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:
         raise UnreadableCheckpoint(
-            f"{path} is no checkpoint of ours: it holds Python objects beside tensors, numbers and words"
+            f"{path} is not a checkpoint of ffcv-convnext: it contains Python objects besides tensors and numbers"
         ) from None
-    except Exception as error:  # a damaged table of contents shows as almost any kind of error
+    except Exception as error:  # a damaged table of contents raises almost any type
         reason = " ".join(str(error).split())[:200]
         raise UnreadableCheckpoint(f"{path} is truncated or damaged: {reason}") from None
     if damaged is not None:
@@ -69,8 +69,8 @@ def read_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> 
     return content
 
 
-def _another_name(path: Path) -> Path:
-    """The same file under a temporary name: a hard link, or a copy where the file system has none."""
+def _link(path: Path) -> Path:
+    """Return the same file under a temporary name: a hard link, or a copy if the file system has no links."""
     link = path.with_name(f".{path.name}.link.tmp")
     link.unlink(missing_ok=True)
     try:
@@ -87,13 +87,13 @@ class Checkpoints:
         self.folder = folder
 
     def save(self, content: dict[str, Any]) -> Path:
-        """Make `content` the newest checkpoint and keep the one before it."""
+        """Save the newest checkpoint and keep the previous one."""
         last, previous = self.folder / LAST, self.folder / PREVIOUS
-        coming = self.folder / ".checkpoint-next.pth"
-        write_checkpoint(coming, content)
+        new = self.folder / ".checkpoint-next.pth"
+        write_checkpoint(new, content)
         if last.exists():
-            os.replace(_another_name(last), previous)  # there is a complete `last` at every moment
-        os.replace(coming, last)
+            os.replace(_link(last), previous)  # a complete `last` exists at every moment
+        os.replace(new, last)
         return last
 
     def clear(self) -> None:
@@ -102,23 +102,24 @@ class Checkpoints:
             (self.folder / name).unlink(missing_ok=True)
 
     def save_best(self, name: str, content: dict[str, Any]) -> Path:
+        """Save the checkpoint of the best epoch."""
         write_checkpoint(self.folder / name, content)
         return self.folder / name
 
     def newest(self, *, map_location: torch.device | str = "cpu") -> tuple[Path, dict[str, Any]] | None:
-        """The newest complete checkpoint, or None when there is none at all.
+        """Return the newest complete checkpoint, or None if there is none.
 
-        A damaged one is reported and the one before it taken. Raises Failure when all that exist are damaged.
+        If it is damaged, logs a warning and uses the previous one. Raises Failure if all are damaged.
         """
         found = [path for name in (LAST, PREVIOUS) if (path := self.folder / name).exists()]
         for path in found:
             try:
                 return path, read_checkpoint(path, map_location=map_location)
             except UnreadableCheckpoint as error:
-                log.warning("%s; trying the one before it", error)
+                log.warning("%s; trying the previous one", error)
         if found:
             raise Failure(
-                f"no checkpoint in {self.folder} can be read; remove {', '.join(p.name for p in found)} to start anew, "
+                f"no checkpoint in {self.folder} can be read; remove {', '.join(p.name for p in found)} to restart, "
                 "or continue from another one with --resume"
             )
         return None

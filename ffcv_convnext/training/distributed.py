@@ -1,8 +1,10 @@
-"""The process group: one process a device, started by torchrun (or alone)."""
+"""The process group: one process per device, started by torchrun (or a single process)."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """This process among its peers, and its device."""
+    """This process, the number of all processes, and its device."""
 
     rank: int
     world: int
@@ -24,9 +26,9 @@ class Processes:
 
     @classmethod
     def from_environment(cls, device: Literal["auto", "cuda", "cpu"]) -> Processes:
-        """What torchrun says in RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without it, one process.
+        """Read torchrun's RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without them, one process.
 
-        Raises ValueError when cuda is asked for and there are too few devices.
+        Raises ValueError if there are too few CUDA devices.
         """
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -43,38 +45,42 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
+        """Whether this process has rank 0, which writes the run folder."""
         return self.rank == 0
 
-    def join(self) -> None:
-        """Meet the other processes. CPU tensors are reduced by gloo, so a flag never waits for the device."""
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Join the process group while the block runs. Gloo reduces CPU tensors: a flag never waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
-
-    def leave(self) -> None:
-        if self.world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            yield
+        finally:
+            if self.world > 1 and dist.is_initialized():
+                dist.destroy_process_group()
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over all processes, in place; the same on each."""
+        """Sum over all processes, in place; the result is the same on each."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says yes. All of them get the same answer; the device is not waited for."""
+        """Return whether the flag is set in any process, without waiting for the device."""
         return bool(self.sum(torch.tensor(int(flag))).item())
 
     def barrier(self) -> None:
+        """Wait for all processes."""
         self.any(False)
 
     def average_buffers(self, network: nn.Module) -> None:
-        """Give every process the mean of all processes' running statistics.
+        """Replace every process's running statistics by their mean over all processes.
 
-        Each process updates BatchNorm's statistics from its own micro-batches. The update is linear, so averaging
-        at any step does not change what the average at the end is.
+        Each process updates BatchNorm's statistics from its own micro-batches. The update is linear, so averaging at
+        any step does not change the average at the end.
         """
         if self.world == 1:
             return

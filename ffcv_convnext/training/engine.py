@@ -1,11 +1,11 @@
-"""The training loop. It reads like the paper's method section; what it is made of is built in run.py."""
+"""The training loop. It reads like the paper's method section; run.py builds its parts."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,13 +25,13 @@ from ffcv_convnext.training.optim import restore_optimizer, set_hyperparameters
 from ffcv_convnext.training.runlog import RunLog
 from ffcv_convnext.training.schedule import Schedules
 
-if TYPE_CHECKING:  # at run time it needs ffcv, which the tests of this file do without
-    from ffcv_convnext.data.load import EvalLoader, TrainLoader
+if TYPE_CHECKING:  # needs ffcv, which this file's tests do without
+    from ffcv_convnext.data.load import EvalLoader, GlobalBatchSampler, TrainLoader
 
 
 @dataclass(slots=True)
 class State:
-    """Where a run stands: epochs completed, optimiser steps taken in all, and the best top-1 so far (percent)."""
+    """Progress of a run: completed epochs, optimiser steps in total, best top-1 so far (percent)."""
 
     epoch: int = 0
     step: int = 0
@@ -40,12 +40,12 @@ class State:
 
 @dataclass(slots=True, kw_only=True)
 class Learner:
-    """What takes an optimiser step: all parts of a run but its data and its folder."""
+    """Everything that an optimiser step needs: the parts of a run without its data and its folder."""
 
     config: Config
     processes: Processes
-    network: nn.Module  # the plain network: its state is what checkpoints hold
-    model: nn.Module  # the same, compiled and wrapped for gradient reduction as the config says
+    network: nn.Module  # the plain network: checkpoints hold its state
+    model: nn.Module  # the same, compiled and wrapped for gradient reduction according to the config
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -55,121 +55,123 @@ class Learner:
     tracker: LossTracker
     state: State
 
-    def autocast(self) -> torch.autocast:
-        return autocast(self.config, self.processes.device)
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return memory_format(self.config)
-
     def sync_gradients(self, *, last: bool) -> AbstractContextManager[Any]:
-        """DDP reduces gradients on a step's last micro-batch only."""
+        """Return a context for forward and backward in which DDP reduces gradients if `last` is true."""
         if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         return nullcontext()
 
+    def candidates(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the networks to evaluate with the suffix of their keys in the log: raw and averaged weights."""
+        yield "", self.network
+        if self.ema is not None and self.config.run.model_ema_eval:
+            yield "_ema", self.ema.module
+
 
 @dataclass(slots=True, kw_only=True)
-class Run(Learner):
-    """The parts of a run."""
+class Run:
+    """A learner with its data and its folder."""
 
+    learner: Learner
     train_loader: TrainLoader
     val_loader: EvalLoader
     checkpoints: Checkpoints
     log: RunLog
 
-    def candidates(self) -> Iterator[tuple[str, nn.Module]]:
-        """The networks to evaluate, by the ending of their keys in the log: raw and averaged weights."""
-        yield "", self.network
-        if self.ema is not None and self.config.run.model_ema_eval:
-            yield "_ema", self.ema.module
+    @property
+    def sampler(self) -> GlobalBatchSampler:
+        """The division of an epoch into global batches and micro-batches."""
+        return self.train_loader.sampler
 
     def content(self) -> dict[str, Any]:
-        """What a checkpoint holds: tensors, numbers and words only. Averages running statistics over processes."""
-        self.processes.average_buffers(self.network)
-        if self.ema is not None:
-            self.processes.average_buffers(self.ema.module)
+        """Return a checkpoint of tensors, numbers and strings only. Averages running statistics over processes."""
+        learner = self.learner
+        learner.processes.average_buffers(learner.network)
+        if learner.ema is not None:
+            learner.processes.average_buffers(learner.ema.module)
         return {
-            "model": self.network.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.state.epoch,
-            "step": self.state.step,
-            "best": self.state.best,
-            "epoch_loss": asdict(self.tracker.epoch),
-            "interval_loss": asdict(self.tracker.interval),
-            "global_batch": self.train_loader.sampler.global_batch,
+            "model": learner.network.state_dict(),
+            "ema": None if learner.ema is None else learner.ema.module.state_dict(),
+            "optimizer": learner.optimizer.state_dict(),
+            "scaler": learner.scaler.state_dict(),
+            "epoch": learner.state.epoch,
+            "step": learner.state.step,
+            "best": learner.state.best,
+            "epoch_loss": asdict(learner.tracker.epoch),
+            "interval_loss": asdict(learner.tracker.interval),
+            "global_batch": self.sampler.global_batch,
             "data": self.train_loader.manifest.sha256,
-            "config": self.config.flat(),
+            "config": learner.config.flat(),
         }
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Take over a checkpoint's state. Raises ValueError when its training data or global batch is another one."""
-        theirs, shares = content["global_batch"], self.train_loader.sampler
+        """Load a checkpoint's state. Raises ValueError if it has different training data or another global batch."""
+        learner, theirs, ours = self.learner, content["global_batch"], self.sampler
         if content["data"] != self.train_loader.manifest.sha256:
             raise ValueError(
-                f"the checkpoint was made on other training data than {self.config.data.data_path}/train.beton; "
+                f"the checkpoint was made with other training data than {learner.config.data.data_path}/train.beton; "
                 "continue on the same file, or start from the checkpoint's weights with --finetune"
             )
-        if theirs != shares.global_batch:
+        if theirs != ours.global_batch:
             raise ValueError(
-                f"the checkpoint was made with a global batch of {theirs}, this run has {shares.global_batch} "
-                f"(batch_size {shares.batch_size} x update_freq {shares.update_freq} x {shares.world} processes); "
-                f"choose update_freq and processes whose product is {theirs / shares.batch_size:g}"
+                f"the checkpoint was made with a global batch of {theirs}, this run has {ours.global_batch} "
+                f"(batch_size {ours.batch_size} x update_freq {ours.update_freq} x {ours.world} processes); "
+                f"choose update_freq and processes whose product is {theirs / ours.batch_size:g}"
             )
-        self.network.load_state_dict(content["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(content["ema"])
-        restore_optimizer(self.optimizer, content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
-        self.tracker.epoch = LossMean(**content["epoch_loss"])
-        self.tracker.interval = LossMean(**content["interval_loss"])
-        self.state = State(content["epoch"], content["step"], dict(content["best"]))
+        learner.network.load_state_dict(content["model"])
+        if learner.ema is not None:
+            learner.ema.module.load_state_dict(content["ema"])
+        restore_optimizer(learner.optimizer, content["optimizer"])
+        learner.scaler.load_state_dict(content["scaler"])
+        learner.tracker.epoch = LossMean(**content["epoch_loss"])
+        learner.tracker.interval = LossMean(**content["interval_loss"])
+        learner.state = State(content["epoch"], content["step"], dict(content["best"]))
 
 
 def memory_format(config: Config) -> torch.memory_format:
-    """Of weights and images; images come out of the loader in channels_last."""
+    """Return the memory format of weights and images; the loader's images are in channels_last."""
     return torch.channels_last if config.run.channels_last else torch.contiguous_format
 
 
 def input_dtype(config: Config) -> torch.dtype:
-    """Of images as the network gets them in training, and of what autocast computes in."""
+    """Return the data type of training images as the network gets them, and of autocast."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[config.run.amp]
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """Return the mixed-precision context of a run."""
     return torch.autocast(device.type, dtype=input_dtype(config), enabled=config.run.amp != "off")
 
 
 def fit(run: Run) -> dict[str, float]:
-    """Train to the last epoch, from wherever run.state stands; returns the last evaluation's scores.
+    """Train from the learner's state to the last epoch; return the last evaluation's scores.
 
-    Raises Interrupted after saving when a signal asks to stop, Failure when a loss is not finite.
+    Raises Interrupted after saving if a signal stops the run, Failure if a loss is not finite.
     """
-    config, state = run.config.run, run.state
-    num_steps = run.train_loader.steps_per_epoch
+    learner, loader = run.learner, run.train_loader
+    config, state, processes = learner.config.run, learner.state, learner.processes
+    num_steps, num_epochs = loader.steps_per_epoch, learner.config.schedule.epochs
     throughput = Throughput()
     scores: dict[str, float] = {}
     with stop_signals() as stop:
-        for epoch in range(state.epoch, run.config.schedule.epochs):
+        for epoch in range(state.epoch, num_epochs):
             first_step = state.step - epoch * num_steps
             if first_step == 0:
-                run.tracker.epoch = LossMean()
-            run.model.train()
+                learner.tracker.epoch = LossMean()
+            learner.model.train()
             run.log.start_epoch(epoch, first_step, num_steps)
-            epoch_started, waited, logged = time.perf_counter(), run.train_loader.wait_s, state.step
-            replaced = run.train_loader.num_replaced
+            epoch_started, waited, logged = time.perf_counter(), loader.wait_s, state.step
+            replaced = loader.num_replaced
             throughput.start()
-            for micro_batches in run.train_loader.steps(epoch, first_step):
-                train_step(run, micro_batches)
+            for micro_batches in loader.steps(epoch, first_step):
+                train_step(learner, micro_batches)
                 state.step += 1
                 run.log.advance()
                 if state.step % config.log_every == 0 or state.step == (epoch + 1) * num_steps:
-                    images = (state.step - logged) * run.train_loader.sampler.global_batch
+                    images = (state.step - logged) * run.sampler.global_batch
                     logged = state.step
                     log_point(run, epoch, throughput, images)
-                stopping = run.processes.any(stop.requested)
+                stopping = processes.any(stop.requested)
                 if stopping or (config.save_ckpt_steps and state.step % config.save_ckpt_steps == 0):
                     save(run)
                 if stopping:
@@ -182,63 +184,65 @@ def fit(run: Run) -> dict[str, float]:
                 {
                     "epoch": epoch,
                     "step": state.step,
-                    "train_loss": run.tracker.epoch.value,
+                    "train_loss": learner.tracker.epoch.value,
                     **scores,
                     "images_per_s": throughput.take(),
-                    "data_wait_s": run.train_loader.wait_s - waited,
+                    "data_wait_s": loader.wait_s - waited,
                     "train_s": train_s,
                     "epoch_s": time.perf_counter() - epoch_started,
-                    "bad_samples": int(run.processes.sum(torch.tensor(run.train_loader.num_replaced - replaced))),
-                    "lr": run.schedules.lr(state.step - 1),
-                    "n_parameters": sum(p.numel() for p in run.network.parameters()),
+                    "bad_samples": int(processes.sum(torch.tensor(loader.num_replaced - replaced))),
+                    "lr": learner.schedules.lr(state.step - 1),
+                    "n_parameters": sum(p.numel() for p in learner.network.parameters()),
                 }
             )
             save_best(run, scores)
-            finished = state.epoch == run.config.schedule.epochs
-            stopping = run.processes.any(stop.requested)
+            finished = state.epoch == num_epochs
+            stopping = processes.any(stop.requested)
             if finished or stopping or state.epoch % config.save_ckpt_freq == 0:
                 save(run)
             if stopping and not finished:
                 raise Interrupted(stop.message(state.step))
-    return scores or evaluate_candidates(run)  # none when the run was ended between its last checkpoint and `done`
+    return scores or evaluate_candidates(run)  # no scores if the run ended between its last checkpoint and `done`
 
 
-def train_step(run: Learner, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-    """One optimiser step on this process's micro-batches; the host does not wait for the device."""
-    step, num = run.state.step, run.config.data.update_freq
-    lr, weight_decay = run.schedules.lr(step), run.schedules.weight_decay(step)
-    set_hyperparameters(run.optimizer, lr=lr, weight_decay=weight_decay)
+def train_step(learner: Learner, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    """Take one optimiser step on this process's micro-batches; the host does not wait for the device."""
+    config, processes, step = learner.config, learner.processes, learner.state.step
+    num = config.data.update_freq
+    lr, weight_decay = learner.schedules.lr(step), learner.schedules.weight_decay(step)
+    set_hyperparameters(learner.optimizer, lr=lr, weight_decay=weight_decay)
     for i, (images, labels) in enumerate(micro_batches):
-        micro_batch = run.processes.rank + i * run.processes.world  # its number in the global batch
-        inputs, targets = run.augment(images, labels, step=step, micro_batch=micro_batch)
-        torch.manual_seed(step_seed(run.config.run.seed, step, micro_batch, Stream.NETWORK))
-        with run.sync_gradients(last=i == num - 1):
-            with run.autocast():
-                loss = run.criterion(run.model(inputs.contiguous(memory_format=run.memory_format)), targets)
-            run.scaler.scale(loss / num).backward()
-        run.tracker.add(loss.detach(), step + 1)  # the log's number: the first step is 1
-    if run.config.optim.clip_grad is not None:
-        run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.network.parameters(), run.config.optim.clip_grad)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    if run.ema is not None:
-        run.ema.update(run.network, step=step)
+        micro_batch = processes.rank + i * processes.world  # its number in the global batch
+        inputs, targets = learner.augment(images, labels, step=step, micro_batch=micro_batch)
+        torch.manual_seed(step_seed(config.run.seed, step, micro_batch, Stream.NETWORK))
+        with learner.sync_gradients(last=i == num - 1):
+            with autocast(config, processes.device):
+                logits = learner.model(inputs.contiguous(memory_format=memory_format(config)))
+                loss = learner.criterion(logits, targets)
+            learner.scaler.scale(loss / num).backward()
+        learner.tracker.add(loss.detach(), step + 1)  # the log counts steps from 1
+    if config.optim.clip_grad is not None:
+        learner.scaler.unscale_(learner.optimizer)
+        nn.utils.clip_grad_norm_(learner.network.parameters(), config.optim.clip_grad)
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    learner.optimizer.zero_grad(set_to_none=True)
+    if learner.ema is not None:
+        learner.ema.update(learner.network, step=step)
 
 
 def log_point(run: Run, epoch: int, throughput: Throughput, images: int) -> None:
     """Fetch the losses since the last log point (the host waits here), check and log them."""
     flush_losses(run)
-    step = run.state.step
-    loss, run.tracker.interval = run.tracker.interval.value, LossMean()
+    tracker, schedules, step = run.learner.tracker, run.learner.schedules, run.learner.state.step
+    loss, tracker.interval = tracker.interval.value, LossMean()
     run.log.train(
         {
             "step": step,
             "epoch": epoch,
             "loss": loss,
-            "lr": run.schedules.lr(step - 1),
-            "weight_decay": run.schedules.weight_decay(step - 1),
+            "lr": schedules.lr(step - 1),
+            "weight_decay": schedules.weight_decay(step - 1),
             "images_per_s": throughput.interval(images),
         },
         run.train_loader.steps_per_epoch,
@@ -246,8 +250,9 @@ def log_point(run: Run, epoch: int, throughput: Throughput, images: int) -> None
 
 
 def flush_losses(run: Run) -> None:
+    """Fetch the losses. Raises Failure, with advice, if one is not finite."""
     try:
-        run.tracker.flush()
+        run.learner.tracker.flush()
     except Failure as error:
         raise Failure(
             f"{error}; {run.checkpoints.folder} keeps its last good checkpoint. Lower lr, clip the gradient "
@@ -255,50 +260,58 @@ def flush_losses(run: Run) -> None:
         ) from None
 
 
+def evaluate_network(
+    network: nn.Module, loader: EvalLoader, config: Config, processes: Processes, suffix: str = ""
+) -> dict[str, float]:
+    """Return test_acc1, test_acc5 and test_loss, each with `suffix`; with dist_eval the processes share the work."""
+    sharing = processes if config.run.dist_eval else replace(processes, rank=0, world=1)
+    scores = evaluate(network, loader, sharing, lambda: autocast(config, processes.device), memory_format(config))
+    return {f"test_{key}{suffix}": scores[key] for key in ("acc1", "acc5", "loss")}
+
+
 def evaluate_candidates(run: Run) -> dict[str, float]:
-    """Scores of the raw and of the averaged weights: test_acc1, test_acc5, test_loss, and the same with _ema."""
-    alone = Processes(0, 1, run.processes.local_rank, run.processes.device)
-    processes = run.processes if run.config.run.dist_eval else alone
+    """Return the scores of the raw and of the averaged weights, these with the suffix _ema."""
+    learner = run.learner
     scores: dict[str, float] = {}
-    for ending, network in run.candidates():
-        run.processes.average_buffers(network)
-        result = evaluate(network, run.val_loader, processes, run.autocast, run.memory_format)
-        scores |= {f"test_{key}{ending}": result[key] for key in ("acc1", "acc5", "loss")}
+    for suffix, network in learner.candidates():
+        learner.processes.average_buffers(network)
+        scores |= evaluate_network(network, run.val_loader, learner.config, learner.processes, suffix)
     return scores
 
 
 def check_weights(run: Run) -> None:
-    """Raises Failure when a weight is not finite, so that it is neither evaluated nor saved. The host waits here."""
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(run.network.parameters()))])
+    """Raise Failure if a weight is not finite, so that it is neither evaluated nor saved. The host waits here."""
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(run.learner.network.parameters()))])
     if not torch.isfinite(norms).all():
         raise Failure(
-            f"the weights are not finite after optimiser step {run.state.step}; {run.checkpoints.folder} keeps its "
-            "last good checkpoint. Lower lr or clip the gradient (clip_grad)"
+            f"the weights are not finite after optimiser step {run.learner.state.step}; {run.checkpoints.folder} "
+            "keeps its last good checkpoint. Lower lr or clip the gradient (clip_grad)"
         )
 
 
 def save(run: Run) -> None:
-    """Make the present state the newest checkpoint: rank 0 writes, the others wait.
+    """Save the current state as the newest checkpoint: rank 0 writes, the others wait.
 
-    Raises Failure rather than save weights that are not finite.
+    Raises Failure instead of saving weights that are not finite.
     """
     flush_losses(run)
     check_weights(run)
     content = run.content()
-    if run.processes.is_main:
-        run.log.flush()  # so that the trackers hold all that comes before the checkpoint
+    if run.learner.processes.is_main:
+        run.log.flush()  # so that the trackers hold everything before the checkpoint
         run.checkpoints.save(content)
-    run.processes.barrier()
+    run.learner.processes.barrier()
 
 
 def save_best(run: Run, scores: dict[str, float]) -> None:
-    """Keep the weights of the best epoch by validation top-1, raw and averaged apart."""
+    """Keep the weights of the best epoch by validation top-1, raw and averaged separately."""
+    learner = run.learner
     for key, name, part, network in (
-        ("test_acc1", BEST, "model", run.network),
-        ("test_acc1_ema", BEST_EMA, "ema", None if run.ema is None else run.ema.module),
+        ("test_acc1", BEST, "model", learner.network),
+        ("test_acc1_ema", BEST_EMA, "ema", None if learner.ema is None else learner.ema.module),
     ):
-        if key in scores and network is not None and scores[key] > run.state.best.get(key, -1.0):
-            run.state.best[key] = scores[key]
-            if run.processes.is_main:
-                content = {part: network.state_dict(), "epoch": run.state.epoch, "step": run.state.step, **scores}
-                run.checkpoints.save_best(name, {**content, "config": run.config.flat()})
+        if key in scores and network is not None and scores[key] > learner.state.best.get(key, -1.0):
+            learner.state.best[key] = scores[key]
+            if learner.processes.is_main:
+                content = {part: network.state_dict(), "epoch": learner.state.epoch, "step": learner.state.step}
+                run.checkpoints.save_best(name, {**content, **scores, "config": learner.config.flat()})

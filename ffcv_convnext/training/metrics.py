@@ -23,19 +23,20 @@ class LossMean:
     num_steps: int = 0
 
     def add(self, losses: list[float]) -> None:
-        """One after the other, so that the sum does not depend on how often losses are fetched."""
+        """Add losses one by one, so that the sum does not depend on how often they are fetched."""
         for loss in losses:
             self.total += loss
         self.num_steps += len(losses)
 
     @property
     def value(self) -> float | None:
+        """The mean, or None without steps."""
         return self.total / self.num_steps if self.num_steps else None
 
 
 @dataclass(slots=True)
 class LossTracker:
-    """Losses stay on the device until `flush` fetches them, the only place where the host waits for the device."""
+    """Losses, on the device until `flush` fetches them: only there the host waits for the device."""
 
     processes: Processes
     epoch: LossMean = field(default_factory=LossMean)
@@ -43,13 +44,13 @@ class LossTracker:
     _waiting: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def add(self, loss: Tensor, step: int) -> None:
-        """Note a micro-batch's mean loss (scalar, detached) of optimiser step `step`."""
+        """Store a micro-batch's mean loss (scalar, detached) of optimiser step `step`."""
         self._waiting.append((step, loss))
 
     def flush(self) -> None:
-        """Fetch what was noted and add each step's mean over its micro-batches and all processes.
+        """Fetch the stored losses and add each step's mean over its micro-batches and all processes.
 
-        Raises Failure, on every process, when a loss is NaN or infinite, naming the steps.
+        Raises Failure, on every process, with the steps whose loss is NaN or infinite.
         """
         if not self._waiting:
             return
@@ -69,7 +70,7 @@ class LossTracker:
 
 @dataclass(slots=True)
 class Throughput:
-    """Images/s of training. Evaluation and a process's first interval (compilation, cold caches) are left out."""
+    """Images/s of training, without evaluation and a process's first interval (compilation, cold caches)."""
 
     images: int = 0
     seconds: float = 0.0
@@ -77,10 +78,11 @@ class Throughput:
     _warm: bool = False
 
     def start(self) -> None:
+        """Start an interval."""
         self._started = time.perf_counter()
 
     def interval(self, images: int) -> float | None:
-        """Close an interval in which all processes trained `images`; its images/s, or None for the first one."""
+        """End an interval in which all processes trained `images`; return its images/s, or None for the first one."""
         now = time.perf_counter()
         seconds, self._started = now - (self._started or now), now
         if not self._warm:
@@ -91,7 +93,7 @@ class Throughput:
         return images / seconds
 
     def take(self) -> float | None:
-        """Images/s since the last call, or None when nothing was counted."""
+        """Return images/s since the last call, or None if nothing was counted."""
         rate = self.images / self.seconds if self.seconds else None
         self.images, self.seconds = 0, 0.0
         return rate
@@ -104,10 +106,10 @@ def evaluate(
     autocast: Callable[[], torch.autocast],
     memory_format: torch.memory_format = torch.channels_last,
 ) -> dict[str, float]:
-    """Exact top-1 and top-5 accuracy (percent) and mean cross-entropy over all processes' batches.
+    """Return exact top-1 and top-5 accuracy (percent) and mean cross-entropy over all processes' batches.
 
-    batches: images uint8 (n, 3, H, W) and labels (n,) int64 on the network's device; with several processes each
-    has its share. Leaves the network in evaluation mode. Keys: acc1, acc5, loss, images.
+    batches: images uint8 (n, 3, H, W) and labels (n,) int64 on the network's device, this process's share of them.
+    Leaves the network in evaluation mode. Keys: acc1, acc5, loss, images.
     """
     network.eval()
     counts = torch.zeros(4, dtype=torch.float64, device=processes.device)

@@ -1,4 +1,4 @@
-"""The optimiser and its parameter groups, both timm's, and what a checkpoint holds of them."""
+"""The optimiser and its parameter groups, both from timm, and their state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from torch import Tensor, nn
 
 from ffcv_convnext.config import OptimConfig, nearest
 
-FUSED = (torch.optim.Adam, torch.optim.SGD)  # AdamW is one; a step is one kernel for many parameters
-KEPT = {"betas", "eps", "momentum", "weight_decay", "decays", "fused"}  # the settings', not a checkpoint's
+FUSED = (torch.optim.Adam, torch.optim.SGD)  # and AdamW, an Adam; a step is one kernel for many parameters
+KEPT = {"betas", "eps", "momentum", "weight_decay", "decays", "fused"}  # taken from the settings, not from a checkpoint
 
 
 def build_optimizer(network: nn.Module, config: OptimConfig, *, peak_lr: float = 4e-3) -> torch.optim.Optimizer:
-    """An optimiser over two groups: parameters of one dimension and biases have no weight decay.
+    """Return an optimiser over two groups: parameters of one dimension and biases have no weight decay.
 
-    Adam, AdamW and SGD are torch's fused ones: with fp16 they take the loss scale on the device.
-    peak_lr: the schedule's; some of timm's optimisers scale their weight decay by it.
-    Learning rate and weight decay are set before each step. Raises ValueError for a name timm does not know, and
-    for betas that the optimiser does not take.
+    Adam, AdamW and SGD are torch's fused versions: with fp16 they apply the loss scale on the device.
+    peak_lr: of the schedule; some of timm's optimisers scale their weight decay by it.
+    Learning rate and weight decay are set before each step. Raises ValueError for a name that timm does not have, and
+    for options that the optimiser does not have.
     """
     if config.opt.lower() not in list_optimizers():
         raise ValueError(f"opt = {config.opt}: timm has no such optimiser{nearest(config.opt, list_optimizers())}")
     info = get_optimizer_info(config.opt.lower())
     if config.opt_betas is not None and not (info.has_betas and info.num_betas == 2):
-        raise ValueError(f"opt_betas has no meaning with opt = {config.opt}, which takes no two betas; drop it")
+        raise ValueError(f"opt_betas has no effect with opt = {config.opt}, which does not have two betas; remove it")
     for name, value, taken in (
         ("opt_eps", config.opt_eps, info.has_eps),
         ("momentum", config.momentum, info.has_momentum),
     ):
         if value is not None and not taken:
-            raise ValueError(f"{name} has no meaning with opt = {config.opt}, which takes none; drop it")
+            raise ValueError(f"{name} has no effect with opt = {config.opt}, which does not have it; remove it")
     options = {"betas": config.opt_betas, "eps": config.opt_eps, "momentum": config.momentum}
     extra: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    if isinstance(info.opt_class, type) and issubclass(info.opt_class, FUSED):  # a name: of a package not installed
+    if isinstance(info.opt_class, type) and issubclass(
+        info.opt_class, FUSED
+    ):  # a string if its package is not installed
         extra["fused"] = True
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         network,
@@ -50,7 +52,7 @@ def build_optimizer(network: nn.Module, config: OptimConfig, *, peak_lr: float =
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
-    """Give every group this step's learning rate, and the decaying one its weight decay."""
+    """Set every group's learning rate for this step, and the weight decay of the group that has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
         if group["decays"]:
@@ -58,10 +60,10 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_d
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
-    """Take over a state dict's moments, whether it was made with fused steps or not, on a CPU or a GPU.
+    """Load the moments from a state dict, made with fused steps or not, on a CPU or a GPU.
 
-    They get their parameters' memory format: fused steps pair the numbers of both in the order of memory, and
-    channels_last may have changed since. Hyperparameters stay the settings'.
+    They get their parameters' memory format, as fused steps pair both in memory order and channels_last may have
+    changed since. Hyperparameters are kept.
     """
     groups = [
         {**theirs, **{key: own[key] for key in KEPT & own.keys()}}

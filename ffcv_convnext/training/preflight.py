@@ -1,24 +1,23 @@
-"""What `train` would refuse, found out on a machine without the run's devices: before a job is submitted."""
+"""Checks that need none of the run's devices: before a job is submitted, and again in training.
+
+For `model: resnet` and a common optimiser they do without torch and timm, whose imports take seconds.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from ffcv_convnext.config import Config
+from ffcv_convnext.config import Config, ModelConfig, steps_per_epoch
 from ffcv_convnext.data.beton import Manifest
-from ffcv_convnext.models import build_model
-from ffcv_convnext.training.optim import build_optimizer
-from ffcv_convnext.training.run import check_same_classes, count_classes
-from ffcv_convnext.training.runlog import check_same_config
 from ffcv_convnext.training.schedule import build_schedules
+
+ADAM_LIKE = ("adam", "adamw", "lamb")  # optimisers with two betas and an epsilon, without momentum
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run will go through."""
+    """Size of a run."""
 
     num_images: int  # in the training set
     global_batch: int
@@ -26,30 +25,59 @@ class Plan:
 
 
 def check_config(config: Config, world: int) -> Plan:
-    """Check data, batch arithmetic, network, optimiser, schedule and run folder of a run of `world` processes.
+    """Check data, batch sizes, network, optimiser, schedule and run folder of a run of `world` processes.
 
-    Takes about a second and writes nothing. Raises ValueError or FileNotFoundError.
+    Writes nothing. Raises ValueError or FileNotFoundError.
     """
-    train, val = (_manifest(config.data.data_path, split) for split in ("train", "val"))
-    check_same_classes(train, val, config.data.data_path)
-    from ffcv_convnext.data.load import GlobalBatchSampler
-
-    shares = GlobalBatchSampler(config.data.batch_size, config.for_world(world).data.update_freq, world)
-    steps_per_epoch = shares.num_steps(train.num_samples)
-    with torch.device("meta"):
-        network = build_model(config.model, count_classes(config.model, len(train.classes)))
-    build_optimizer(network, config.optim, peak_lr=config.schedule.lr)
-    build_schedules(config, steps_per_epoch)
+    config = config.for_world(world)
+    data = config.data
+    train, val = (_manifest(data.data_path, split) for split in ("train", "val"))
+    check_same_classes(train, val, data.data_path)
+    num_steps = steps_per_epoch(train.num_samples, data.batch_size, data.update_freq, world, data.repeated_aug)
+    num_classes = count_classes(config.model, len(train.classes))
+    if config.model.model != "resnet" or config.optim.opt not in ADAM_LIKE or config.optim.momentum is not None:
+        _build(config, num_classes)
+    build_schedules(config, num_steps)
     for name in ("resume", "finetune"):
         path: Path | None = getattr(config.run, name)
         if path is not None and not path.is_file():
             raise FileNotFoundError(f"{name} = {path} does not exist")
-    if config.run.output_dir is not None:
+    if config.run.output_dir is not None and config.run.output_dir.exists():
+        from ffcv_convnext.training.runlog import check_same_config
+
         check_same_config(config.run.output_dir, config)
-    return Plan(train.num_samples, shares.global_batch, steps_per_epoch)
+    return Plan(train.num_samples, data.batch_size * data.update_freq * world, num_steps)
 
 
 def _manifest(folder: Path | None, split: str) -> Manifest:
     if folder is None:
         raise ValueError("data_path is not set; give the folder with train.beton: --data_path BETON_DIR")
     return Manifest.check(folder / f"{split}.beton")
+
+
+def _build(config: Config, num_classes: int) -> None:
+    """Build network and optimiser without memory for the weights, to let timm raise its errors."""
+    import torch
+
+    from ffcv_convnext.models import build_model
+    from ffcv_convnext.training.optim import build_optimizer
+
+    with torch.device("meta"):
+        network = build_model(config.model, num_classes)
+    build_optimizer(network, config.optim, peak_lr=config.schedule.lr)
+
+
+def check_same_classes(train: Manifest, val: Manifest, folder: Path | None) -> None:
+    """Raise ValueError if a label means different classes in training and validation."""
+    if val.classes != train.classes:
+        raise ValueError(
+            f"data_path = {folder}: train.beton and val.beton list different classes; write both "
+            "again from one folder with write_ffcv_dataset.py --split all --overwrite"
+        )
+
+
+def count_classes(config: ModelConfig, in_data: int) -> int:
+    """Return the number of outputs of the network. Raises ValueError if the data has more classes."""
+    if config.nb_classes is not None and config.nb_classes < in_data:
+        raise ValueError(f"nb_classes = {config.nb_classes}: the data has {in_data} classes; remove it, or raise it")
+    return config.nb_classes or in_data

@@ -1,4 +1,4 @@
-"""Optimiser step -> learning rate and weight decay. Functions of the step alone, so a resumed run needs no replay."""
+"""Optimiser step -> learning rate and weight decay: functions of the step only, so a resumed run needs no replay."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ffcv_convnext.config import Config
 class CosineSchedule:
     """Linear warm-up from 0, then a cosine from `start` to `end`, as in the paper's code.
 
-    The first warm-up step has value 0 and the last one `start`; `total_steps` is where the cosine would reach `end`.
+    The first warm-up step has value 0 and the last one `start`; the cosine would reach `end` at `total_steps`.
     """
 
     start: float
@@ -21,6 +21,7 @@ class CosineSchedule:
     total_steps: int
 
     def __call__(self, step: int) -> float:
+        """Return the value at an optimiser step, from 0."""
         if step < self.warmup_steps:
             return self.start * step / max(self.warmup_steps - 1, 1)
         progress = (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
@@ -29,14 +30,14 @@ class CosineSchedule:
 
 @dataclass(frozen=True, slots=True)
 class Schedules:
-    """The values an optimiser step uses."""
+    """Values for an optimiser step."""
 
     lr: CosineSchedule
     weight_decay: CosineSchedule
 
 
 def build_schedules(config: Config, steps_per_epoch: int) -> Schedules:
-    """Epochs become optimiser steps here, once. Raises ValueError when the warm-up outlasts the run."""
+    """Convert epochs to optimiser steps. Raises ValueError if the warm-up is longer than the run."""
     schedule, optim = config.schedule, config.optim
     total = schedule.epochs * steps_per_epoch
     warmup = schedule.warmup_steps if schedule.warmup_steps > 0 else schedule.warmup_epochs * steps_per_epoch

@@ -19,8 +19,8 @@ from torchvision.transforms import functional as F
 
 from ffcv_convnext.augment import TrainAugment, normalise, soft_targets
 from ffcv_convnext.augment.color import IMAGENET_MEAN, IMAGENET_STD, color_jitter, draw_jitter, normalised_planes
-from ffcv_convnext.augment.erasing import ErasingDraws, draw_erasing, erase, erase_everywhere, noise
-from ffcv_convnext.augment.mix import MixDraws, draw_mix, mix_everywhere, mix_targets, mixed
+from ffcv_convnext.augment.erasing import ErasingDraws, draw_erasing, erase, erase_batched, noise
+from ffcv_convnext.augment.mix import MixDraws, draw_mix, mix_batched, mix_image, mix_targets
 from ffcv_convnext.augment.to_device import all_to_device
 from ffcv_convnext.config import AugmentConfig, ModelConfig
 from ffcv_convnext.models import build_model
@@ -28,7 +28,7 @@ from ffcv_convnext.models import build_model
 CPU = torch.device("cpu")
 NUM, NUM_CLASSES, HEIGHT, WIDTH = 8, 10, 24, 36
 MODES = pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
-WAYS = pytest.mark.parametrize("everywhere", [False, True], ids=["image by image", "everywhere"])
+WAYS = pytest.mark.parametrize("batched", [False, True], ids=["image by image", "batched"])
 
 
 def generator(seed: int = 0) -> np.random.Generator:
@@ -57,11 +57,13 @@ def draws_of(mode: str, num: int = NUM, seed: int = 0, **settings: Any) -> MixDr
     return draw_mix(config, num, HEIGHT, WIDTH, generator(seed))
 
 
-def apply_mix(images: Tensor, draws: MixDraws, everywhere: bool) -> Tensor:
-    if everywhere:
-        return mix_everywhere(images, torch.from_numpy(draws.lam), torch.from_numpy(draws.boxes))
+def apply_mix(images: Tensor, draws: MixDraws, batched: bool) -> Tensor:
+    if batched:
+        return mix_batched(images, torch.from_numpy(draws.lam), torch.from_numpy(draws.boxes))
     rows = list(images.permute(0, 2, 3, 1))
-    mixtures = [mixed(*each) for each in zip(rows, rows[::-1], draws.lam.tolist(), draws.boxes.tolist(), strict=True)]
+    mixtures = [
+        mix_image(*each) for each in zip(rows, rows[::-1], draws.lam.tolist(), draws.boxes.tolist(), strict=True)
+    ]
     return torch.stack(mixtures).permute(0, 3, 1, 2)
 
 
@@ -87,7 +89,7 @@ def mixed_by_timm(
     "config", [{}, {"mixup": 0}, {"cutmix": 0}, {"mixup_prob": 0.5}, {"cutmix_minmax": (0.2, 0.8)}]
 )
 def test_mixing_equals_timm_s_for_the_same_draws(
-    mode: str, config: dict[str, Any], everywhere: bool, monkeypatch: pytest.MonkeyPatch
+    mode: str, config: dict[str, Any], batched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = float_images()
     for seed in range(20):
@@ -95,19 +97,19 @@ def test_mixing_equals_timm_s_for_the_same_draws(
         draws = draws_of(mode, seed=seed, **config)
         targets = mix_targets(soft_targets(labels(), NUM_CLASSES, smoothing), torch.from_numpy(draws.lam))
         expected, expected_targets = mixed_by_timm(images, draws, mode, smoothing, monkeypatch)
-        assert torch.allclose(apply_mix(images, draws, everywhere), expected, atol=2e-6)
+        assert torch.allclose(apply_mix(images, draws, batched), expected, atol=2e-6)
         assert torch.allclose(targets, expected_targets, atol=2e-6)
 
 
 @WAYS
 @MODES
-def test_a_mixed_target_equals_the_area_pasted_after_clipping_at_the_border(mode: str, everywhere: bool) -> None:
+def test_a_mixed_target_equals_the_area_pasted_after_clipping_at_the_border(mode: str, batched: bool) -> None:
     """Images of one colour each: the share of foreign pixels is the partner's share of the target."""
     images = torch.arange(float(NUM))[:, None, None, None].expand(NUM, 3, HEIGHT, WIDTH)
     clipped = 0
     for seed in range(30):
         draws = draws_of(mode, seed=seed, mixup=0)
-        found = apply_mix(images, draws, everywhere)
+        found = apply_mix(images, draws, batched)
         shares = torch.stack([(found == value).float().mean((1, 2, 3)) for value in range(NUM)], dim=1)
         assert torch.allclose(shares, mix_targets(torch.eye(NUM), torch.from_numpy(draws.lam)), atol=1e-6)
         on_border = (draws.boxes[:, 0] == 0) | (draws.boxes[:, 1] == HEIGHT)
@@ -118,13 +120,11 @@ def test_a_mixed_target_equals_the_area_pasted_after_clipping_at_the_border(mode
 @WAYS
 @MODES
 @pytest.mark.parametrize("config", [{"mixup": 0}, {"cutmix": 0}])
-def test_mixing_leaves_its_inputs_alone_and_keeps_type_and_memory_format(
-    mode: str, config: dict[str, Any], everywhere: bool
-) -> None:
+def test_mixing_keeps_its_inputs_type_and_memory_format(mode: str, config: dict[str, Any], batched: bool) -> None:
     images, targets = float_images(), soft_targets(labels(), NUM_CLASSES, 0.1)
     images_before, targets_before = images.clone(), targets.clone()
     draws = draws_of(mode, **config)
-    found, found_targets = apply_mix(images, draws, everywhere), mix_targets(targets, torch.from_numpy(draws.lam))
+    found, found_targets = apply_mix(images, draws, batched), mix_targets(targets, torch.from_numpy(draws.lam))
     assert torch.equal(images, images_before)
     assert torch.equal(targets, targets_before)
     assert found.dtype == found_targets.dtype == torch.float32
@@ -135,10 +135,10 @@ def test_mixing_leaves_its_inputs_alone_and_keeps_type_and_memory_format(
 
 @WAYS
 @MODES
-def test_no_mixing_changes_nothing_at_all(mode: str, everywhere: bool) -> None:
+def test_no_mixing_changes_nothing_at_all(mode: str, batched: bool) -> None:
     images, targets = float_images(), soft_targets(labels(), NUM_CLASSES, 0.1)
     draws = draws_of(mode, mixup_prob=0)
-    assert torch.equal(apply_mix(images, draws, everywhere), images)
+    assert torch.equal(apply_mix(images, draws, batched), images)
     assert torch.equal(mix_targets(targets, torch.from_numpy(draws.lam)), targets)
 
 
@@ -156,7 +156,7 @@ def test_the_middle_image_of_an_odd_batch_stays_itself(mode: str) -> None:
 
 
 def test_an_odd_batch_is_not_mixed_in_pairs() -> None:
-    with pytest.raises(ValueError, match=r"^mixup_mode = pair: 7 images do not pair up; use an even batch_size"):
+    with pytest.raises(ValueError, match=r"^mixup_mode = pair: 7 images cannot form pairs; use an even batch_size"):
         augmentation(mixup_mode="pair")(uint8_images(7), labels(7), step=0, micro_batch=0)
 
 
@@ -248,18 +248,18 @@ def test_one_draw_serves_a_batch_a_pair_or_an_image() -> None:
         ({"mixup_prob": 0}, False),
     ],
 )
-def test_mixing_is_on_where_it_can_happen(config: dict[str, Any], mixes: bool) -> None:
+def test_mixes_is_true_if_mixing_can_happen(config: dict[str, Any], mixes: bool) -> None:
     assert AugmentConfig(**config).mixes is mixes
 
 
 # --- erasing -----------------------------------------------------------------------------------------------------
 
 
-def apply_erasing(images: Tensor, draws: ErasingDraws, everywhere: bool) -> Tensor:
-    if everywhere:
+def apply_erasing(images: Tensor, draws: ErasingDraws, batched: bool) -> Tensor:
+    if batched:
         boxes, colours = torch.from_numpy(draws.boxes), torch.from_numpy(draws.colours)
         key = None if draws.key is None else torch.tensor(draws.key)
-        return torch.stack(erase_everywhere(list(images.unbind(1)), boxes, colours, key), -1).permute(0, 3, 1, 2)
+        return torch.stack(erase_batched(list(images.unbind(1)), boxes, colours, key), -1).permute(0, 3, 1, 2)
     result = images.clone()
     for i, image in enumerate(result.permute(0, 2, 3, 1)):
         erase(image, i, draws)
@@ -268,11 +268,11 @@ def apply_erasing(images: Tensor, draws: ErasingDraws, everywhere: bool) -> Tens
 
 @WAYS
 @pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
-def test_erasing_changes_the_boxes_and_nothing_else(mode: str, everywhere: bool) -> None:
+def test_erasing_changes_the_boxes_and_nothing_else(mode: str, batched: bool) -> None:
     config = AugmentConfig(reprob=0.7, recount=2, remode=mode)  # type: ignore[arg-type]
     images = float_images()
     draws = draw_erasing(config, NUM, HEIGHT, WIDTH, 3, generator(5))
-    erased = apply_erasing(images, draws, everywhere)
+    erased = apply_erasing(images, draws, batched)
     within = torch.zeros((NUM, 1, HEIGHT, WIDTH), dtype=torch.bool)
     for i, boxes in enumerate(draws.boxes):
         for top, bottom, left, right in boxes:
@@ -282,17 +282,17 @@ def test_erasing_changes_the_boxes_and_nothing_else(mode: str, everywhere: bool)
     assert torch.equal(changed, within.expand_as(changed))
     assert erased.stride() == images.stride()
     if mode == "pixel":
-        assert torch.equal(erased[changed], apply_erasing(images * 0, draws, everywhere)[changed]), "of the pixel alone"
+        assert torch.equal(erased[changed], apply_erasing(images * 0, draws, batched)[changed]), "of the pixel alone"
 
 
 @WAYS
-def test_erased_pixels_are_noise_one_colour_or_the_mean(everywhere: bool) -> None:
+def test_erased_pixels_are_noise_one_colour_or_the_mean(batched: bool) -> None:
     patches = {}
     for mode in ("pixel", "rand", "const"):
         config = AugmentConfig(remode=mode, reprob=1, recount=3)  # type: ignore[arg-type]
         draws = draw_erasing(config, 1, 100, 100, 7, generator())
         draws = ErasingDraws(np.array([[[0, 100, 0, 100], [0, 0, 0, 0], [0, 0, 0, 0]]]), draws.colours, draws.key)
-        patches[mode] = apply_erasing(torch.full((1, 3, 100, 100), 9.0), draws, everywhere)[0].flatten(1)
+        patches[mode] = apply_erasing(torch.full((1, 3, 100, 100), 9.0), draws, batched)[0].flatten(1)
     assert torch.equal(patches["const"], torch.zeros((3, 10_000)))
     colour = patches["rand"][:, :1]
     assert torch.equal(patches["rand"], colour.expand(3, 10_000))
@@ -399,7 +399,7 @@ def test_a_box_keeps_timm_s_bounds_of_area_and_aspect() -> None:
         assert (right <= size).all()
 
 
-def test_recount_is_the_most_boxes_of_an_image() -> None:
+def test_recount_is_the_maximum_number_of_boxes() -> None:
     boxes = draw_erasing(AugmentConfig(reprob=1, recount=3), 3000, 224, 224, 0, generator()).boxes
     shares = np.bincount((boxes[..., 1] > 0).sum(axis=1)) / 3000
     assert np.allclose(shares, [0, 1 / 3, 1 / 3, 1 / 3], atol=0.03)
@@ -463,7 +463,7 @@ def test_soft_targets_give_the_loss_of_timm_s_label_smoothing(smoothing: float) 
 # --- small arrays on their way to the device ---------------------------------------------------------------------
 
 
-def test_arrays_that_travel_in_one_copy_arrive_as_they_were() -> None:
+def test_one_transfer_keeps_values_shapes_and_types() -> None:
     arrays: list[NDArray[Any]] = [
         np.array(2**62 + 1),
         np.arange(6.0).reshape(2, 3).T,
@@ -518,11 +518,11 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_a_batch_keeps_its_shape_and_the_input_stays(
-    mode: str, jitter: float | None, dtype: torch.dtype, everywhere: bool, memory_format: torch.memory_format
+    mode: str, jitter: float | None, dtype: torch.dtype, batched: bool, memory_format: torch.memory_format
 ) -> None:
     images = uint8_images().contiguous(memory_format=memory_format)
     before = images.clone()
-    augment = augmentation(mixup_mode=mode, color_jitter=jitter, dtype=dtype, compile=everywhere)
+    augment = augmentation(mixup_mode=mode, color_jitter=jitter, dtype=dtype, compile=batched)
     inputs, targets = augment(images, labels(), step=3, micro_batch=1)
     assert torch.equal(images, before)
     assert inputs.shape == images.shape
@@ -546,11 +546,11 @@ def test_a_batch_keeps_its_shape_and_the_input_stays(
         {"color_jitter": None, "reprob": 0, "mixup": 0, "cutmix": 0},
     ],
 )
-def test_image_by_image_and_everywhere_are_the_same(mode: str, settings: dict[str, Any]) -> None:
-    one_by_one, everywhere = (augmentation(mixup_mode=mode, compile=each, **settings) for each in (False, True))
+def test_image_by_image_and_batched_are_the_same(mode: str, settings: dict[str, Any]) -> None:
+    one_by_one, batched = (augmentation(mixup_mode=mode, compile=each, **settings) for each in (False, True))
     for step in range(8):
         found, targets = one_by_one(uint8_images(), labels(), step=step, micro_batch=0)
-        same, same_targets = everywhere(uint8_images(), labels(), step=step, micro_batch=0)
+        same, same_targets = batched(uint8_images(), labels(), step=step, micro_batch=0)
         assert torch.allclose(found, same, rtol=1e-6, atol=1e-6 if settings.get("color_jitter") is None else 1e-5)
         assert torch.allclose(targets, same_targets, rtol=0, atol=1e-6)
 
@@ -565,7 +565,7 @@ def test_image_by_image_and_everywhere_are_the_same(mode: str, settings: dict[st
         pytest.param("batch", "rand-m9-mstd0.5-inc1", marks=pytest.mark.slow),
     ],
 )
-def test_what_is_compiled_is_one_graph_for_all_steps_and_draws(mode: str, aa: str) -> None:
+def test_one_compiled_graph_serves_all_steps_and_draws(mode: str, aa: str) -> None:
     """fullgraph refuses a second graph; a run's first call makes it, and Mixup, CutMix and no mixing share it."""
     augment = augmentation(mixup_mode=mode, aa=aa, compile=True, mixup_prob=0.7, reprob=0.1)
     augment(uint8_images(), labels(), step=0, micro_batch=0)
@@ -657,7 +657,7 @@ def test_a_batch_is_what_torchvision_and_timm_make_of_it_for_the_same_draws(
 )
 @pytest.mark.parametrize("aa", ["none", "rand-m9-mstd0.5-inc1"])
 def test_images_of_other_than_three_colours_are_refused(images: Tensor, found: str, aa: str) -> None:
-    with pytest.raises(ValueError, match=rf"^images are {found}: augmentation is for uint8 \(N, 3, H, W\), of red,"):
+    with pytest.raises(ValueError, match=rf"^images are {found}: augmentation needs uint8 \(N, 3, H, W\), red,"):
         augmentation(aa=aa)(images, labels(4), step=0, micro_batch=0)
 
 
@@ -680,7 +680,7 @@ def test_the_result_is_a_function_of_seed_step_and_micro_batch(mode: str) -> Non
     assert len({targets.numpy().tobytes() for _, targets in found.values()}) == len(found)
 
 
-def test_the_global_random_state_plays_no_part_and_is_left_alone() -> None:
+def test_the_global_random_state_is_neither_used_nor_changed() -> None:
     images, augment = uint8_images(), augmentation()
     torch.manual_seed(1)
     state = torch.get_rng_state()

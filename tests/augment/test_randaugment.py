@@ -130,7 +130,7 @@ def test_geometry_is_timm_s_at_every_magnitude(name: str, size: tuple[int, int],
 
 @pytest.mark.parametrize("interpolation", FILTERS)
 @pytest.mark.parametrize("kind", sorted(GEOMETRIC))
-def test_what_comes_from_outside_is_filled_where_timm_fills(kind: Kind, interpolation: str) -> None:
+def test_the_outside_is_filled_as_in_timm(kind: Kind, interpolation: str) -> None:
     """Black images: what is not black is fill."""
     size, num = (90, 64), 41
     black = Image.new("RGB", size)
@@ -210,7 +210,7 @@ def test_an_image_s_result_does_not_depend_on_its_neighbours() -> None:
     ],
 )
 def test_other_images_are_refused(images: Tensor, found: str) -> None:
-    with pytest.raises(ValueError, match=rf"images are {found}: a policy is for uint8 \(N, 3, H, W\)"):
+    with pytest.raises(ValueError, match=rf"images are {found}: a policy needs uint8 \(N, 3, H, W\)"):
         apply_policy(images, one_round(Kind.INVERT, [0.0, 0.0]))
 
 
@@ -223,7 +223,7 @@ def test_draws_for_another_number_of_images_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_magnitude_means_what_it_means_to_timm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_magnitudes_have_timm_s_strengths(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     magnitudes = np.concatenate([np.linspace(0, 10, 101), [12.0, 15.0]])  # beyond 10 with mmax
     level = timm_policies.LEVEL_TO_ARG[name]
     for sign in (-1.0, 1.0):
@@ -343,7 +343,7 @@ def test_trivialaugment_draws_one_operation_of_fourteen_and_any_level() -> None:
 
 
 @pytest.mark.parametrize(("interpolation", "share"), [("bicubic", 1.0), ("bilinear", 0.0), ("random", 0.5)])
-def test_interpolation_is_as_asked(interpolation: Any, share: float) -> None:
+def test_interpolation_follows_the_setting(interpolation: Any, share: float) -> None:
     draws = draw_policy(parse_policy(RECIPE), 2000, 64, 64, interpolation, generator())
     assert abs(draws.bicubic.mean() - share) < 0.04
 
@@ -385,19 +385,19 @@ def test_randaugment_s_settings_are_timm_s(text: str) -> None:
         ("rand-m9-inc", "unknown section 'inc'"),
         ("rand-m9.5", "m9.5 is not an integer"),
         ("rand-mstd0.5x", "mstd0.5x is not a number"),
-        ("rand-m9-m8", "section m is there twice"),
-        ("rand-n0", "n0 is no number of operations"),
-        ("rand-p1.5", "p1.5 is no probability"),
+        ("rand-m9-m8", "section m occurs twice"),
+        ("rand-n0", "n0 is not a number of operations"),
+        ("rand-p1.5", "p1.5 is not a probability"),
         ("rand-mmax0", "mmax0 leaves no magnitude"),
         ("rand-tcolours", "unknown set of operations tcolours"),
         ("rand-w1", "unknown weights w1"),
-        ("rand-w0-tweights", "w and t exclude each other"),
+        ("rand-w0-tweights", "w and t cannot be combined"),
         ("rand-n14-w0", "n14 of 13 weighted operations"),
         ("v0-m9", "unknown section m of v0"),
         ("ta_wide-m9", "unknown section m of ta_wide"),
     ],
 )
-def test_what_no_policy_says_is_refused_with_the_grammar(text: str, wrong: str) -> None:
+def test_invalid_policies_are_refused_with_the_grammar(text: str, wrong: str) -> None:
     with pytest.raises(ValueError, match=f"^aa = {text}: {wrong}") as error:
         AugmentConfig(aa=text)
     for word in ("rand", "-mstd", "-mmax", "originalr", "3a", "ta_wide"):
@@ -432,7 +432,7 @@ def test_a_run_applies_the_policy_before_it_normalises() -> None:
 
 
 @pytest.mark.parametrize(("aa", "jitters"), [("none", True), (RECIPE, False), ("3a", True), ("rand-t3a", True)])
-def test_colours_are_jittered_where_timm_jitters_them(aa: str, jitters: bool) -> None:
+def test_colour_jitter_is_enabled_as_in_timm(aa: str, jitters: bool) -> None:
     images = uint8_images(6)
     assert AugmentConfig(aa=aa).jitters is jitters
     assert not AugmentConfig(aa=aa, color_jitter=0.0).jitters

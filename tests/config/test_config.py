@@ -267,7 +267,7 @@ def test_accepted_spellings_in_yaml(tmp_path: Path, text: str, name: str, expect
 
 
 @pytest.mark.parametrize("words", [["0.9", "0.999"], ["0.9,0.999"], ["(0.9, 0.999)"]])
-def test_betas_may_be_two_words_or_one(words: list[str]) -> None:
+def test_betas_may_be_two_arguments_or_one(words: list[str]) -> None:
     assert parse("--opt_betas", *words).optim.opt_betas == (0.9, 0.999)
 
 
@@ -294,7 +294,7 @@ def test_every_step_of_the_ladder_can_be_written_as_flags() -> None:
     ("wrong", "right"),
     [("resnet_layer", "resnet_layers"), ("warmup_epoch", "warmup_epochs"), ("learn_rate", None), ("Lr", "lr")],
 )
-def test_an_unknown_name_is_refused_with_the_nearest_ones(tmp_path: Path, wrong: str, right: str | None) -> None:
+def test_an_unknown_name_is_refused_with_similar_names(tmp_path: Path, wrong: str, right: str | None) -> None:
     base = write_yaml(tmp_path / "wrong.yaml", f"{wrong}: 1")
     by_base = write_yaml(tmp_path / "top.yaml", f"base: {base.name}")
     attempts = {
@@ -570,7 +570,7 @@ def test_wrong_usage_is_one_line_and_status_2(argv: list[str], capsys: pytest.Ca
         (KeyboardInterrupt(), 130),
     ],
 )
-def test_an_error_of_ours_becomes_its_exit_status(
+def test_errors_of_the_package_have_exit_statuses(
     error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def command(_: Any) -> int:
@@ -595,7 +595,7 @@ def test_a_full_disk_is_one_line_and_status_1(
     assert capsys.readouterr().err == "error: runs/x/log.jsonl cannot be written: No space left on device; make room\n"
 
 
-def test_an_error_that_is_not_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cli.COMMANDS, "train", lambda _: len(Path("x").with_name("")))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="name"):  # raised inside pathlib
         cli.run_command("train", [])

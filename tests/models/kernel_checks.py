@@ -17,8 +17,8 @@ from torch.library import opcheck
 
 from ffcv_convnext.config import ModelConfig
 from ffcv_convnext.models import ResNet, count_gmacs, use_triton
-from ffcv_convnext.models.kernels import TWINS, Operations, depthwise, launch, norm, residual
-from ffcv_convnext.models.kernels.block import FusedBlock
+from ffcv_convnext.models.kernels import TWINS, Operations, depthwise, fuse_blocks, launch, norm, residual
+from ffcv_convnext.models.kernels.fused_branch import FusedBranch
 from ffcv_convnext.models.resnet import Block
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -202,7 +202,8 @@ def build_block(config: ModelConfig, width_in: int, width: int, stride: int, dro
 
 def check_block(block: Block, x: Tensor, g: Tensor) -> Tensor:
     """The fused block agrees with the block in float64 in its result, which it returns, and in all gradients."""
-    fused = FusedBlock(copy.deepcopy(block), TRITON)
+    fused = copy.deepcopy(block)
+    fuse_blocks(fused, TRITON)
     expected = gradients(block.double(), x.double(), g.double())
     found = gradients(fused, x, g)
     assert list(found) == list(expected)
@@ -218,7 +219,7 @@ def test_a_fused_networks_products_are_counted_without_computing() -> None:
     network = ResNet(config, 5)
     expected = count_gmacs(network)
     use_triton(network)
-    assert any(module.operations == TRITON for module in network.modules() if isinstance(module, FusedBlock))
+    assert any(module.operations == TRITON for module in network.modules() if isinstance(module, FusedBranch))
     assert count_gmacs(network) == expected
 
 
@@ -238,7 +239,8 @@ def test_a_strided_block_of_the_earlier_steps_agrees(norm_layer: Any) -> None:
 
 def test_a_compiled_block_is_one_graph() -> None:
     config = ModelConfig(**{**CONVNEXT, "resnet_kernel_size": 3})
-    fused = FusedBlock(build_block(config, 16, 16, stride=1, drop_path=0.4), TRITON)
+    fused = build_block(config, 16, 16, stride=1, drop_path=0.4)
+    fuse_blocks(fused, TRITON)
     x, g = normal(2, 16, 7, 7), normal(2, 16, 7, 7)
     compiled: Any = torch.compile(fused, fullgraph=True, backend="aot_eager")
     with torch.autocast(DEVICE, dtype=torch.bfloat16):

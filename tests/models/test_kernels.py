@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ffcv_convnext.config import Config, load_config
 from ffcv_convnext.models import ResNet, build_model, count_gmacs, kernels, use_triton
 from ffcv_convnext.models.kernels import TWINS, fuse_blocks
-from ffcv_convnext.models.kernels.block import FusedBlock
+from ffcv_convnext.models.kernels.fused_branch import FusedBranch
 from ffcv_convnext.models.resnet import Block
-from ffcv_convnext.training import train
+from ffcv_convnext.training.run import train
 
 ROOT = REPOSITORY
 STEPS = sorted((ROOT / "rn_configs").glob("[0-9c]*.yaml"))
@@ -47,14 +47,14 @@ def learn(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]
 
 
 @pytest.mark.parametrize("path", STEPS, ids=lambda path: path.stem)
-def test_fused_blocks_compute_what_every_steps_blocks_do(path: Path) -> None:
+def test_fused_branches_compute_the_same_in_every_step(path: Path) -> None:
     torch.manual_seed(0)
     network = small(path)
     fused = copy.deepcopy(network)
     fuse_blocks(fused, TWINS)
     assert list(fused.state_dict()) == list(network.state_dict())
     assert count_gmacs(fused, 64) == count_gmacs(network, 64)
-    assert not any(isinstance(module, Block) for module in fused.modules())
+    assert all(isinstance(module.branch, FusedBranch) for module in fused.modules() if isinstance(module, Block))
     images = torch.randn(4, 3, 64, 64, dtype=torch.float64).to(memory_format=torch.channels_last)
     (expected, gradients), (logits, found) = learn(network.double(), images), learn(fused.double(), images)
     torch.testing.assert_close(logits, expected)
@@ -70,9 +70,9 @@ def test_weights_and_averages_move_between_fused_and_plain_networks() -> None:
     fuse_blocks(fused, TWINS)
     assert not any(module.training for module in fused.modules())
     average = ModelEmaV3(fused, decay=0.5)
-    blocks = [module for module in average.module.modules() if isinstance(module, FusedBlock)]
-    assert len(blocks) == 5
-    assert blocks[0].operations == TWINS
+    branches = [module for module in average.module.modules() if isinstance(module, FusedBranch)]
+    assert len(branches) == 5
+    assert branches[0].operations == TWINS
     with torch.no_grad():
         for parameter in fused.parameters():
             parameter.add_(1.0)

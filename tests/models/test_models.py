@@ -116,7 +116,7 @@ def test_every_legal_combination_of_switches_runs(seed: int) -> None:
         ({"nb_classes": 0}, "nb_classes = 0: expected a whole number >= 1"),
     ],
 )
-def test_a_switch_without_meaning_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_contradicting_switches_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig(**settings)
 
@@ -220,7 +220,7 @@ def test_stochastic_depth_drops_a_samples_branch_in_training_only() -> None:
     assert not (block.eval()(x) == x).flatten(1).all(1).any()
 
 
-def test_convolutions_start_as_asked_and_linear_weights_with_std_002() -> None:
+def test_initial_weights_follow_resnet_init() -> None:
     torch.manual_seed(0)
     switches: dict[str, Any] = {"resnet_stem": "patch_embed", "resnet_norm_layer": "ln", **INVERTED}
     default = build_model(small(resnet_embed_dim=64, **switches), 200)
@@ -346,17 +346,17 @@ def test_any_timm_model_can_be_named() -> None:
     assert count_parameters(plain) == 132_863_336
 
 
-def test_an_unknown_model_names_its_neighbours() -> None:
+def test_an_unknown_model_is_refused_with_similar_names() -> None:
     with pytest.raises(ValueError, match=r"model = convnext_tinny: neither .*; did you mean .*convnext_tiny"):
         build_model(ModelConfig(model="convnext_tinny"), 5)
 
 
-def test_a_timm_model_without_stochastic_depth_says_so() -> None:
-    with torch.device("meta"), pytest.raises(ValueError, match="has no meaning with model = vgg11"):
+def test_drop_path_is_refused_for_a_timm_model_without_it() -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match="has no effect with model = vgg11"):
         build_model(ModelConfig(model="vgg11", drop_path=0.1), 5)
 
 
-def test_gmacs_of_timm_models_are_known_and_counting_leaves_no_trace() -> None:
+def test_gmacs_of_timm_models_are_known_and_counting_changes_nothing() -> None:
     model = timm.create_model("resnet50").train()
     model.layer1.eval()
     assert round(count_gmacs(model), 3) == 4.089

@@ -99,11 +99,13 @@ def test_weights_of_another_layout_are_refused() -> None:
     with torch.device("meta"):
         step13 = build_model(load_config(CONFIGS / "13_separate_downsampling.yaml").model, 10).state_dict()
         step7 = build_model(load_config(CONFIGS / "07_kernel7.yaml").model, 10).state_dict()
-    with pytest.raises(ValueError, match=r"not the layout of our ConvNeXt: .*missing: stem\.norm"):
+    with pytest.raises(ValueError, match=r"not have the layout of our ConvNeXt: .*missing: stem\.norm"):
         to_timm_convnext(step13)
-    with pytest.raises(ValueError, match=r"not the layout of our ResNet-50: .*unexpected: stem\.conv\.bias|missing"):
+    with pytest.raises(
+        ValueError, match=r"not have the layout of our ResNet-50: .*unexpected: stem\.conv\.bias|missing"
+    ):
         to_torchvision_resnet(step7)
-    with pytest.raises(ValueError, match=r"not the layout of timm's ConvNeXt"):
+    with pytest.raises(ValueError, match=r"not have the layout of timm's ConvNeXt"):
         from_timm_convnext(step7)
 
 
@@ -130,18 +132,18 @@ def test_export_of_step_0_fits_torchvision_and_timm(tmp_path: Path, layout: Any)
     torch.testing.assert_close(logits(model), logits(theirs))
 
 
-def test_export_takes_the_averaged_weights_when_asked(tmp_path: Path) -> None:
+def test_export_with_ema_writes_the_averaged_weights(tmp_path: Path) -> None:
     raw, averaged = (build_model(SMALL_CONVNEXT.model, 7) for _ in range(2))
     path = checkpoint(tmp_path / "last.pth", raw, SMALL_CONVNEXT, ema=averaged.state_dict())
     for ema, model in ((False, raw), (True, averaged)):
         export_weights(path, tmp_path / "out.pth", "ours", ema=ema)
         exported = torch.load(tmp_path / "out.pth", weights_only=True)
         assert torch.equal(exported["head.weight"], model.state_dict()["head.weight"])
-    with pytest.raises(ValueError, match="holds no averaged weights; leave --ema out"):
+    with pytest.raises(ValueError, match="has no averaged weights; remove --ema"):
         export_weights(checkpoint(path, raw, SMALL_CONVNEXT), tmp_path / "out.pth", "ours", ema=True)
 
 
-def test_export_of_a_step_in_between_says_that_no_library_has_it(tmp_path: Path) -> None:
+def test_export_of_an_intermediate_step_is_refused(tmp_path: Path) -> None:
     config = load_config(CONFIGS / "07_kernel7.yaml", overrides={"resnet_layers": "1-1-1-1", "resnet_embed_dim": 8})
     path = checkpoint(tmp_path / "last.pth", build_model(config.model, 7), config)
     with pytest.raises(ValueError, match=r"torchvision has no such network: .*resnet_depthwise = true"):
@@ -159,7 +161,7 @@ def test_export_of_a_timm_model_is_timms_own(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "last.pth", model, config)
     export_weights(path, tmp_path / "out.pth", "timm")
     build_model(config.model, 7).load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True))
-    with pytest.raises(ValueError, match="model = resnet18 is timm's; export it with --layout timm"):
+    with pytest.raises(ValueError, match="model = resnet18 is a timm model; export it with --layout timm"):
         export_weights(path, tmp_path / "out.pth", "torchvision")
 
 
@@ -178,7 +180,7 @@ def test_a_failed_export_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pth", "out.pth"]
 
 
-def test_export_refuses_what_is_no_run(tmp_path: Path) -> None:
+def test_export_refuses_other_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"checkpoint .* does not exist"):
         export_weights(tmp_path / "none.pth", tmp_path / "out.pth", "ours")
     torch.save(build_model(SMALL_CONVNEXT.model, 7).state_dict(), tmp_path / "plain.pth")
@@ -209,7 +211,7 @@ def test_finetuning_reads_every_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_name", ["resnet", "resnet18"])
-def test_a_head_of_another_size_is_left_out_with_a_warning(
+def test_a_head_of_another_size_is_skipped_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, model_name: str
 ) -> None:
     config = SMALL_CONVNEXT.model if model_name == "resnet" else ModelConfig(model=model_name)
@@ -218,7 +220,7 @@ def test_a_head_of_another_size_is_left_out_with_a_warning(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with caplog.at_level(logging.WARNING):
         load_pretrained(model, tmp_path / "weights.pth")
-    assert "its head is for 7 classes, the model's for 5; it is left out" in caplog.text
+    assert "its head has 7 classes, the model's 5; it is not loaded" in caplog.text
     head = "head.weight" if model_name == "resnet" else "fc.weight"
     stem = "stem.conv.weight" if model_name == "resnet" else "conv1.weight"
     assert torch.equal(model.state_dict()[head], before[head])
@@ -229,7 +231,7 @@ def test_other_mismatches_are_named_and_change_nothing(tmp_path: Path) -> None:
     torch.save(build_model(SMALL_CONVNEXT.model, 7).state_dict(), tmp_path / "weights.pth")
     model = build_model(SMALL_CONVNEXT.replace(resnet_embed_dim=16).model, 7)
     before = model.state_dict()["norm.weight"].clone()
-    with pytest.raises(ValueError, match=r"does not fit the model: \d+ of other shape: stem.conv.weight, .*, \.\.\."):
+    with pytest.raises(ValueError, match=r"does not fit the model: \d+ of another shape: stem.conv.weight, .*, \.\.\."):
         load_pretrained(model, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"\d+ missing: .*; \d+ unexpected: "):
         load_pretrained(build_model(SMALL_RESNET.model, 7), tmp_path / "weights.pth")
@@ -247,7 +249,7 @@ def test_files_without_weights_are_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match="is not a readable PyTorch checkpoint"):
             load_pretrained(model, path)
-    for thing, message in (([1, 2], "holds a list"), ({"epoch": 3}, "holds no weights"), ({}, "holds no weights")):
+    for thing, message in (([1, 2], "holds a list"), ({"epoch": 3}, "has no weights"), ({}, "has no weights")):
         torch.save(thing, path)
         with pytest.raises(ValueError, match=message):
             load_pretrained(model, path)

@@ -1,8 +1,8 @@
-"""Starts training processes quickly, and ends them at an exact moment.
+"""Start training processes quickly, and stop them at an exact moment.
 
-A training process imports and compiles for some fifteen seconds before its first step. The nursery is one process that
-has done both; it forks a child for each command line, which runs what `train.py` runs. A child can be told to send
-itself a signal when a function is called for the n-th time: a kill in the middle of writing a checkpoint, say.
+A training process imports and compiles for about fifteen seconds before its first step. The nursery is one process that
+has done both; it forks a child for each command line, which runs `train.py`. A child can send itself a signal when a
+function is called for the n-th time, for example while it writes a checkpoint.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Child:
 
 
 class Nursery:
-    """Use as a context; leaving it ends every child."""
+    """A context that ends every child at its end."""
 
     def __init__(self, beton_dir: Path, logs: Path) -> None:
         self.logs = logs
@@ -90,19 +90,19 @@ class Nursery:
         return Child(pid, log)
 
     def wait(self, child: Child, timeout: float = 120) -> int:
-        """Exit status; the negative number of the signal that killed it. Fails when it takes longer."""
+        """Return the exit status, or the negative number of the signal that killed it. Fails after a timeout."""
         status = self._ask({"wait": child.pid, "timeout": timeout}, timeout + 30)
         self.running.discard(child.pid)
         assert status is not None, f"still running after {timeout} s:\n{child.output()}"
         return int(status)
 
     def run(self, settings: Mapping[str, Any], **how: Any) -> tuple[int, str]:
-        """Exit status and output of a training process."""
+        """Return exit status and output of a training process."""
         child = self.start(settings, **how)
         return self.wait(child), child.output()
 
     def run_ranks(self, settings: Mapping[str, Any], *, strikes: Mapping[int, dict[str, Any]]) -> list[tuple[int, str]]:
-        """Two processes of one run, as torchrun would start them. strikes: `at` and `signals` by rank."""
+        """Run two processes of one run, as torchrun does. strikes: `at` and `signals` by rank."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -157,7 +157,7 @@ def strike_at(moments: list[Moment], numbers: list[int]) -> None:
 
 
 def wait_for(pid: int, timeout: float) -> int | None:
-    """The child's exit status as subprocess counts it; None, after killing it, when it takes longer."""
+    """Return the child's exit status as subprocess does; kill it and return None after a timeout."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         ended, status = os.waitpid(pid, os.WNOHANG)

@@ -1,4 +1,4 @@
-"""What several tests do with run folders."""
+"""Helpers for tests of run folders."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ffcv_convnext.config import Config
-from ffcv_convnext.training import read_lines, train
+from ffcv_convnext.files import read_lines
 from ffcv_convnext.training.checkpoint import read_checkpoint
+from ffcv_convnext.training.run import train
 
 TIMINGS = ("images_per_s", "data_wait_s", "train_s", "epoch_s")
 STATE = ("model", "ema", "optimizer", "epoch", "step", "best", "epoch_loss", "interval_loss")
@@ -24,7 +25,7 @@ def config_from(settings: dict[str, Any], **changes: Any) -> Config:
 
 
 def train_here(settings: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    """Train in this process, with one thread: as the nursery's children do, and fast beside other processes."""
+    """Train in this process, with one thread: as the nursery does, which is fast beside other processes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -57,7 +58,7 @@ def assert_equal(ours: Any, theirs: Any, *, where: str = "state", tolerance: flo
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    """Both folders hold finished runs with the same state, bit for bit, and the same logs but for timings."""
+    """Assert that two finished runs have the same state, bit for bit, and the same logs except timings."""
     assert (folder / "done").read_text() == (other / "done").read_text()
     ours, theirs = (read_checkpoint(f / "checkpoint-last.pth") for f in (folder, other))
     for key in STATE:
@@ -70,7 +71,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 def assert_same_training(folder: Path, other: Path, *, buffers: bool = True, tolerance: float = TOLERANCE) -> None:
-    """The last checkpoints' weights and optimiser state, and the logged losses, agree to a tolerance."""
+    """Assert that weights, optimiser state and logged losses of two runs agree to a tolerance."""
     ours, theirs = (read_checkpoint(f / "checkpoint-last.pth") for f in (folder, other))
     assert ours["step"] == theirs["step"]
     for part in ("model", "ema"):

@@ -98,11 +98,11 @@ def test_a_flipped_bit_is_found_wherever_it_changes_the_content(tmp_path: Path) 
     assert num_found > 300
 
 
-def test_what_is_no_checkpoint_is_unreadable(tmp_path: Path) -> None:
+def test_other_files_are_unreadable(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     foreign = {"args": argparse.Namespace(lr=1.0), "model": {}}  # what the paper's code stores
     torch.save(foreign, path)
-    with pytest.raises(UnreadableCheckpoint, match="no checkpoint of ours: it holds Python objects"):
+    with pytest.raises(UnreadableCheckpoint, match="not a checkpoint of ffcv-convnext: it contains Python objects"):
         read_checkpoint(path)
     path.write_bytes(pickle.dumps(foreign))
     with pytest.raises(UnreadableCheckpoint, match="not a zip file"):
@@ -127,10 +127,10 @@ def test_the_newest_complete_checkpoint_wins(tmp_path: Path, caplog: pytest.LogC
     newest = checkpoints.newest()
     assert newest is not None
     assert (newest[0].name, newest[1]["step"]) == (PREVIOUS, 2)
-    assert f"{tmp_path / LAST} is truncated or damaged: File is not a zip file; trying the one before" in caplog.text
+    assert f"{tmp_path / LAST} is truncated or damaged: File is not a zip file; trying the previous one" in caplog.text
 
     (tmp_path / PREVIOUS).write_bytes(b"")
-    with pytest.raises(Failure, match=f"remove {LAST}, {PREVIOUS} to start anew"):
+    with pytest.raises(Failure, match=f"remove {LAST}, {PREVIOUS} to restart"):
         checkpoints.newest()
 
 

@@ -13,8 +13,10 @@ from support.runs import config_from, log_without_timings, train_here
 from torch import Tensor, nn
 
 from ffcv_convnext.bench.stages import some_images
-from ffcv_convnext.training import Processes, build_learner, compiles, engine, train_step
-from ffcv_convnext.training.run import compiled
+from ffcv_convnext.training import engine
+from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.engine import train_step
+from ffcv_convnext.training.run import build_learner, compiled, compiles
 
 CPU = torch.device("cpu")
 
@@ -37,7 +39,7 @@ def test_auto_compiles_on_a_cuda_device_only(small_settings: dict[str, Any], mon
 
 
 @pytest.mark.parametrize(("device", "compiler"), [("cpu", r"g\+\+"), ("cuda", "gcc")])
-def test_without_a_compiler_it_says_what_to_install(
+def test_a_missing_compiler_is_named(
     small_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, device: str, compiler: str
 ) -> None:
     for variable in ("PATH", "CC", "CXX"):
@@ -55,7 +57,7 @@ def test_a_compiled_run_equals_an_eager_one_through_a_stop_and_is_compiled_once(
     train_here(settings, output_dir=tmp_path / "eager")
     plain_step, calls = engine.train_step, 0
 
-    def step(run: engine.Run, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def step(run: engine.Learner, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         nonlocal calls
         calls += 1
         if calls == 8:  # the checkpoint of step 5 is what remains
@@ -102,7 +104,7 @@ class Branching(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where a graph breaks
-def test_a_network_of_timms_may_break_into_several_graphs(small_settings: dict[str, Any]) -> None:
+def test_a_timm_network_may_need_several_graphs(small_settings: dict[str, Any]) -> None:
     network, images = Branching(), torch.randn(2, 4)
     theirs = {key: value for key, value in small_settings.items() if not key.startswith("resnet")}
     model = compiled(network, config_from(theirs, model="test_vit"))

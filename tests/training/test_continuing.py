@@ -1,4 +1,4 @@
-"""Where a run's weights come from: --resume with other settings, --finetune, --eval of weights from elsewhere."""
+"""--resume with other settings, --finetune, and --eval of weights from other libraries."""
 
 from __future__ import annotations
 
@@ -11,26 +11,24 @@ import timm
 import torch
 from support.runs import config_from
 
-from ffcv_convnext import training
 from ffcv_convnext.cli import run_command
 from ffcv_convnext.errors import Interrupted
 from ffcv_convnext.signals import stop_signals, stopping_at_once
 from ffcv_convnext.training.checkpoint import Checkpoints, read_checkpoint
+from ffcv_convnext.training.run import evaluate_only, train
 
 
 @pytest.fixture(scope="module")
 def first(small_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of one epoch."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    training.train(config_from(small_settings, output_dir=folder, epochs=1))
+    train(config_from(small_settings, output_dir=folder, epochs=1))
     return folder
 
 
-def test_the_optimiser_s_settings_hold_after_resuming_elsewhere(
-    small_settings: dict[str, Any], first: Path, tmp_path: Path
-) -> None:
+def test_new_optimiser_settings_apply_after_resume(small_settings: dict[str, Any], first: Path, tmp_path: Path) -> None:
     changes = {"opt_betas": "0.5,0.6", "opt_eps": "1e-3", "weight_decay": 0.2, "resume": first / "checkpoint-last.pth"}
-    training.train(config_from(small_settings, output_dir=tmp_path / "on", **changes))
+    train(config_from(small_settings, output_dir=tmp_path / "on", **changes))
     for group in read_checkpoint(tmp_path / "on" / "checkpoint-last.pth")["optimizer"]["param_groups"]:
         assert tuple(group["betas"]) == (0.5, 0.6)
         assert group["eps"] == 1e-3
@@ -43,36 +41,34 @@ def test_a_finetuned_run_starts_from_averaged_weights_and_resumes_without_their_
     start = tmp_path / "start.pth"
     start.write_bytes((first / "checkpoint-best-ema.pth").read_bytes())
     config = config_from(small_settings, output_dir=tmp_path / "tuned", finetune=start, lr=1e-8, min_lr=0, epochs=1)
-    training.train(config)
+    train(config)
     tuned = read_checkpoint(tmp_path / "tuned" / "checkpoint-last.pth")
     wanted = read_checkpoint(start)["ema"]
     for part in ("model", "ema"):
         assert torch.allclose(tuned[part]["head.weight"], wanted["head.weight"], atol=1e-5), part
     start.unlink()
     (tmp_path / "tuned" / "done").unlink()
-    training.train(config)
+    train(config)
 
 
-def test_weights_from_elsewhere_are_evaluated_as_they_are(small_settings: dict[str, Any], tmp_path: Path) -> None:
+def test_weights_of_timm_are_evaluated(small_settings: dict[str, Any], tmp_path: Path) -> None:
     network = timm.create_model("test_convnext", num_classes=4)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     changes = {name: None for name in small_settings if name.startswith("resnet_")}
     settings = {k: v for k, v in small_settings.items() if k not in changes} | {"model": "test_convnext"}
-    scores = training.evaluate_only(config_from(settings, eval=True, finetune=tmp_path / "weights.pth"))
+    scores = evaluate_only(config_from(settings, eval=True, finetune=tmp_path / "weights.pth"))
     assert scores["images"] == 20
     assert 0 <= scores["test_acc1"] <= 100
     with pytest.raises(ValueError, match="give one of them"):
-        training.evaluate_only(config_from(settings, eval=True, finetune="a.pth", resume="b.pth"))
+        evaluate_only(config_from(settings, eval=True, finetune="a.pth", resume="b.pth"))
 
 
-def test_auto_resume_false_removes_what_an_interrupted_start_could_come_back_to(
-    small_settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_auto_resume_false_removes_old_checkpoints(small_settings: dict[str, Any], tmp_path: Path) -> None:
     config = config_from(small_settings, output_dir=tmp_path / "run", epochs=1)
-    training.train(config)
+    train(config)
     checkpoints = Checkpoints(tmp_path / "run")
     before = checkpoints.newest()
-    training.train(config.replace(auto_resume=False))
+    train(config.replace(auto_resume=False))
     after = checkpoints.newest()
     assert before is not None
     assert after is not None
@@ -94,10 +90,10 @@ def test_channels_last_false_gives_the_network_contiguous_images(
         return forward(self, images)
 
     monkeypatch.setattr(ResNet, "forward", watched)
-    training.train(config_from(small_settings, output_dir=tmp_path / "nchw", epochs=1, channels_last=False))
+    train(config_from(small_settings, output_dir=tmp_path / "nchw", epochs=1, channels_last=False))
     assert seen == {(True, False)}
     seen.clear()
-    training.train(config_from(small_settings, output_dir=tmp_path / "nhwc", epochs=1))
+    train(config_from(small_settings, output_dir=tmp_path / "nhwc", epochs=1))
     assert seen == {(False, True)}
 
 

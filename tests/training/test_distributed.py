@@ -23,9 +23,10 @@ from ffcv_convnext.config import Config, DataConfig
 from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
 from ffcv_convnext.data.load.loader import TrainLoader
 from ffcv_convnext.data.load.sampler import GlobalBatchSampler, eval_batches
-from ffcv_convnext.training import evaluate_only, read_lines
+from ffcv_convnext.files import read_lines
 from ffcv_convnext.training.checkpoint import LAST, read_checkpoint
 from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.run import evaluate_only
 
 TRAIN_STEP = "ffcv_convnext.training.engine.train_step"
 

@@ -82,14 +82,14 @@ def test_momentum_reaches_sgd(network: nn.Module) -> None:
     assert {group["momentum"] for group in chosen.param_groups} == {0.8}
 
 
-def test_an_unknown_optimiser_is_refused_with_the_nearest_ones(network: nn.Module) -> None:
+def test_an_unknown_optimiser_is_refused_with_similar_names(network: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"opt = adamww: timm has no such optimiser; did you mean .*adamw"):
         optimiser(network, opt="adamww")
 
 
 @pytest.mark.parametrize("name", ["sgd", "adan"])
 def test_betas_for_an_optimiser_that_takes_none_are_refused(network: nn.Module, name: str) -> None:
-    with pytest.raises(ValueError, match=f"opt_betas has no meaning with opt = {name}"):
+    with pytest.raises(ValueError, match=f"opt_betas has no effect with opt = {name}"):
         optimiser(network, opt=name, opt_betas=(0.9, 0.95))
 
 
@@ -111,7 +111,7 @@ def test_a_weight_decay_that_starts_at_zero_still_spares_the_biases(network: nn.
     assert all(found[id(p)] == (0.2 if p.ndim > 1 else 0.0) for p in network.parameters())
 
 
-def test_no_weight_decay_at_all_is_none_anywhere(network: nn.Module) -> None:
+def test_weight_decay_0_holds_for_all_groups(network: nn.Module) -> None:
     chosen = optimiser(network, weight_decay=0.0)
     set_hyperparameters(chosen, lr=0.1, weight_decay=0.0)
     assert set(decays(chosen).values()) == {0.0}
@@ -127,7 +127,7 @@ def steps(optimizer: torch.optim.Optimizer, network: nn.Module, num: int) -> Non
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_checkpoint_of_either_kind_goes_on_in_another_memory_format(fused: bool) -> None:
+def test_a_checkpoint_continues_in_another_memory_format(fused: bool) -> None:
     """Fused steps pair numbers in the order of memory: moments in the old order would be others'."""
     before, after, whole = (nn.Conv2d(3, 8, 3) for _ in range(3))
     before.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

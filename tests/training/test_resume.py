@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from ffcv_convnext.cli import run_command
 from ffcv_convnext.errors import Failure, Interrupted
-from ffcv_convnext.training import engine, read_lines
+from ffcv_convnext.files import read_lines
+from ffcv_convnext.training import engine
 from ffcv_convnext.training.checkpoint import BEST, LAST, PREVIOUS, read_checkpoint
 
 
@@ -53,7 +54,7 @@ def stopped(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
 def send_at_step(patch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
     """This process sends itself a signal while it takes the given optimiser step."""
 
-    def train_step(run: engine.Run, micro_batches: Any) -> None:
+    def train_step(run: engine.Learner, micro_batches: Any) -> None:
         original(run, micro_batches)
         if run.state.step + 1 == step:
             os.kill(os.getpid(), number)
@@ -86,7 +87,7 @@ def test_four_epochs_equal_two_and_a_half_plus_one_and_a_half(
 
 
 @pytest.mark.parametrize("how", ["truncated", "bit flipped"])
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_taken(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     how: str, folder: Path, settings: dict[str, Any], undisturbed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(folder / LAST, how)
@@ -100,7 +101,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_taken(
 def test_two_damaged_checkpoints_are_a_failure_that_names_them(folder: Path, settings: dict[str, Any]) -> None:
     damage(folder / LAST, "truncated")
     damage(folder / PREVIOUS, "bit flipped")
-    with pytest.raises(Failure, match=rf"no checkpoint in .* can be read; remove {LAST}, {PREVIOUS} to start anew"):
+    with pytest.raises(Failure, match=rf"no checkpoint in .* can be read; remove {LAST}, {PREVIOUS} to restart"):
         train_here(settings, output_dir=folder)
 
 
@@ -118,7 +119,7 @@ def test_resume_continues_another_folders_checkpoint_in_a_new_one(
 
 
 def test_resume_refuses_weights_without_a_state(stopped: Path, settings: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds weights only.*--finetune"):
+    with pytest.raises(ValueError, match=r"has weights only.*--finetune"):
         train_here(settings, output_dir=tmp_path, resume=stopped / BEST)
 
 
@@ -132,7 +133,7 @@ def test_resume_refuses_weights_without_a_state(stopped: Path, settings: dict[st
         ({"resume": "nowhere.pth"}, "checkpoint nowhere.pth does not exist"),
     ],
 )
-def test_resume_refuses_what_it_cannot_continue(
+def test_resume_refuses_other_runs(
     change: dict[str, Any], message: str, stopped: Path, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -140,7 +141,7 @@ def test_resume_refuses_what_it_cannot_continue(
     assert not (tmp_path / "config.yaml").exists(), "a refused run leaves no settings behind"
 
 
-def test_resume_says_which_settings_change(
+def test_resume_logs_changed_settings(
     stopped: Path, settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train_here(settings, output_dir=tmp_path, resume=stopped / LAST, epochs=3, lr=1e-3)
@@ -155,7 +156,7 @@ def test_other_training_data_is_refused(folder: Path, settings: dict[str, Any]) 
         train_here(settings, output_dir=folder)
 
 
-def test_without_auto_resume_a_folder_starts_anew(folder: Path, settings: dict[str, Any]) -> None:
+def test_without_auto_resume_a_folder_restarts(folder: Path, settings: dict[str, Any]) -> None:
     (folder / "done").write_text("{}")
     with pytest.MonkeyPatch.context() as patch:
         send_at_step(patch, 3, signal.SIGUSR2)
@@ -226,7 +227,7 @@ def test_signals_save_and_exit_with_75(
 
 
 @pytest.mark.slow
-def test_train_py_killed_from_outside_ends_as_if_undisturbed(
+def test_train_py_killed_and_restarted_gives_the_same_result(
     settings: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
     words = [w for name, value in {**settings, "output_dir": tmp_path}.items() for w in (f"--{name}", str(value))]
@@ -283,7 +284,7 @@ class NotANumberAt(nn.Module):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("step", "last_good"), [(14, 10), (15, 10), (16, 15)])
-def test_a_nan_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
+def test_a_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     step: int,
     last_good: int,
     settings: dict[str, Any],
@@ -291,7 +292,7 @@ def test_a_nan_loss_stops_the_run_and_leaves_the_last_good_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("ffcv_convnext.training.run.SoftTargetCrossEntropy", lambda: NotANumberAt(step))
+    monkeypatch.setattr("ffcv_convnext.training.run.build_criterion", lambda: NotANumberAt(step))
     words = [w for name, value in {**settings, "output_dir": tmp_path}.items() for w in (f"--{name}", str(value))]
     assert run_command("train", words) == 1
     message = capsys.readouterr().err.splitlines()[-1]
@@ -311,7 +312,7 @@ def test_an_absurd_learning_rate_is_a_failure_not_a_result(settings: dict[str, A
 def test_weights_that_are_not_finite_are_neither_evaluated_nor_saved(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoil(run: engine.Run, micro_batches: Any) -> None:
+    def spoil(run: engine.Learner, micro_batches: Any) -> None:
         original(run, micro_batches)
         if run.state.step + 1 == 10:
             next(run.network.parameters()).data[0] = float("inf")

@@ -20,11 +20,13 @@ from ffcv_convnext.cli import run_command
 from ffcv_convnext.config import Config, OptimConfig, load_config
 from ffcv_convnext.data.beton.manifest import Manifest
 from ffcv_convnext.errors import Failure
-from ffcv_convnext.training import evaluate_only, metrics, read_lines
+from ffcv_convnext.files import read_lines
+from ffcv_convnext.training import metrics
 from ffcv_convnext.training.checkpoint import BEST, BEST_EMA, LAST, read_checkpoint
 from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.metrics import LossTracker, Throughput, evaluate
 from ffcv_convnext.training.optim import build_optimizer, set_hyperparameters
+from ffcv_convnext.training.run import evaluate_only
 from ffcv_convnext.training.schedule import CosineSchedule, build_schedules
 
 ALONE = Processes(0, 1, 0, torch.device("cpu"))
@@ -99,7 +101,7 @@ def test_the_epochs_loss_is_the_mean_over_its_steps(learned: Finished) -> None:
     assert read_lines(learned.folder / "log.jsonl")[0]["train_loss"] == pytest.approx(mean)
 
 
-def test_run_json_leads_back_to_what_was_run(learned: Finished, beton_dir: Path) -> None:
+def test_run_json_identifies_data_code_and_machine(learned: Finished, beton_dir: Path) -> None:
     run = json.loads((learned.folder / "run.json").read_text())
     (start,) = run["starts"]
     assert run["global_batch"] == 8
@@ -191,7 +193,7 @@ def test_eval_gives_the_scores_of_the_log(learned: Finished, tmp_path: Path) -> 
     assert not (tmp_path / "unused").exists(), "evaluating writes nothing"
 
 
-def test_eval_prints_the_scores_and_leaves_the_folder_alone(learned: Finished) -> None:
+def test_eval_prints_the_scores_and_does_not_change_the_folder(learned: Finished) -> None:
     before = sorted(path.name for path in learned.folder.iterdir())
     status, output = command(words({**learned.settings, "eval": "true"}))
     assert status == 0
@@ -200,14 +202,14 @@ def test_eval_prints_the_scores_and_leaves_the_folder_alone(learned: Finished) -
     assert sorted(path.name for path in learned.folder.iterdir()) == before
 
 
-def test_eval_refuses_what_it_cannot_evaluate(learned: Finished, tmp_path: Path) -> None:
+def test_eval_refuses_a_missing_or_unsuitable_checkpoint(learned: Finished, tmp_path: Path) -> None:
     config = Config.from_flat({**learned.settings, "eval": True, "output_dir": tmp_path})
-    with pytest.raises(ValueError, match=r"there is no checkpoint; name one with --resume"):
+    with pytest.raises(ValueError, match=r"there is no checkpoint; give one with --resume"):
         evaluate_only(config)
-    with pytest.raises(ValueError, match=r"another network than these settings; take its own: --config .*config\.yaml"):
+    with pytest.raises(ValueError, match=r"another network than these settings; use its own: --config .*config\.yaml"):
         evaluate_only(config.replace(resume=learned.folder / LAST, resnet_embed_dim=16))
     torch.save({"model": {"stem.weight": torch.ones(1)}}, tmp_path / "published.pth")
-    with pytest.raises(ValueError, match=r"published\.pth is no checkpoint of ours: .* found model$"):
+    with pytest.raises(ValueError, match=r"published\.pth is not a checkpoint of ffcv-convnext: .* found model$"):
         evaluate_only(config.replace(resume=tmp_path / "published.pth"))
 
 
@@ -246,9 +248,9 @@ def test_mixed_precision_accumulation_clipping_and_another_optimiser_work_togeth
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"output_dir": "none"}, "output_dir is not set; say where the run folder shall be"),
+        ({"output_dir": "none"}, "output_dir is not set; give a run folder"),
         ({"amp": "fp16"}, "amp = fp16 needs a CUDA device; use --amp bf16 or --amp off on a CPU"),
-        ({"nb_classes": 3}, "nb_classes = 3: the data has 4 classes; leave it out, or raise it"),
+        ({"nb_classes": 3}, "nb_classes = 3: the data has 4 classes; remove it, or raise it"),
         (
             {"data_path": "/nowhere"},
             "/nowhere/train.beton does not exist; create it with: python write_ffcv_dataset.py",
@@ -260,7 +262,7 @@ def test_mixed_precision_accumulation_clipping_and_another_optimiser_work_togeth
         ({"finetune": "/nowhere.pth"}, "/nowhere.pth"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_status_2(
+def test_wrong_settings_are_one_line_and_status_2(
     changes: dict[str, Any], message: str, small_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     status, output = command(words({**small_settings, "output_dir": tmp_path, **changes}))
@@ -273,7 +275,7 @@ def test_what_is_wrong_is_one_line_and_status_2(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_asking_for_a_gpu_that_is_not_there_is_refused(small_settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_missing_gpu_is_refused(small_settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"this machine has 0 CUDA devices.*use --device cpu"):
         train_here(small_settings, device="cuda", output_dir=tmp_path)
 
@@ -384,7 +386,7 @@ def test_the_schedule_warms_up_linearly_then_follows_a_cosine() -> None:
     assert schedule(10) == pytest.approx(1 + 1.5 * (1 + 2**-0.5))
 
 
-def test_epochs_become_steps_and_weight_decay_has_a_cosine_of_its_own() -> None:
+def test_epochs_become_steps_and_weight_decay_has_its_own_cosine() -> None:
     settings = {"epochs": 4, "warmup_epochs": 2, "lr": 1.0, "min_lr": 0.0, "weight_decay": 0.1}
     schedules = build_schedules(Config.from_flat({**settings, "weight_decay_end": 0.3}), 10)
     assert schedules.lr(19) == schedules.lr(20) == 1.0
@@ -411,7 +413,7 @@ def test_any_of_timms_optimisers_can_be_named(opt: str) -> None:
 
 
 def test_betas_for_an_optimiser_without_them_are_refused() -> None:
-    with pytest.raises(ValueError, match="opt_betas has no meaning with opt = sgd"):
+    with pytest.raises(ValueError, match="opt_betas has no effect with opt = sgd"):
         build_optimizer(nn.Linear(2, 2), OptimConfig(opt="sgd", opt_betas=(0.9, 0.99)))
 
 

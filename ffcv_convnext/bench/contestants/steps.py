@@ -20,7 +20,9 @@ from ffcv_convnext.bench.profile import AUGMENTATION, UPDATE, ceilings, marked, 
 from ffcv_convnext.bench.stages import Batch, Decoding, repeating, some_images
 from ffcv_convnext.config import Config
 from ffcv_convnext.models import build_model, count_gmacs
-from ffcv_convnext.training import Processes, autocast, build_learner, input_dtype, train_step
+from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.engine import autocast, input_dtype, train_step
+from ffcv_convnext.training.run import build_learner
 
 NUM_CLASSES = 1000
 Images = Literal["ready", "augmented", "loaded"]

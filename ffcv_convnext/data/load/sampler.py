@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ffcv_convnext.config import steps_per_epoch
 from ffcv_convnext.rng import Stream, permutation
 
 
@@ -140,18 +141,7 @@ class GlobalBatchSampler:
         Samples left over at the end of an epoch (without copies, fewer than one global batch) are skipped.
         Raises ValueError if the samples do not fill one global batch, or the copies of one sample exceed it.
         """
-        if self.copies > self.global_batch:
-            raise ValueError(
-                f"repeated_aug = {self.copies}: the copies of a sample do not fit into the global batch of "
-                f"{self.global_batch}; lower repeated_aug, or raise batch_size or update_freq"
-            )
-        if num_samples < self.global_batch:
-            raise ValueError(
-                f"the training set has {num_samples} images, fewer than the global batch of {self.global_batch} "
-                f"(batch_size {self.batch_size} x update_freq {self.update_freq} x {self.world} processes); "
-                "lower batch_size or update_freq"
-            )
-        return num_samples // self.global_batch
+        return steps_per_epoch(num_samples, self.batch_size, self.update_freq, self.world, self.copies)
 
     def micro_batches(
         self,

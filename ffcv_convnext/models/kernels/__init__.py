@@ -9,16 +9,16 @@ from importlib.util import find_spec
 
 from torch import nn
 
-from ffcv_convnext.models.kernels.block import fuse_blocks
+from ffcv_convnext.models.kernels.fused_branch import fuse_blocks
 from ffcv_convnext.models.kernels.twins import TWINS, Operations
 
 __all__ = ["TWINS", "Operations", "fuse_blocks", "use_triton"]
 
 
 def use_triton(network: nn.Module) -> None:
-    """Let the kernels compute the blocks of a `ResNet`, in place; parameters and state dict stay as they are.
+    """Let the kernels compute the blocks of a `ResNet`, in place; parameters and state dict stay the same.
 
-    Raises ValueError where Triton is not installed.
+    Raises ValueError if Triton is not installed.
     """
     if find_spec("triton") is None:
         raise ValueError("kernels = triton: the package triton is not installed; install it, or use --kernels torch")

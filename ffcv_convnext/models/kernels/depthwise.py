@@ -1,7 +1,7 @@
 """Depthwise convolution in channels_last memory: forward, input gradient and weight gradient.
 
-Numbers are stored as they come (float32, bfloat16, float16) and added in float32. Nothing is added atomically: equal
-inputs give equal bits, whatever configuration is the fastest on a device.
+Numbers are stored in the input's type (float32, bfloat16, float16) and added in float32. Nothing is added atomically:
+equal inputs give equal bits, whichever configuration is the fastest on a device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONFIGS = [
 
 
 def _candidates(configs: list[Any], args: dict[str, Any], **_: Any) -> list[Any]:
-    return configs if args["x"].is_cuda else configs[:1]  # the interpreter measures nothing
+    return configs if args["x"].is_cuda else configs[:1]  # the interpreter does not measure
 
 
 @triton.autotune(
@@ -85,7 +85,7 @@ def _weight_gradient(
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,  # of the kernel, that a program computes
 ):
-    """Each program sums a chunk of strips, for a block of channels and some columns of the kernel."""
+    """Sum a chunk of strips, for a block of channels and some columns of the kernel."""
     blocks: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     groups: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
     channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
@@ -136,7 +136,7 @@ def _weight_gradient(
 
 
 def by_tap(weight: Tensor) -> Tensor:
-    """(C, 1, K, K) -> (K * K, C), a small copy: channels side by side, as in the images."""
+    """Copy (C, 1, K, K) to (K * K, C): neighbouring channels, as in the images."""
     return weight.flatten(1).t().contiguous()
 
 
@@ -168,7 +168,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dtype: torch.
 
 @torch.library.custom_op("ffcv_convnext::depthwise_input_gradient", mutates_args=())
 def input_gradient(g: Tensor, weight: Tensor, stride: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """d/dx for g = d/dout: the correlation of g, spread by the stride, with the kernel turned round."""
+    """Return d/dx for g = d/dout: the correlation of g, spread by the stride, with the kernel turned by 180 degrees."""
     out = empty((*g.shape[:2], height, width), g, dtype)
     return _launch_convolve(channels_last(g), weight, None, out, spread=stride, flip=True)
 
@@ -180,7 +180,7 @@ def _(g: Tensor, weight: Tensor, stride: int, height: int, width: int, dtype: to
 
 @torch.library.custom_op("ffcv_convnext::depthwise_weight_gradient", mutates_args=())
 def weight_gradient(x: Tensor, g: Tensor, stride: int, kernel_size: int, dtype: torch.dtype) -> Tensor:
-    """d/dweight (C, 1, K, K), in channels_last memory, for g = d/dout: partial sums of chunks, then their sum."""
+    """Return d/dweight (C, 1, K, K), in channels_last memory, for g = d/dout: sums of chunks, then their sum."""
     x, g = channels_last(x), channels_last(g)
     (n, c, h, w), (out_h, out_w), k = x.shape, g.shape[2:], kernel_size
     rows, channels = 7, 64 if c % 64 == 0 else 32
@@ -226,7 +226,7 @@ _forward.register_autograd(_backward, setup_context=_save)
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """The kernels' `twins.depthwise_conv2d`; the result is in channels_last memory.
+    """Compute `twins.depthwise_conv2d` with the kernels; the result is in channels_last memory.
 
     Raises ValueError for a data type other than float32, bfloat16 or float16.
     """

@@ -1,4 +1,4 @@
-"""What every launch of a kernel needs: checks, the device, the options."""
+"""Checks, device and options for the launch of a kernel."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Products and sums fused wherever ptxas can, said aloud: Triton is about to change its default.
+# Products and sums fused where ptxas can; explicit, because Triton is going to change its default.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 def on(x: Tensor) -> AbstractContextManager[Any]:
-    """Kernels start on x's device, not on the process's current one."""
+    """Return a context in which kernels start on x's device, not on the process's current one."""
     return torch.cuda.device_of(x)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x (N, C, H, W) in channels_last memory, itself where it is so already.
+    """Return x (N, C, H, W) in channels_last memory; itself if it is already.
 
-    Raises ValueError for a data type or a size that the kernels do not know.
+    Raises ValueError for a data type or a size that the kernels do not support.
     """
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"the kernels compute on float32, bfloat16 and float16, not on {x.dtype}")
@@ -31,16 +31,18 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def autocast_type(x: Tensor) -> torch.dtype:
-    """The data type that autocast gives a convolution's result, or x's own outside autocast."""
+    """Return autocast's data type for the result of a convolution, or x's own without autocast."""
     kind = x.device.type
-    autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device cannot
+    autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on the meta device
     return torch.get_autocast_dtype(kind) if autocasts else x.dtype
 
 
 def empty(shape: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised channels_last tensor on `like`'s device."""
     return torch.empty(tuple(shape), dtype=dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def output_shape(x: Tensor, stride: int) -> tuple[int, int, int, int]:
+    """Return the shape of a depthwise convolution's result, padded "same"."""
     n, c, h, w = x.shape
     return n, c, -(-h // stride), -(-w // stride)

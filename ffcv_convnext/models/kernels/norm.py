@@ -250,7 +250,7 @@ _forward.register_autograd(_backward, setup_context=_save)
 def depthwise_layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, gain: Tensor, offset: Tensor, eps: float
 ) -> Tensor:
-    """The kernels' `twins.depthwise_layer_norm`; the result is in channels_last memory.
+    """Compute `twins.depthwise_layer_norm` with the kernels; the result is in channels_last memory.
 
     Raises ValueError for a data type other than float32, bfloat16 or float16.
     """

@@ -14,7 +14,7 @@ from ffcv_convnext.models.kernels.launch import OPTIONS, channels_last, empty, o
 
 @triton.jit
 def _add(shortcut, branch, gamma, keep, out, VALUES: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
-    """A program computes BLOCK values of one image, of which each has VALUES."""
+    """Compute BLOCK values of one image, which has VALUES."""
     blocks: tl.constexpr = (VALUES + BLOCK - 1) // BLOCK
     image = tl.program_id(0) // blocks
     offset = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -87,7 +87,7 @@ def _(shortcut: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | Non
 
 @torch.library.custom_op("ffcv_convnext::branch_gradient", mutates_args=())
 def _branch_gradients(g: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    """d/dbranch in its data type, and d/dgamma (C,) in float32, empty without gamma."""
+    """Return d/dbranch in its data type, and d/dgamma (C,) in float32, empty without gamma."""
     g, branch = channels_last(g), channels_last(branch)
     _, c, h, w = g.shape
     pixels = len(g) * h * w
@@ -127,7 +127,7 @@ _forward.register_autograd(_backward, setup_context=_save)
 
 
 def add_branch(shortcut: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
-    """The kernels' `twins.add_branch`; the result is in channels_last memory.
+    """Compute `twins.add_branch` with the kernels; the result is in channels_last memory.
 
     Raises ValueError for a data type other than float32, bfloat16 or float16.
     """

@@ -1,4 +1,4 @@
-"""What the kernels of a depthwise convolution share, in Triton's language.
+"""Triton functions shared by the kernels of a depthwise convolution.
 
 A *strip* is ROWS output pixels one above the other, at one column of one image. A program computes a block of strips x
 channels: every input value serves up to K outputs once it is in a register, and neighbouring threads read neighbouring
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def place(strip, H: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr):
-    """Image, first row and column of each strip of outputs, which have H x W pixels."""
+    """Return image, first row and column of each strip of outputs of H x W pixels."""
     strips_above: tl.constexpr = (H + ROWS - 1) // ROWS
     return strip // (W * strips_above), strip // W % strips_above * ROWS, strip % W
 
@@ -37,14 +37,16 @@ def correlate(
     SPREAD: tl.constexpr,  # the input is x with SPREAD - 1 zeros between its pixels
     FLIP: tl.constexpr,  # the kernel turned by 180 degrees
 ):
-    """The outputs of each strip, padded "same". An output's products are added column by column of the kernel, each
-    from top to bottom, whatever ROWS and the block's size: they do not change a bit.
+    """Compute the outputs of each strip, padded "same".
+
+    An output's products are added column by column of the kernel, each from top to bottom, for any ROWS and block size,
+    so that neither changes a bit.
     """
     top = row * STRIDE - K // 2
     left = column * STRIDE - K // 2
     start = x + image.to(tl.int64)[:, None] * (H * W * C) + channel[None, :]
     known = exists[:, None] & (channel < C)[None, :]
-    # Every strip asks for the taps itself: loaded once, they would reach the threads through shared memory.
+    # Every strip loads the taps itself: loaded once, they would reach the threads through shared memory.
     channel_of_each = tl.zeros_like(row)[:, None] + channel[None, :]
     for j in range(K):
         across = left + j
@@ -73,7 +75,7 @@ def correlate(
 
 @triton.jit
 def start_sums(bias, channel, C: tl.constexpr, ROWS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr):
-    """ROWS tensors (STRIPS, CHANNELS) of float32: the bias where there is one, else 0."""
+    """Return ROWS tensors (STRIPS, CHANNELS) of float32: the bias, or 0 without one."""
     first = tl.zeros([STRIPS, CHANNELS], tl.float32)
     if bias is not None:
         first += tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Operations(NamedTuple):
-    """What a `FusedBlock` computes with: the functions below, or the kernels under the same names."""
+    """The operations of a `FusedBranch`: the functions below, or the kernels under the same names."""
 
     depthwise_conv2d: Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
     depthwise_layer_norm: Callable[[Tensor, Tensor, Tensor | None, int, Tensor, Tensor, float], Tensor]
@@ -19,7 +19,7 @@ class Operations(NamedTuple):
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """Depthwise convolution with an odd kernel, padded "same".
+    """Compute a depthwise convolution with an odd kernel, padded "same".
 
     x: (N, C, H, W).   weight: (C, 1, K, K).   bias: (C,).   Returns (N, C, ceil(H / stride), ceil(W / stride)), in
     autocast's data type or x's.
@@ -30,7 +30,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int
 def depthwise_layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, gain: Tensor, offset: Tensor, eps: float
 ) -> Tensor:
-    """`depthwise_conv2d`, then LayerNorm over the channels of each pixel, computed in float32 at least.
+    """Compute `depthwise_conv2d`, then LayerNorm over the channels of each pixel, in at least float32.
 
     gain, offset: (C,), the norm's weight and bias.   Returns the data type of `depthwise_conv2d`.
     """
@@ -42,10 +42,10 @@ def depthwise_layer_norm(
 
 
 def add_branch(shortcut: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
-    """shortcut + branch x gamma x keep.
+    """Return shortcut + branch x gamma x keep.
 
     shortcut, branch: (N, C, H, W).   gamma: (C,), layer scale.   keep: (N,), each sample's factor of stochastic depth:
-    0 or 1 / the probability to be kept.   Returns the data type that PyTorch's promotion gives them.
+    0 or 1 / the probability to be kept.   The data type follows PyTorch's promotion.
     """
     if gamma is not None:
         branch = branch * gamma.view(-1, 1, 1)
