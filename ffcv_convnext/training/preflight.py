@@ -10,9 +10,9 @@ import torch
 from ffcv_convnext.config import Config
 from ffcv_convnext.data.beton import Manifest
 from ffcv_convnext.models import build_model
+from ffcv_convnext.run_folder import check_same_config
 from ffcv_convnext.training.optim import build_optimizer
 from ffcv_convnext.training.run import check_same_classes, count_classes
-from ffcv_convnext.training.runlog import check_same_config
 from ffcv_convnext.training.schedule import build_schedules
 
 

@@ -30,7 +30,7 @@ from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.engine import Learner, Run, State, autocast, fit, input_dtype, memory_format
 from ffcv_convnext.training.metrics import LossTracker, evaluate
 from ffcv_convnext.training.optim import build_optimizer
-from ffcv_convnext.training.runlog import FolderLock, RunLog, check_same_config, is_done, log_end, setup_logging
+from ffcv_convnext.training.runlog import RunLog, log_end, setup_logging
 from ffcv_convnext.training.schedule import build_schedules
 
 if TYPE_CHECKING:  # at run time `data` imports it, and ffcv with it, when a run is built
@@ -57,7 +57,7 @@ def train(config: Config) -> dict[str, Any]:
             remove_leftovers(folder)
         setup_logging(folder, processes)
         check_same_config(folder, config)
-        finished = is_done(folder)
+        finished = read_scores(folder)
         if finished is not None and config.run.auto_resume:
             log.info("%s is finished: %s. Nothing to do; choose another output_dir to train anew", folder, finished)
             return finished
