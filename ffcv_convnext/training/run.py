@@ -25,6 +25,7 @@ from ffcv_convnext.config import Config, ModelConfig, differences, format_value
 from ffcv_convnext.files import remove_leftovers
 from ffcv_convnext.models import build_model, load_pretrained, use_triton
 from ffcv_convnext.rng import Stream, step_seed
+from ffcv_convnext.run_folder import FolderLock, check_same_config, read_scores
 from ffcv_convnext.training.checkpoint import Checkpoints, read_checkpoint
 from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.engine import Learner, Run, State, autocast, fit, input_dtype, memory_format
