@@ -87,7 +87,7 @@ class FolderLock:
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file: IO[str] = open(folder / LOCK, "a+")
+            self.file: IO[str] = open(folder / LOCK, "a+")  # noqa: SIM115  it stays open as long as the lock is held
         except OSError as error:
             raise PermissionError(
                 f"output_dir = {folder} cannot be written: {error.strerror}; choose another"

@@ -40,16 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     listing = "\n".join(f"  {name:8} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(
-            f"usage: ffcv-convnext COMMAND ...\n\ncommands:\n{listing}\n\nffcv-convnext COMMAND --help lists the options."
-        )
+        print(f"usage: ffcv-convnext COMMAND ...\n\ncommands:\n{listing}\n\noptions: ffcv-convnext COMMAND --help")
         return 0 if arguments else EXIT_USAGE
     if arguments[0] == "--version":
         print(__version__)
         return 0
     if arguments[0] not in COMMANDS:
-        return complain(
-            f"error: unknown command '{arguments[0]}'{nearest(arguments[0], COMMANDS)}; commands: {', '.join(COMMANDS)}",
-            EXIT_USAGE,
-        )
+        hint = f"{nearest(arguments[0], COMMANDS)}; commands: {', '.join(COMMANDS)}"
+        return complain(f"error: unknown command '{arguments[0]}'{hint}", EXIT_USAGE)
     return run_command(arguments[0], arguments[1:])

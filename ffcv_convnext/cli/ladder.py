@@ -24,9 +24,7 @@ def ladder(argv: Sequence[str]) -> int:
     }
     listing = "\n".join(f"  {name:8} {(action.__doc__ or '').splitlines()[0]}" for name, action in actions.items())
     if argv[:1] and argv[0] in ("-h", "--help"):
-        print(
-            f"usage: ffcv-convnext ladder ACTION ...\n\n{listing}\n\nffcv-convnext ladder ACTION --help lists the options."
-        )
+        print(f"usage: ffcv-convnext ladder ACTION ...\n\n{listing}\n\noptions: ffcv-convnext ladder ACTION --help")
         return 0
     if not argv or argv[0] not in actions:
         found = f"unknown action '{argv[0]}'{nearest(argv[0], actions)}" if argv else "no action given"

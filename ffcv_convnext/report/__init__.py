@@ -57,7 +57,10 @@ def write_files(report: Report, folder: Path, *, page: bool = False) -> list[Pat
 
 
 def write_paper_figure(path: Path, kind: Kind, configs: Path, runs: Sequence[Path]) -> None:
-    """Draw the paper's results for the ladder in `configs`, with the finished runs in `runs`. Raises Failure without matplotlib."""
+    """Draw the paper's results for the ladder in `configs`, with the finished runs in `runs`.
+
+    Raises Failure without matplotlib.
+    """
     ladder = read_ladders(configs)[0]
     report = summarise(runs, configs) if runs else None
     with _matplotlib():

@@ -39,7 +39,7 @@ STYLE = {
     "hatch.linewidth": 0.8,
     "svg.fonttype": "none",  # text stays text: small and searchable
     "svg.hashsalt": "ladder",  # equal input gives equal bytes
-    **{name: INK for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
 THEME = (  # a background of its own, light or dark as the reader's system is set
     "<style>svg{color:#1a1a1b}.page{fill:#fff}"

@@ -37,6 +37,7 @@ class ReferenceStep:
 
     @property
     def name(self) -> str:
+        """Name of the step, its file name without .yaml."""
         return self.step.name
 
     @property
@@ -54,6 +55,7 @@ class ReferenceLadder:
 
     @property
     def title(self) -> str:
+        """First and last step."""
         return f"{self.steps[0].name} to {self.steps[-1].name}"
 
 

@@ -45,10 +45,12 @@ class Run:
 
     @property
     def seed(self) -> int:
+        """Seed in the settings."""
         return self.config.run.seed
 
     @property
     def num_epochs(self) -> int:
+        """Epochs in the settings."""
         return self.config.schedule.epochs
 
     @property

@@ -53,7 +53,7 @@ def scores_of(runs: Iterable[Run], metric: Metric) -> Stats | None:
 
 
 class Facts(NamedTuple):
-    """Data and batch of a run that its settings do not contain. Runs that differ here are not averaged. None: unknown."""
+    """Data and global batch of a run. Runs that differ here are not averaged. None: unknown."""
 
     num_classes: int | None
     train_images: int | None
@@ -89,10 +89,12 @@ class Row:
 
     @property
     def name(self) -> str:
+        """Name of the step."""
         return self.reference.name
 
     @property
     def finished(self) -> list[Run]:
+        """The runs that are done."""
         return finished(self.runs)
 
     @property
@@ -102,6 +104,7 @@ class Row:
 
     @property
     def to_paper(self) -> float | None:
+        """Points above the paper's value."""
         return None if self.paper is None or self.top1 is None else self.top1.mean - self.paper
 
     @property
@@ -111,6 +114,7 @@ class Row:
 
     @property
     def images_per_s(self) -> float | None:
+        """Training rate of one run, mean over the finished ones, or over all if none is finished."""
         stats = stats_of(run.images_per_s for run in self.finished or self.runs)
         return stats.mean if stats else None
 
@@ -144,17 +148,21 @@ class Section:
 
     @property
     def runs(self) -> list[Run]:
+        """The runs of all rows."""
         return [run for row in self.rows for run in row.runs]
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
+    """Runs compared with the ladder."""
+
     sections: list[Section]
     others: list[Run]  # of networks that are not a step
     notes: list[str]  # shown below the tables
 
     @property
     def runs(self) -> list[Run]:
+        """The runs of all sections, then the others."""
         return [*(run for section in self.sections for run in section.runs), *self.others]
 
 
