@@ -252,7 +252,9 @@ def requeue(status: int, folder: Path) -> int:
     os.environ["SUBMITIT_FOLDER"] = str(folder)
     env = submitit.JobEnvironment()
     if (state := states([env.job_id]).get(env.job_id)) != "RUNNING":
-        return complain(f"job {env.job_id} is {state}; not requeued, because Slurm has ended or requeued it", 0)
+        return complain(
+            f"job {env.job_id} is {state or 'not in the queue'}; not requeued: Slurm has ended or requeued it", 0
+        )
     job: TrainingJob = submitit.core.utils.DelayedSubmission.load(env.paths.submitted_pickle).function
     if not should_requeue(Path(job.settings["output_dir"]), env.job_id, status):
         return complain(

@@ -78,7 +78,7 @@ def budget(tasks: Sequence[Task], world: int, images_per_s: float | None, *, par
         measured = _measured(tasks[0].folder.parents[1], world)
         if not measured:
             return (
-                f"{text}; hours unknown: no run in this folder has been measured yet. Give the training rate of one run "
+                f"{text}; hours unknown: no run in this folder has been measured yet. Give the rate of one run "
                 f"(processes: {world}) with --images_per_s; ffcv-convnext doctor predicts it"
             )
         rates, source = [measured.get(task.name, median(measured.values())) for task in tasks], "measured here"

@@ -84,7 +84,7 @@ def preempt(job: Job) -> None:
     [(requeue, TWO_BY_TWO), (lose_a_node, TWO_BY_ONE), (preempt, TWO_BY_ONE)],
     ids=["requeue", "lost node", "pre-emption"],
 )
-def test_a_job_that_slurm_requeues_goes_on_within_its_epoch(
+def test_a_job_that_slurm_requeues_continues_within_its_epoch(
     disturb: Callable[[Job], None],
     tasks: tuple[str, ...],
     cluster: TwoNodes,
@@ -105,7 +105,7 @@ def test_a_job_that_slurm_requeues_goes_on_within_its_epoch(
 # --- The job ends by itself -------------------------------------------------------------------------------
 
 
-def test_a_killed_process_takes_the_job_down_and_it_goes_on_from_its_last_checkpoint(
+def test_a_killed_process_ends_the_job_and_it_continues_from_its_last_checkpoint(
     cluster: TwoNodes, undisturbed: Job, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     job = submit(cluster, tmp_path / "job", settings, *TWO_BY_ONE, "--save_ckpt_steps", "4")
@@ -120,7 +120,7 @@ def test_a_killed_process_takes_the_job_down_and_it_goes_on_from_its_last_checkp
     assert_same_training(job.folder, undisturbed.folder, tolerance=TOLERANCE)
 
 
-def test_a_job_that_runs_out_of_time_saves_and_goes_on(
+def test_a_job_that_runs_out_of_time_saves_and_continues(
     cluster: TwoNodes, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """One minute is the least that Slurm knows; it looks at its clock every 30 s, and warns so much earlier."""
@@ -138,7 +138,7 @@ def test_a_job_that_runs_out_of_time_saves_and_goes_on(
 # --- Another number of processes --------------------------------------------------------------------------
 
 
-def test_a_cancelled_run_goes_on_with_other_processes_and_its_micro_batches_stay(
+def test_a_cancelled_run_continues_on_other_processes_with_the_same_micro_batches(
     cluster: TwoNodes, undisturbed: Job, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     job = submit(cluster, tmp_path / "job", settings, *TWO_BY_TWO)
@@ -162,27 +162,27 @@ def test_a_cancelled_run_goes_on_with_other_processes_and_its_micro_batches_stay
 
 
 @pytest.mark.parametrize(
-    ("flags", "complaint"),
+    ("flags", "message"),
     [
         (
             ("--partition", "mian"),
-            "partition = mian: this cluster has none of that name; nearest: main; there are: main, short, urgent",
+            "partition = mian: not found on this cluster",
         ),
         (
             ("--timeout", "72"),
-            "timeout = 72: partition main runs jobs of at most 1 hours; say --timeout 1: a run goes on in as many jobs "
-            "as it takes",
+            "timeout = 72: partition main runs jobs of at most 1 hours; use --timeout 1",
         ),
     ],
     ids=["partition", "time"],
 )
-def test_what_slurm_would_never_run_is_not_submitted(
-    flags: tuple[str, str], complaint: str, cluster: TwoNodes, settings: dict[str, Any], tmp_path: Path
+def test_jobs_that_slurm_would_never_run_are_not_submitted(
+    flags: tuple[str, str], message: str, cluster: TwoNodes, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     words = ["train.py", "--job_dir", str(tmp_path / "job"), *TWO_BY_TWO, *flags]
     refused = command_line(words, settings=settings)
     assert refused.returncode == 2
-    assert refused.stderr.splitlines() == [f"error: {complaint}"]
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
     assert cluster.queue() == []
     assert not (tmp_path / "job").exists()
 
