@@ -1,10 +1,17 @@
 """Runs as jobs: on a Slurm cluster through submitit, or as processes on this machine."""
 
 from ffcv_convnext.cluster.here import run_config
-from ffcv_convnext.cluster.local_executor import output_of_run
 from ffcv_convnext.cluster.settings import ClusterConfig, add_cluster_flags, cluster_from_args, split_slurm_options
-from ffcv_convnext.cluster.slurm import cancel, output_of_job, states
-from ffcv_convnext.cluster.submission import Task, num_processes, plan_task, submit_run, submit_tasks, unfinished
+from ffcv_convnext.cluster.slurm import cancel, states
+from ffcv_convnext.cluster.submission import (
+    Task,
+    num_processes,
+    output_of,
+    plan_task,
+    submit_run,
+    submit_tasks,
+    unfinished,
+)
 from ffcv_convnext.cluster.submissions import Submission, read_submissions
 
 __all__ = [
@@ -15,8 +22,7 @@ __all__ = [
     "cancel",
     "cluster_from_args",
     "num_processes",
-    "output_of_job",
-    "output_of_run",
+    "output_of",
     "plan_task",
     "read_submissions",
     "run_config",

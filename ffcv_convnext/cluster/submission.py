@@ -13,7 +13,7 @@ import yaml
 
 from ffcv_convnext.cluster import slurm
 from ffcv_convnext.cluster.here import run_config
-from ffcv_convnext.cluster.local_executor import LocalRun, choose_devices, run_all
+from ffcv_convnext.cluster.local_executor import LocalRun, choose_devices, output_of_run, run_all
 from ffcv_convnext.cluster.settings import ClusterConfig, flat
 from ffcv_convnext.cluster.submissions import LOCAL, Submission, read_submissions, write_submissions
 from ffcv_convnext.config import Config
@@ -98,17 +98,13 @@ def check_job_dir(folder: Path) -> str | None:
 
 def _file_system(path: Path) -> str:
     """Return the type of a path's file system: ext4, tmpfs, nfs4, ..., or unknown."""
-    best, kind = "", "unknown"
     try:
-        mounts = Path("/proc/self/mounts").read_text().splitlines()
+        lines = Path("/proc/self/mounts").read_text().splitlines()
     except OSError:
-        return kind
-    for line in mounts:
-        _, place, found, *_ = line.split(" ")
-        place = place.replace("\\040", " ")
-        if (path == Path(place) or Path(place) in path.parents) and len(place) >= len(best):
-            best, kind = place, found
-    return kind
+        return "unknown"
+    mounts = [(mount.replace("\\040", " "), kind) for _, mount, kind, *_ in map(str.split, lines)]
+    holding = [(len(mount), i, kind) for i, (mount, kind) in enumerate(mounts) if path.is_relative_to(mount)]
+    return max(holding, default=(0, 0, "unknown"))[2]
 
 
 def submit_run(config: Config, cluster: ClusterConfig, *, command: Sequence[str], dry_run: bool, say: Say) -> int:
@@ -209,6 +205,13 @@ def _record(
         for job, task in zip(ids, tasks, strict=True)
     ]
     write_submissions(job_dir, submissions)
+
+
+def output_of(submission: Submission, job_dir: Path) -> Path:
+    """Return the file with stderr of a run's rank 0."""
+    if submission.is_local:
+        return output_of_run(job_dir, submission.name, submission.seed)
+    return slurm.output_of_job(job_dir, submission.job)
 
 
 def _recipe_warning(task: Task) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ffcv_convnext import run_folder
-from ffcv_convnext.cluster import Submission, cancel, output_of_job, output_of_run, read_submissions, states
+from ffcv_convnext.cluster import Submission, cancel, output_of, read_submissions, states
 from ffcv_convnext.files import read_lines
 from ffcv_convnext.formatting import format_duration, format_number, markdown_table
 from ffcv_convnext.run_folder import ATTEMPTS, EPOCHS, lock_holder, read_starts, run_state
@@ -93,13 +93,6 @@ def _state(submission: Submission, queue: dict[str, str] | None, *, began: bool)
     if job is not None:
         return "running" if job in ("RUNNING", "CONFIGURING") else "requeued" if began else "pending"
     return state if began else "missing"
-
-
-def output_of(submission: Submission, job_dir: Path) -> Path:
-    """Return the file with stderr of a run's rank 0."""
-    if submission.is_local:
-        return output_of_run(job_dir, submission.name, submission.seed)
-    return output_of_job(job_dir, submission.job)
 
 
 def last_error(path: Path) -> str:

@@ -14,9 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ffcv_convnext.config import Config, ModelConfig, format_value, load_config
+from ffcv_convnext.config import Config, ModelConfig, format_value, load_config, read_mapping
 from ffcv_convnext.formatting import format_number, markdown_table
 from ffcv_convnext.ladder.size import count_resnet
 
@@ -30,6 +28,7 @@ class Step:
 
     name: str  # file name without .yaml
     path: Path
+    base: str | None  # name of the step it builds on
     change: str  # flags that differ from its base, e.g. "--resnet_kernel_size 7"
     config: Config
 
@@ -45,18 +44,14 @@ class PaperResult:
 
 def read_step(path: Path) -> Step:
     """Return a config as a step. Raises what `load_config` raises."""
-    return Step(name=path.stem, path=path, change=change_of(path), config=load_config(path))
-
-
-def change_of(path: Path) -> str:
-    """Return the settings in which `path` differs from its base, as flags, in the file's order."""
-    ours = load_config(path).flat()
-    own = yaml.safe_load(path.read_text()) or {}
+    config = load_config(path)
+    own = read_mapping(path)
     if own.get("base") is None:
-        return STARTING_POINT
-    theirs = load_config(path.parent / str(own["base"])).flat()
-    changed = [name for name in own if name != "base" and ours[name] != theirs[name]]
-    return " ".join(f"--{name} {format_value(ours[name])}" for name in changed)
+        return Step(path.stem, path, None, STARTING_POINT, config)
+    base = path.parent / str(own["base"])
+    ours, theirs = config.flat(), load_config(base).flat()
+    changed = [f"--{name} {format_value(ours[name])}" for name in own if name != "base" and ours[name] != theirs[name]]
+    return Step(path.stem, path, base.stem, " ".join(changed), config)
 
 
 def read_ladder(folder: Path) -> list[Step]:

@@ -49,10 +49,11 @@ def write_files(report: Report, folder: Path, *, page: bool = False) -> list[Pat
     write("csv", to_csv(report).encode())
     write("json", to_json(report).encode())
     with _matplotlib(f"the tables are in {folder}; "):
-        write("png", draw(report, "png"))
-        write("svg", draw(report, "svg"))
+        svg, png = draw(report, ["svg", "png"])
+        write("png", png)
+        write("svg", svg)
         if page:
-            write("html", to_html(report).encode())
+            write("html", to_html(report, svg).encode())
     return written
 
 

@@ -73,15 +73,15 @@ class Panel:
     mark: str = "v"
 
 
-def draw(report: Report, kind: Kind, *, inline: bool = False) -> bytes:
-    """Return the figure of a report: one panel per section, or one of the other runs if there is none.
+def draw(report: Report, kinds: Sequence[Kind]) -> list[bytes]:
+    """Return the figure of a report in some formats: one panel per section, or one of the other runs if there is none.
 
-    inline: SVG for an HTML page, without background and XML header.   Raises ModuleNotFoundError without matplotlib.
+    Raises ModuleNotFoundError without matplotlib.
     """
     panels = [Panel(section.title, [_bar(section, row) for row in section.rows]) for section in report.sections]
     if not panels:
         panels = [Panel("Networks that are not a step of the ladder", [_other_bar(run) for run in report.others])]
-    return _render(panels, kind, inline=inline)
+    return _render(panels, kinds)
 
 
 def draw_paper(ladder: ReferenceLadder, report: Report | None, kind: Kind, *, input_size: int = 224) -> bytes:
@@ -102,25 +102,32 @@ def draw_paper(ladder: ReferenceLadder, report: Report | None, kind: Kind, *, in
         bars.append(_reference_bar(ladder, step, paper, words, other=measured.get(step.name), gmacs=gmacs))
     first, last = bars[0].label, bars[-1].label
     title = f"{first} to {last} in the paper: ImageNet-1k, arXiv:2201.03545"
-    return _render([Panel(title, bars, "measured with this code", "o")], kind)
+    return _render([Panel(title, bars, "measured with this code", "o")], [kind])[0]
 
 
-def _render(panels: Sequence[Panel], kind: Kind, *, inline: bool = False) -> bytes:
+def _render(panels: Sequence[Panel], kinds: Sequence[Kind]) -> list[bytes]:
+    files = {kind: io.BytesIO() for kind in kinds}
     with _figure([len(panel.bars) for panel in panels]) as (figure, axes):
         for panel, pair in zip(panels, axes, strict=True):
             _draw_panel(*pair, panel)
-        file = io.BytesIO()
         dpi = min(200, 60_000 / figure.get_figheight())  # a PNG has at most 65,535 lines
-        figure.savefig(file, format=kind, dpi=dpi, facecolor="white" if kind == "png" else "none")
-    return file.getvalue() if kind == "png" else _themed(file.getvalue().decode(), inline=inline).encode()
+        for kind, file in files.items():
+            figure.savefig(file, format=kind, dpi=dpi, facecolor="white" if kind == "png" else "none")
+            figure.set_layout_engine("none")  # the first one stays
+    return [_themed(file.getvalue()) if kind == "svg" else file.getvalue() for kind, file in files.items()]
 
 
-def _themed(svg: str, *, inline: bool) -> str:
-    """Return an SVG without date and version whose ink is the text colour of its page or of THEME."""
-    header, body = svg[: svg.index("<svg")], svg[svg.index("<svg") :].replace(INK, "currentColor")
-    body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
-    body = "\n".join(line.rstrip() for line in body.splitlines()) + "\n"
-    return body if inline else header + body.replace(">", f">{THEME}", 1)
+def _themed(svg: bytes) -> bytes:
+    """Return an SVG without date and version, with THEME's background and text colour."""
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", svg.decode(), flags=re.DOTALL).replace(INK, "currentColor")
+    start = text.index(">", text.index("<svg")) + 1
+    return f"{text[:start]}{THEME}{text[start:]}".encode()
+
+
+def to_inline(svg: bytes) -> str:
+    """Return `draw`'s SVG for an HTML page, with the page's background and text colour."""
+    text = svg.decode()
+    return text[text.index("<svg") :].replace(THEME, "")
 
 
 @contextmanager
@@ -155,7 +162,7 @@ def _reference_bar(
     gmacs: float,
 ) -> Bar:
     start = step is ladder.steps[0]
-    change = "" if step.base is None else step.step.change
+    change = "" if step.step.base is None else step.step.change
     if len(change) > MAX_CHANGE:
         first, *more = change.split(" --")
         change = f"{first} and {len(more)} more"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from ffcv_convnext.report.figure import draw
+from ffcv_convnext.report.figure import draw, to_inline
 from ffcv_convnext.report.runs import Run, finite
 from ffcv_convnext.report.summary import Report, Row
 from ffcv_convnext.report.tables import Table, caption, others_caption, others_table, section_table, table_of_runs
@@ -17,12 +17,17 @@ from ffcv_convnext.report.tables import Table, caption, others_caption, others_t
 CURVES = ("test_acc1", "test_acc1_ema", "test_loss", "test_loss_ema", "train_loss", "images_per_s")
 
 
-def to_html(report: Report) -> str:
-    """Return the page; its script draws the curves. Raises ModuleNotFoundError without matplotlib."""
+def to_html(report: Report, svg: bytes | None = None) -> str:
+    """Return the page; its script draws the curves. svg: the report's figure; None: drawn here.
+
+    Raises ModuleNotFoundError without matplotlib.
+    """
+    if svg is None:
+        (svg,) = draw(report, ["svg"])
     template = files("ffcv_convnext.report").joinpath("page.html").read_text(encoding="utf-8")
     parts = {
         "TABLES": _tables(report),
-        "FIGURE": draw(report, "svg", inline=True).decode(),
+        "FIGURE": to_inline(svg),
         "RUNS": _table(table_of_runs(report.runs)),
         "CURVES": _curves(report),
     }

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
-from ffcv_convnext.config import SETTINGS, Config, format_value
+from ffcv_convnext.config import SETTINGS, Config, ModelConfig, format_value
 from ffcv_convnext.ladder import PaperResult, Step, natural_order, read_ladder, read_paper, read_released
 from ffcv_convnext.report.runs import Metric
 
 VARIANTS = "kernel_sizes"  # folder of steps that no other step builds on
-NETWORK = [
-    name
-    for name, declared in SETTINGS.items()
-    if declared.group == "model" and not declared.free and name not in ("nb_classes", "drop_path")
-]
 # Settings that depend on seed, machine or storage and leave the recipe as it is. Runs that differ only in these are
 # averaged, and a note lists the difference (except for the seed).
 BESIDE_THE_RECIPE = frozenset(
@@ -30,7 +23,6 @@ class ReferenceStep:
     """A step of a ladder and its result in the paper."""
 
     step: Step
-    base: str | None  # name of the step it builds on
     optional: bool  # a variant: no step builds on it
     paper: PaperResult
     metric: Metric  # the accuracy that the paper reports for it
@@ -80,26 +72,18 @@ def _read_ladder(folder: Path) -> ReferenceLadder:
 
 def _reference(folder: Path, steps: Iterable[Step], *, optional: bool, metric: Metric) -> list[ReferenceStep]:
     paper = read_paper(folder)
-    return [
-        ReferenceStep(step, _base(step.path), optional, paper.get(step.name, PaperResult(step.name)), metric)
-        for step in steps
-    ]
-
-
-def _base(path: Path) -> str | None:
-    base = (yaml.safe_load(path.read_text()) or {}).get("base")
-    return None if base is None else Path(str(base)).stem
+    return [ReferenceStep(step, optional, paper.get(step.name, PaperResult(step.name)), metric) for step in steps]
 
 
 def find_step(ladders: Iterable[ReferenceLadder], config: Config) -> tuple[ReferenceLadder, ReferenceStep] | None:
     """Return the step with the same network as `config`, and its ladder; None if there is none."""
-    ours = config.flat()
-    for ladder in ladders:
-        for step in ladder.steps:
-            theirs = step.step.config.flat()
-            if all(ours[name] == theirs[name] for name in NETWORK):
-                return ladder, step
-    return None
+    ours = _network(config)
+    return next(((ladder, s) for ladder in ladders for s in ladder.steps if _network(s.step.config) == ours), None)
+
+
+def _network(config: Config) -> ModelConfig:
+    """Return the settings of the network without those that leave it the same."""
+    return replace(config.model, nb_classes=None, drop_path=0.0)
 
 
 def recipe_changes(ours: Config, step: Config) -> tuple[str, ...]:
@@ -108,9 +92,8 @@ def recipe_changes(ours: Config, step: Config) -> tuple[str, ...]:
     return tuple(
         f"--{name} {format_value(mine[name])}"
         for name, declared in SETTINGS.items()
-        if not declared.free
-        and name not in NETWORK
+        if mine[name] != theirs[name]
+        and not declared.free
+        and (declared.group != "model" or name == "drop_path")  # the network is the same
         and name not in BESIDE_THE_RECIPE
-        and name != "nb_classes"  # run.json has the number of classes
-        and mine[name] != theirs[name]
     )

@@ -37,21 +37,13 @@ class Run:
     folder: Path
     name: str  # path below the folder given by the user
     config: Config
+    seed: int
+    num_epochs: int
     facts: Mapping[str, Any]  # run.json
     epochs: Sequence[Mapping[str, Any]]  # log.jsonl, one per epoch
     final: Mapping[str, Any]  # scores in `done`; empty if the run is not finished
     state: RunState
     error: str | None  # that ended a failed run
-
-    @property
-    def seed(self) -> int:
-        """Seed in the settings."""
-        return self.config.run.seed
-
-    @property
-    def num_epochs(self) -> int:
-        """Epochs in the settings."""
-        return self.config.schedule.epochs
 
     @property
     def progress(self) -> str:
@@ -167,11 +159,13 @@ def _find(root: Path) -> Iterator[Path]:
 
 def read_run(folder: Path, name: str) -> Run:
     """Return the run in a folder. Raises ValueError if settings or facts cannot be read."""
-    state = run_state(folder)
+    state, config = run_state(folder), load_config(folder / CONFIG)
     return Run(
         folder=folder,
         name=name,
-        config=load_config(folder / CONFIG),
+        config=config,
+        seed=config.run.seed,
+        num_epochs=config.schedule.epochs,
         facts=read_facts(folder),
         epochs=read_lines(folder / EPOCHS),
         final=read_scores(folder) or {},

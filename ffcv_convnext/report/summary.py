@@ -93,11 +93,6 @@ class Row:
         return self.reference.name
 
     @property
-    def finished(self) -> list[Run]:
-        """The runs that are done."""
-        return finished(self.runs)
-
-    @property
     def top1(self) -> Stats | None:
         """Percent after the last epoch of the finished runs, for the weights that the paper evaluates."""
         return scores_of(self.runs, self.reference.metric)
@@ -115,13 +110,13 @@ class Row:
     @property
     def images_per_s(self) -> float | None:
         """Training rate of one run, mean over the finished ones, or over all if none is finished."""
-        stats = stats_of(run.images_per_s for run in self.finished or self.runs)
+        stats = stats_of(run.images_per_s for run in finished(self.runs) or self.runs)
         return stats.mean if stats else None
 
     @property
     def gpu_hours(self) -> float | None:
         """GPU-hours of one run, mean over the finished ones."""
-        stats = stats_of(run.gpu_hours for run in self.finished)
+        stats = stats_of(run.gpu_hours for run in finished(self.runs))
         return stats.mean if stats else None
 
     @property
@@ -225,10 +220,10 @@ def _section(
             runs=runs,
             parameters=parameters,
             gmacs=gmacs,
-            to_base=_raw_gain(runs, rows[step.base].runs) if step.base in rows else None,
+            to_base=_raw_gain(runs, rows[step.step.base].runs) if step.step.base in rows else None,
             paper=None if why_not else step.paper.top1,
         )
-        if (row.top1.n if row.top1 else 0) < len(row.finished):
+        if (row.top1.n if row.top1 else 0) < len(finished(runs)):
             notes.append(f"{step.name}: a finished run has no {step.metric}, so it does not count")
     return Section(title, ladder, recipe, facts, list(rows.values()), why_not)
 

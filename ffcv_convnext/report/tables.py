@@ -200,28 +200,18 @@ FIELDS = (
 
 
 def _row_record(section: Section, row: Row) -> dict[str, Any]:
-    top1 = row.top1
+    top1, reference = row.top1, row.reference
     record = {
         "section": section.title,
-        "name": row.name,
-        "change": row.reference.step.change,
-        "optional": row.reference.optional,
-        "state": row.state,
-        "metric": row.reference.metric,
+        "change": reference.step.change,
+        "optional": reference.optional,
+        "metric": reference.metric,
         "seeds": top1.n if top1 else 0,
         "top1": top1.mean if top1 else None,
         "top1_std": top1.std if top1 else None,
-        "to_base": row.to_base,
-        "paper": row.paper,
-        "paper_std": None if row.paper is None else row.reference.paper.std,
-        "to_paper": row.to_paper,
-        "within": row.within,
-        "gmacs": row.gmacs,
-        "parameters": row.parameters,
-        "images_per_s": row.images_per_s,
-        "gpu_hours": row.gpu_hours,
+        "paper_std": None if row.paper is None else reference.paper.std,
     }
-    return _rounded(record)
+    return _rounded({name: record[name] if name in record else getattr(row, name) for name in FIELDS})
 
 
 def _other_record(run: Run) -> dict[str, Any]:
@@ -243,27 +233,18 @@ def _other_record(run: Run) -> dict[str, Any]:
 
 def _run_record(run: Run) -> dict[str, Any]:
     starts = run.facts.get("starts") or [{}]
+    names = ("name", "seed", "state", "error", "num_epochs", "devices", "images_per_s", "hours", "gpu_hours")
     record: dict[str, Any] = {
-        "name": run.name,
+        **{name: getattr(run, name) for name in names},
         "folder": str(run.folder),
-        "seed": run.seed,
-        "state": run.state,
-        "error": run.error,
         "epochs": len(run.epochs),
-        "num_epochs": run.num_epochs,
         "starts": len(starts),
         "git": starts[-1].get("git"),
-        "devices": run.devices,
         "parameters": run.facts.get("n_parameters"),
-        "images_per_s": run.images_per_s,
-        "hours": run.hours,
-        "gpu_hours": run.gpu_hours,
     }
     for metric in METRICS:
-        best = run.best(metric)
         record[metric] = run.last(metric)
-        record[f"best_{metric}"] = best[0] if best else None
-        record[f"best_{metric}_epoch"] = best[1] if best else None
+        record[f"best_{metric}"], record[f"best_{metric}_epoch"] = run.best(metric) or (None, None)
     return _rounded(record)
 
 

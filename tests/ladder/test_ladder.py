@@ -22,12 +22,12 @@ from ffcv_convnext.config import SETTINGS, ModelConfig, load_config
 from ffcv_convnext.ladder import (
     STARTING_POINT,
     PaperResult,
-    change_of,
     describe,
     format_table,
     read_ladder,
     read_paper,
     read_released,
+    read_step,
     size_of,
 )
 from ffcv_convnext.ladder.size import count_resnet
@@ -248,7 +248,7 @@ def test_a_change_lists_the_differences_from_the_base(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("drop_path: 0.1\n")
     step = tmp_path / "step.yaml"
     step.write_text("base: base.yaml\nresnet_layers: 1-1-1-1\ndrop_path: 0.1\nresnet_depthwise: true\n")
-    assert change_of(step) == "--resnet_layers 1-1-1-1 --resnet_depthwise true"
+    assert read_step(step).change == "--resnet_layers 1-1-1-1 --resnet_depthwise true"
 
 
 def test_a_folder_without_steps_and_a_broken_paper_file_are_errors(tmp_path: Path) -> None:

@@ -608,7 +608,7 @@ def test_the_figure_shows_every_step_as_svg_and_png(ladder: Path, tmp_path: Path
     texts = texts_of(svg)
     for step in read_ladders(CONFIGS)[0].steps:
         assert step.paper.label in texts
-        assert step.base is None or step.step.change in texts or step.is_released
+        assert step.step.base is None or step.step.change in texts or step.is_released
     assert texts.count("80.10 \N{PLUS-MINUS SIGN} 0.10") == 17
     picture = np.asarray(Image.open(tmp_path / "ladder.png").convert("RGB"))
     for colour in ((0x56, 0xB4, 0xE9), (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):  # steps, start, end
