@@ -42,14 +42,15 @@ class PaperResult:
     std: float | None = None  # over its three seeds
 
 
-def read_step(path: Path) -> Step:
-    """Return a config as a step. Raises what `load_config` raises."""
+def read_step(path: Path, known: Sequence[Step] = ()) -> Step:
+    """Return a config as a step. known: steps that have been read already. Raises what `load_config` raises."""
     config = load_config(path)
     own = read_mapping(path)
     if own.get("base") is None:
         return Step(path.stem, path, None, STARTING_POINT, config)
     base = path.parent / str(own["base"])
-    ours, theirs = config.flat(), load_config(base).flat()
+    ours = config.flat()
+    theirs = (next((step.config for step in known if step.path == base), None) or load_config(base)).flat()
     changed = [f"--{name} {format_value(ours[name])}" for name in own if name != "base" and ours[name] != theirs[name]]
     return Step(path.stem, path, base.stem, " ".join(changed), config)
 
@@ -62,7 +63,10 @@ def read_ladder(folder: Path) -> list[Step]:
     paths = sorted(folder.glob("[0-9][0-9]_*.yaml"), key=lambda path: natural_order(path.name))
     if not paths:
         raise FileNotFoundError(f"{folder} holds no ladder: expected files such as {folder / '00_resnet50.yaml'}")
-    return [read_step(path) for path in paths]
+    steps: list[Step] = []
+    for path in paths:
+        steps.append(read_step(path, steps))
+    return steps
 
 
 def natural_order(text: str) -> list[tuple[bool, int, str]]:
