@@ -37,6 +37,8 @@ DEFAULT_NGPUS = 8
 ENDED = {  # squeue lists ended jobs for some minutes
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 }  # fmt: skip
+# settings with the same name in ClusterConfig and in submitit
+SAME_NAME = ("job_name", "nodes", "cpus_per_task", "partition", "constraint", "account", "qos", "comment", "exclude")
 FOLDER = "slurm"  # in job_dir: submitit's files and the output of the tasks
 
 
@@ -113,19 +115,11 @@ def build_executor(
     tasks = processes_per_node(cluster)
     executor = Executor(folder)
     executor.update_parameters(
-        job_name=cluster.job_name,
-        nodes=cluster.nodes,
+        **{name: getattr(cluster, name) for name in SAME_NAME},
         ntasks_per_node=tasks,
         gpus_per_node=tasks if gpus else None,
-        cpus_per_task=cluster.cpus_per_task,
         mem=None if cluster.mem_gb is None else f"{round(cluster.mem_gb * 1024)}M",
         time=cluster.timeout_minutes,
-        partition=cluster.partition,
-        constraint=cluster.constraint,
-        account=cluster.account,
-        qos=cluster.qos,
-        comment=cluster.comment,
-        exclude=cluster.exclude,
         wckey=None,  # submitit sets one, which some clusters refuse
         signal_delay_s=SIGNAL_DELAY_S,
         array_parallelism=max_parallel or 256,

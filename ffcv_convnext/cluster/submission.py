@@ -18,7 +18,7 @@ from ffcv_convnext.cluster.settings import ClusterConfig, flat
 from ffcv_convnext.cluster.submissions import LOCAL, Submission, read_submissions, write_submissions
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import complain
-from ffcv_convnext.run_folder import lock_holder, read_facts, read_scores
+from ffcv_convnext.run_folder import check_same_config, lock_holder, read_facts, read_scores
 from ffcv_convnext.snapshot import source_commit, take_snapshot
 
 if TYPE_CHECKING:
@@ -45,14 +45,12 @@ class Task:
         return self.config.run.output_dir
 
 
-def plan_task(name: str, config: Config, world: int) -> Task:
+def plan_task(name: str, config: Config, world: int, known: Plan | None = None) -> Task:
     """Resolve and check a run of `world` processes.
 
-    A run that has started keeps its global batch on any number of processes. Raises ValueError or FileNotFoundError if
-    it cannot run.
+    A run that has started keeps its global batch on any number of processes. known: the plan of a run that differs
+    only in seed and folder. Raises ValueError or FileNotFoundError if it cannot run.
     """
-    from ffcv_convnext.training import check_config
-
     data = config.data
     changes: dict[str, object] = {
         key: Path(value).absolute() for key, value in config.flat().items() if key in PATHS and value is not None
@@ -67,6 +65,12 @@ def plan_task(name: str, config: Config, world: int) -> Task:
     if data.global_batch is None:
         changes["global_batch"] = begun_with or data.batch_size * data.update_freq * world
     config = config.replace(**changes).for_world(world)
+    if known is not None and known.global_batch == config.data.global_batch:
+        if folder is not None:
+            check_same_config(folder, config)
+        return Task(name=name, config=config, plan=known)
+    from ffcv_convnext.training import check_config
+
     return Task(name=name, config=config, plan=check_config(config, world))
 
 

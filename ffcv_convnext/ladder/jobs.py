@@ -32,15 +32,17 @@ def plan_ladder(
     cannot start.
     """
     assert cluster.job_dir is not None
-    tasks = []
+    tasks: list[Task] = []
     for step in steps:
         config = load_config(step.path, *configs, overrides=overrides)
         if config.data.global_batch is None and config.data.update_freq == 1:
             config = config.replace(global_batch=config.schedule.recipe_batch)
         world = num_processes(cluster, config)
+        plan = None
         for seed in seeds:
             folder = cluster.job_dir / step.name / f"seed{seed}"
-            tasks.append(plan_task(step.name, config.replace(seed=seed, output_dir=folder), world))
+            tasks.append(plan_task(step.name, config.replace(seed=seed, output_dir=folder), world, plan))
+            plan = tasks[-1].plan
     return tasks
 
 

@@ -47,6 +47,12 @@ def finished(runs: Iterable[Run]) -> list[Run]:
     return [run for run in runs if run.state == "done"]
 
 
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are not None; None if there are none."""
+    stats = stats_of(values)
+    return stats.mean if stats else None
+
+
 def scores_of(runs: Iterable[Run], metric: Metric) -> Stats | None:
     """Return the scores of the finished runs after their last epoch."""
     return stats_of(run.last(metric) for run in finished(runs))
@@ -66,14 +72,8 @@ class Facts(NamedTuple):
 def facts_of(run: Run) -> Facts:
     """Return the facts in a run's run.json."""
     images, hashes = run.facts.get("images", {}), run.facts.get("data", {})
-    return Facts(
-        run.facts.get("num_classes"),
-        images.get("train"),
-        images.get("val"),
-        hashes.get("train"),
-        hashes.get("val"),
-        run.facts.get("global_batch"),
-    )
+    classes, batch = run.facts.get("num_classes"), run.facts.get("global_batch")
+    return Facts(classes, images.get("train"), images.get("val"), hashes.get("train"), hashes.get("val"), batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +110,12 @@ class Row:
     @property
     def images_per_s(self) -> float | None:
         """Training rate of one run, mean over the finished ones, or over all if none is finished."""
-        stats = stats_of(run.images_per_s for run in finished(self.runs) or self.runs)
-        return stats.mean if stats else None
+        return mean_of(run.images_per_s for run in finished(self.runs) or self.runs)
 
     @property
     def gpu_hours(self) -> float | None:
         """GPU-hours of one run, mean over the finished ones."""
-        stats = stats_of(run.gpu_hours for run in finished(self.runs))
-        return stats.mean if stats else None
+        return mean_of(run.gpu_hours for run in finished(self.runs))
 
     @property
     def state(self) -> str:
@@ -262,9 +260,8 @@ def _one_per_seed(step: ReferenceStep, runs: Iterable[Run], notes: list[str]) ->
 def _differences(step: ReferenceStep, runs: Sequence[Run]) -> list[str]:
     """Return a note for each setting beside the recipe that differs among averaged runs."""
     flats = [run.config.flat() for run in runs]
-    lines = []
-    for name in SETTINGS:
-        values = sorted({format_value(flat[name]) for flat in flats})
-        if name in BESIDE_THE_RECIPE and name != "seed" and len(values) > 1:
-            lines.append(f"{step.name}: its runs differ in {name} ({', '.join(values)})")
-    return lines
+    names = [name for name in SETTINGS if name in BESIDE_THE_RECIPE and name != "seed"]
+    values = {name: sorted({format_value(flat[name]) for flat in flats}) for name in names}
+    return [
+        f"{step.name}: its runs differ in {n} ({', '.join(found)})" for n, found in values.items() if len(found) > 1
+    ]

@@ -87,24 +87,21 @@ def _count(count: int | None, noun: str) -> str:
     return f"unknown number of {noun}" if count is None else f"{count:,} {noun}"
 
 
-OTHER_HEADER = ["run", "epochs", "parameters", "top-1 %", "averaged top-1 %", "images/s", "minutes"]
-
-
 def others_table(runs: Sequence[Run]) -> Table:
     """Return the runs of networks that are not a step as a table."""
-    return OTHER_HEADER, [_other_row(run) for run in runs]
-
-
-def _other_row(run: Run) -> list[str]:
-    return [
-        run.name,
-        f"{len(run.epochs)}/{run.num_epochs}" + ("" if run.state == "done" else f" {run.state}"),
-        format_number(run.facts.get("n_parameters"), ",d"),
-        format_number(run.last("test_acc1"), ".2f"),
-        format_number(run.last("test_acc1_ema"), ".2f"),
-        format_number(run.images_per_s, ".0f"),
-        f"{60 * run.hours:.1f}",
+    header = ["run", "epochs", "parameters", "top-1 %", "averaged top-1 %", "images/s", "minutes"]
+    rows = [
+        [
+            run.name,
+            f"{len(run.epochs)}/{run.num_epochs}" + ("" if run.state == "done" else f" {run.state}"),
+            format_number(run.facts.get("n_parameters"), ",d"),
+            *(format_number(run.last(metric), ".2f") for metric in METRICS),
+            format_number(run.images_per_s, ".0f"),
+            f"{60 * run.hours:.1f}",
+        ]
+        for run in runs
     ]
+    return header, rows
 
 
 def others_caption(runs: Sequence[Run]) -> list[str]:
@@ -116,16 +113,15 @@ def others_caption(runs: Sequence[Run]) -> list[str]:
 def table_of_runs(runs: Sequence[Run]) -> Table:
     """Return every run of a report as a table, with the best epoch beside the last one."""
     header = ["run", "seed", "state", "last top-1 %", "best top-1 %", "in epoch", "last averaged %", "best averaged %"]
-    return [*header, "in epoch", "GPU-hours", "starts", "commit"], [_run_row(run) for run in runs]
-
-
-def _run_row(run: Run) -> list[str]:
-    starts = run.facts.get("starts") or [{}]
-    cells = [run.name, str(run.seed), run.progress]
-    for metric in METRICS:
-        value, epoch = run.best(metric) or (None, None)
-        cells += [format_number(run.last(metric), ".2f"), format_number(value, ".2f"), format_number(epoch, "d")]
-    return [*cells, format_number(run.gpu_hours, ".1f"), str(len(starts)), str(starts[-1].get("git", "-"))[:10]]
+    rows = []
+    for run in runs:
+        starts = run.facts.get("starts") or [{}]
+        row = [run.name, str(run.seed), run.progress]
+        for metric in METRICS:
+            value, epoch = run.best(metric) or (None, None)
+            row += [format_number(run.last(metric), ".2f"), format_number(value, ".2f"), format_number(epoch, "d")]
+        rows.append([*row, format_number(run.gpu_hours, ".1f"), str(len(starts)), str(starts[-1].get("git", "-"))[:10]])
+    return [*header, "in epoch", "GPU-hours", "starts", "commit"], rows
 
 
 def _list(lines: Sequence[str]) -> str:

@@ -136,7 +136,7 @@ def test_update_freq_follows_from_the_global_batch() -> None:
 
 
 def test_a_run_of_two_processes_continues_on_one(small_settings: dict[str, Any], tmp_path: Path) -> None:
-    """The checkpoint tells what it was made with; the arithmetic of two real processes is test_distributed's."""
+    """The checkpoint contains the number of processes. Two real processes are tested in test_distributed."""
     settings = {**small_settings, "recipe_batch": 16, "global_batch": 16, "epochs": 1, "output_dir": tmp_path}
     train_here(settings)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["update_freq"] == 2

@@ -337,10 +337,10 @@ def test_the_log_ends_with_the_error_until_the_run_continues(
 def test_the_error_of_a_failed_start_is_in_the_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"data_path": str(tmp_path / "nowhere"), "output_dir": str(tmp_path / "runs" / "x"), "device": "cpu"}
     assert run_command("train", [word for name, value in settings.items() for word in (f"--{name}", value)]) == 2
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    (shown,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     write_run(tmp_path / "runs" / "y", KERNEL7, epochs=0)
     (note,) = report_on(tmp_path / "runs").notes
-    assert note == f"x has no settings yet: it is starting, or failed at the start: {said.removeprefix('error: ')}"
+    assert note == f"x has no settings yet: it is starting, or failed at the start: {shown.removeprefix('error: ')}"
 
 
 def test_a_folder_without_settings_and_one_that_cannot_be_read_do_not_stop_the_report(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ STEPS = {
 
 
 def ladder(*words: str, settings: dict[str, Any] | None = None) -> str:
-    """What `ffcv-convnext ladder ...` prints."""
+    """Output of `ffcv-convnext ladder ...`."""
     result = command_line(["-m", "ffcv_convnext.cli", "ladder", *words], settings=settings)
     assert result.returncode == 0, result.stderr
     return result.stdout
