@@ -21,6 +21,7 @@ from ffcv_convnext.cluster.submissions import LOCAL
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import EXIT_FAILURE, Interrupted
 from ffcv_convnext.files import write_atomically
+from ffcv_convnext.formatting import format_count
 from ffcv_convnext.signals import stop_signals
 
 FOLDER = "local"  # in job_dir: output of the processes
@@ -166,7 +167,7 @@ def run_all(
                     run.start(mine)
                     running.append(run)
                     on = "" if not mine[0] else f" on GPU {', '.join(mine)}"
-                    say(f"started {run.folder}, {world} processes{on}; output in {run.log(0)}")
+                    say(f"started {run.folder}, {format_count(world, 'process')}{on}; output in {run.log(0)}")
                 if stop.requested:
                     for run in running:
                         if run.kill_at is None:

@@ -18,6 +18,7 @@ from ffcv_convnext.cluster.settings import ClusterConfig, flat
 from ffcv_convnext.cluster.submissions import LOCAL, Submission, read_submissions, write_submissions
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import complain
+from ffcv_convnext.formatting import format_count
 from ffcv_convnext.run_folder import check_same_config, lock_holder, read_facts, read_scores
 from ffcv_convnext.snapshot import source_commit, take_snapshot
 
@@ -182,8 +183,9 @@ def submit_tasks(
         ids = [f"{LOCAL}{os.getpid()}"] * len(tasks)
     _record(tasks, ids, job_dir, code=code, world=world, command=command)
     if on_slurm:
+        processes = format_count(world, "process")
         for job, task in zip(ids, tasks, strict=True):
-            say(f"submitted job {job}: {task.folder}, {world} processes; output in {job_dir / slurm.FOLDER}")
+            say(f"submitted job {job}: {task.folder}, {processes}; output in {job_dir / slurm.FOLDER}")
         return 0
     runs = [LocalRun(task.name, task.config, code, job_dir) for task in tasks]
     return run_all(runs, devices=choose_devices(None, device), world=world, max_parallel=max_parallel, say=say)

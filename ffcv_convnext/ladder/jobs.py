@@ -80,8 +80,8 @@ def budget(tasks: Sequence[Task], world: int, images_per_s: float | None, *, par
         measured = _measured(tasks[0].folder.parents[1], world)
         if not measured:
             return (
-                f"{text}; hours unknown: no run in this folder has been measured yet. Give the rate of one run "
-                f"(processes: {world}) with --images_per_s; ffcv-convnext doctor predicts it"
+                f"{text}; hours unknown: no run in this folder has been measured yet. Give the rate of one run on "
+                f"{format_count(world, 'process')} with --images_per_s; ffcv-convnext doctor predicts it"
             )
         rates, source = [measured.get(task.name, median(measured.values())) for task in tasks], "measured here"
     hours = [number / rate / 3600 for number, rate in zip(images, rates, strict=True)]

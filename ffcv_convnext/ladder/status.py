@@ -13,7 +13,7 @@ from typing import Literal
 from ffcv_convnext import run_folder
 from ffcv_convnext.cluster import Submission, cancel, output_of, read_submissions, states
 from ffcv_convnext.files import read_lines
-from ffcv_convnext.formatting import format_duration, format_number, markdown_table
+from ffcv_convnext.formatting import format_count, format_duration, format_number, markdown_table
 from ffcv_convnext.run_folder import ATTEMPTS, EPOCHS, lock_holder, read_starts, run_state
 
 RunState = Literal[run_folder.RunState, "pending", "requeued", "missing", "unknown"]
@@ -124,7 +124,7 @@ def format_status(rows: Sequence[RunStatus], *, width: int = 60) -> str:
     ]
     found = [row.state for row in rows]
     totals = ", ".join(f"{found.count(state)} {state}" for state in dict.fromkeys(found))
-    return f"{markdown_table(header, cells, '<><<>>>>>><')}\n{len(rows)} runs: {totals}"
+    return f"{markdown_table(header, cells, '<><<>>>>>><')}\n{format_count(len(rows), 'run')}: {totals}"
 
 
 def watch(job_dir: Path, say: Callable[[str], None], *, every_s: float = 10.0) -> None:

@@ -455,7 +455,10 @@ def test_a_killed_rank_ends_the_run_and_it_is_started_again(small_settings: dict
     argv = [*words({**settings, "job_dir": tmp_path / "job", "executor": "local", "ngpus": 2})]
     run = tmp_path / "job"
     with subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "train.py"), *argv], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(REPOSITORY / "train.py"), *argv],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         try:
             deadline = time.monotonic() + 240

@@ -34,7 +34,7 @@ def ladder(*words: str, settings: dict[str, Any] | None = None) -> str:
 
 def submitted(output: str) -> dict[str, str]:
     """Jobs by run, "STEP/seedN"."""
-    lines = re.findall(r"^submitted job (\S+): \S*/(\w+/seed\d), 1 processes", output, flags=re.MULTILINE)
+    lines = re.findall(r"^submitted job (\S+): \S*/(\w+/seed\d), 1 process;", output, flags=re.MULTILINE)
     return {run: job for job, run in lines}
 
 
