@@ -17,8 +17,9 @@ def format_bytes(number: float) -> str:
 
 
 def format_count(number: int, noun: str) -> str:
-    """Return '1 image' or '1,281,167 images'."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    """Return '1 image', '1,281,167 images' or '2 processes'."""
+    plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{plural}"
 
 
 def format_number(value: float | None, spec: str) -> str:

@@ -25,6 +25,7 @@ PACKAGE = "ffcv_convnext"
 FLOORS = [
     {"", "errors", "files", "formatting", "policy_grammar", "rng", "snapshot"},  # "" is the package itself: its version
     {"config", "signals", "host"},
+    {"run_folder"},
     {"data", "augment", "models"},
     {"training"},
     {"bench"},

@@ -1,7 +1,7 @@
 """The command line: `ffcv-convnext write|train|ladder|report|export|bench|doctor|verify|data`.
 
-Exit status: 0 done, 1 failed, 2 wrong usage, 75 interrupted and ready to be resumed. What a user can mend is one
-line on stderr; anything else keeps its traceback.
+Exit status: 0 done, 1 failed, 2 wrong usage, 75 interrupted and ready to be resumed. Errors that a user can fix are
+one line on stderr; other errors keep their traceback.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ffcv_convnext.cli.data import data, verify, write
 from ffcv_convnext.cli.ladder import ladder
 from ffcv_convnext.cli.measure import bench, doctor
 from ffcv_convnext.cli.runs import export, report, train
+from ffcv_convnext.config import nearest
 from ffcv_convnext.errors import EXIT_USAGE, complain, exit_status
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -35,14 +36,16 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ffcv-convnext` and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     listing = "\n".join(f"  {name:8} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: ffcv-convnext COMMAND ...\n\ncommands:\n{listing}\n\nffcv-convnext COMMAND --help tells more.")
+        print(f"usage: ffcv-convnext COMMAND ...\n\ncommands:\n{listing}\n\noptions: ffcv-convnext COMMAND --help")
         return 0 if arguments else EXIT_USAGE
     if arguments[0] == "--version":
         print(__version__)
         return 0
     if arguments[0] not in COMMANDS:
-        return complain(f"error: no command '{arguments[0]}'; there are: {', '.join(COMMANDS)}", EXIT_USAGE)
+        hint = f"{nearest(arguments[0], COMMANDS)}; commands: {', '.join(COMMANDS)}"
+        return complain(f"error: unknown command '{arguments[0]}'{hint}", EXIT_USAGE)
     return run_command(arguments[0], arguments[1:])

@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 
 from ffcv_convnext.cli.parsing import parser_of
-from ffcv_convnext.config import add_flags, settings_from_args
+from ffcv_convnext.config import add_flags, nearest, settings_from_args
 
 
 def ladder(argv: Sequence[str]) -> int:
-    """The ladder: its steps (describe), and their runs as jobs (submit, status, cancel, logs)."""
+    """Show the ladder (describe, figure) and manage its runs as jobs (submit, status, cancel, logs)."""
     actions = {
         "describe": ladder_describe,
+        "figure": ladder_figure,
         "submit": ladder_submit,
         "status": ladder_status,
         "cancel": ladder_cancel,
@@ -23,16 +24,16 @@ def ladder(argv: Sequence[str]) -> int:
     }
     listing = "\n".join(f"  {name:8} {(action.__doc__ or '').splitlines()[0]}" for name, action in actions.items())
     if argv[:1] and argv[0] in ("-h", "--help"):
-        print(f"usage: ffcv-convnext ladder ACTION ...\n\n{listing}\n\nffcv-convnext ladder ACTION --help tells more.")
+        print(f"usage: ffcv-convnext ladder ACTION ...\n\n{listing}\n\noptions: ffcv-convnext ladder ACTION --help")
         return 0
     if not argv or argv[0] not in actions:
-        found = f"no action '{argv[0]}'" if argv else "no action given"
-        raise ValueError(f"ladder: {found}; there are: {', '.join(actions)}")
+        found = f"unknown action '{argv[0]}'{nearest(argv[0], actions)}" if argv else "no action given"
+        raise ValueError(f"ladder: {found}; actions: {', '.join(actions)}")
     return actions[argv[0]](argv[1:])
 
 
 def ladder_describe(argv: Sequence[str]) -> int:
-    """Each step's change, size and published accuracy."""
+    """Print each step's change, size and published accuracy."""
     parser = parser_of("ladder describe", ladder_describe)
     _add_configs_flag(parser)
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
@@ -44,8 +45,29 @@ def ladder_describe(argv: Sequence[str]) -> int:
     return 0
 
 
+def ladder_figure(argv: Sequence[str]) -> int:
+    """Draw the paper's results as a picture, with your finished runs if there are any."""
+    parser = parser_of("ladder figure", ladder_figure)
+    _add_configs_flag(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write: .svg or .png")
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", default=[], metavar="DIR", help="run folders, or folders of run folders"
+    )
+    options = parser.parse_args(argv)
+    kind = options.out.suffix.lower().removeprefix(".")
+    if kind not in ("svg", "png"):
+        raise ValueError(f"--out {options.out}: expected a file name that ends in .svg or .png")
+    if not options.out.resolve().parent.is_dir():
+        raise ValueError(f"--out {options.out}: {options.out.parent} does not exist; create it first")
+    from ffcv_convnext.report import write_paper_figure
+
+    write_paper_figure(options.out, kind, options.configs, options.runs)
+    print(f"wrote {options.out}")
+    return 0
+
+
 def ladder_submit(argv: Sequence[str]) -> int:
-    """Submit a run for each step and seed, as one job array; what is done or queued is left out."""
+    """Submit one run per step and seed as a job array; skip runs that are done, queued or running."""
     from ffcv_convnext.cluster import add_cluster_flags, cluster_from_args, split_slurm_options
     from ffcv_convnext.ladder import (
         check_overrides,
@@ -59,14 +81,12 @@ def ladder_submit(argv: Sequence[str]) -> int:
     parser = parser_of("ladder submit", ladder_submit)
     _add_configs_flag(parser)
     flag = parser.add_argument
-    flag("--seeds", default="0,1,2", metavar="S,S,...", help="a run of each step for each seed (default 0,1,2)")
-    flag("--only", metavar="STEPS", help="some steps only, e.g. 05..08,convnext_tiny")
-    flag("--kernel_sizes", action="store_true", help="step 7's other kernel sizes too")
-    flag("--max_parallel", type=int, metavar="N", help="runs at the same time, at most")
-    flag("--gpus_per_job", type=int, metavar="N", help="with --executor local: GPUs of a run; others get the rest")
-    flag(
-        "--images_per_s", type=float, metavar="RATE", help="what one run trains on its GPUs, to foresee the hours from"
-    )
+    flag("--seeds", default="0,1,2", metavar="S,S,...", help="seeds of each step (default 0,1,2)")
+    flag("--only", metavar="STEPS", help="only these steps, e.g. 05..08,convnext_tiny")
+    flag("--kernel_sizes", action="store_true", help="also the other kernel sizes of step 7")
+    flag("--max_parallel", type=int, metavar="N", help="max runs at the same time")
+    flag("--gpus_per_job", type=int, metavar="N", help="with --executor local: GPUs of each run")
+    flag("--images_per_s", type=float, metavar="RATE", help="training rate of one run, to predict the hours")
     add_flags(parser)
     add_cluster_flags(parser)
     parser.usage = "%(prog)s --job_dir DIR [--seeds 0,1,2] [--only STEPS] [--CLUSTER VALUE ...] [--SETTING VALUE ...]"
@@ -90,10 +110,10 @@ def ladder_submit(argv: Sequence[str]) -> int:
 
 
 def ladder_status(argv: Sequence[str]) -> int:
-    """Show how every run stands: state, epoch, time left, best top-1, images/s, restarts, last error."""
+    """Print every run's state, epoch, time left, best top-1, images/s, restarts and last error."""
     parser = parser_of("ladder status", ladder_status)
     parser.add_argument("job_dir", type=Path, metavar="DIR", help="--job_dir of ladder submit")
-    parser.add_argument("--watch", action="store_true", help="show it anew every 10 s until nothing is on its way")
+    parser.add_argument("--watch", action="store_true", help="repeat every 10 s until no run is queued or running")
     options = parser.parse_args(argv)
     from ffcv_convnext.ladder import format_status, read_status, watch
 
@@ -105,7 +125,7 @@ def ladder_status(argv: Sequence[str]) -> int:
 
 
 def ladder_cancel(argv: Sequence[str]) -> int:
-    """Take runs out of the queue; their folders stay, and submitting again continues them."""
+    """Cancel queued and running jobs; run folders stay, and submitting again continues the runs."""
     parser = parser_of("ladder cancel", ladder_cancel)
     parser.add_argument("job_dir", type=Path, metavar="DIR", help="--job_dir of ladder submit")
     parser.add_argument("names", nargs="*", metavar="STEP", help="STEP or STEP/seedN (default: all runs)")
@@ -117,11 +137,11 @@ def ladder_cancel(argv: Sequence[str]) -> int:
 
 
 def ladder_logs(argv: Sequence[str]) -> int:
-    """Print the end of what a step's latest jobs said on stderr."""
+    """Print the last lines of stderr of a step's latest jobs."""
     parser = parser_of("ladder logs", ladder_logs)
     parser.add_argument("name", metavar="STEP", help="STEP or STEP/seedN")
-    parser.add_argument("--job_dir", type=Path, required=True, metavar="DIR", help="as of ladder submit")
-    parser.add_argument("--lines", type=int, default=40, metavar="N", help="of each job, at most (default 40)")
+    parser.add_argument("--job_dir", type=Path, required=True, metavar="DIR", help="--job_dir of ladder submit")
+    parser.add_argument("--lines", type=int, default=40, metavar="N", help="max lines per job (default 40)")
     options = parser.parse_args(argv)
     from ffcv_convnext.ladder import read_log
 

@@ -14,7 +14,7 @@ from ffcv_convnext.errors import EXIT_FAILURE, complain
 
 
 def train(argv: Sequence[str]) -> int:
-    """Train a network, continue a run, or evaluate a checkpoint; with --job_dir, as a job on a cluster."""
+    """Train, continue or evaluate a run; with --job_dir, submit it as a job."""
     from ffcv_convnext.cluster import add_cluster_flags, cluster_from_args, split_slurm_options, submit_run
     from ffcv_convnext.training import run_config
 
@@ -31,30 +31,33 @@ def train(argv: Sequence[str]) -> int:
 
 
 def report(argv: Sequence[str]) -> int:
-    """Hold run folders against the ladder: table, figure and page."""
+    """Compare finished runs with the paper: table, figure, HTML page."""
     parser = parser_of("report", report)
-    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="run folders, or folders that hold some")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="run folders, or folders of run folders")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="write ladder.md, .csv, .json, .png and .svg there (default: the DIR, where one is given that holds runs)",
+        help="folder for ladder.md, .csv, .json, .png and .svg (default: DIR, if it is one folder of run folders)",
     )
-    parser.add_argument("--html", action="store_true", help="write ladder.html too, one page with training curves")
-    parser.add_argument("--configs", type=Path, metavar="DIR", help="the ladder (default rn_configs, where it is)")
+    parser.add_argument("--html", action="store_true", help="also write ladder.html, a page with training curves")
+    parser.add_argument(
+        "--configs", type=Path, metavar="DIR", help="folder of the ladder (default rn_configs, if it exists)"
+    )
     options = parser.parse_args(argv)
-    from ffcv_convnext.report import is_run, summarise, to_markdown, write_files
+    from ffcv_convnext.report import summarise, to_markdown, write_files
+    from ffcv_convnext.run_folder import is_run
 
     out, configs = options.out, options.configs
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"--out {out} cannot be made: {error.strerror}; choose another folder") from None
+            raise ValueError(f"--out {out} cannot be created: {error.strerror}; choose another folder") from None
     elif len(options.folders) == 1 and not is_run(options.folders[0]):
         out = options.folders[0]
     elif options.html:
-        raise ValueError("--html: say where the page shall be, with --out DIR")
+        raise ValueError("--html: no folder for the page; give one with --out DIR")
     if configs is None and Path("rn_configs").is_dir():
         configs = Path("rn_configs")
     found = summarise(options.folders, configs)
@@ -63,20 +66,22 @@ def report(argv: Sequence[str]) -> int:
         return 0
     if not os.access(out, os.W_OK):
         status = 0 if options.out is None else EXIT_FAILURE
-        return complain(f"{out} cannot be written, so no files were; --out DIR puts them elsewhere", status)
+        return complain(
+            f"{out} cannot be written, so no files were written; choose another folder with --out DIR", status
+        )
     written = write_files(found, out, page=options.html)
     return complain(f"wrote {', '.join(path.name for path in written)} to {out}", 0)
 
 
 def export(argv: Sequence[str]) -> int:
-    """Write a checkpoint's weights under the names that timm or torchvision use."""
+    """Write a checkpoint's weights with the parameter names of timm or torchvision."""
     parser = parser_of("export", export)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint of a run folder")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint in a run folder")
     parser.add_argument("--out", type=Path, required=True, help="file to write, readable with torch.load")
     parser.add_argument(
-        "--layout", choices=["timm", "torchvision", "ours"], default="ours", help="names of the weights"
+        "--layout", choices=["timm", "torchvision", "ours"], default="ours", help="parameter names (default ours)"
     )
-    parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the raw ones")
+    parser.add_argument("--ema", action="store_true", help="averaged weights instead of raw weights")
     options = parser.parse_args(argv)
     from ffcv_convnext.models import export_weights
 

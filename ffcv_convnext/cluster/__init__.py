@@ -1,10 +1,17 @@
-"""Runs as jobs: on a Slurm cluster by way of submitit, or as processes of this machine."""
+"""Runs as jobs: on a Slurm cluster through submitit, or as processes on this machine."""
 
-from ffcv_convnext.cluster.local_executor import log_of
 from ffcv_convnext.cluster.settings import ClusterConfig, add_cluster_flags, cluster_from_args, split_slurm_options
-from ffcv_convnext.cluster.slurm import cancel, log_of_job, states
-from ffcv_convnext.cluster.submission import Task, num_processes, plan_task, submit_run, submit_tasks, unfinished
-from ffcv_convnext.cluster.submissions import Submission, holder, read_submissions
+from ffcv_convnext.cluster.slurm import cancel, states
+from ffcv_convnext.cluster.submission import (
+    Task,
+    num_processes,
+    output_of,
+    plan_task,
+    submit_run,
+    submit_tasks,
+    unfinished,
+)
+from ffcv_convnext.cluster.submissions import Submission, read_submissions
 
 __all__ = [
     "ClusterConfig",
@@ -13,10 +20,8 @@ __all__ = [
     "add_cluster_flags",
     "cancel",
     "cluster_from_args",
-    "holder",
-    "log_of",
-    "log_of_job",
     "num_processes",
+    "output_of",
     "plan_task",
     "read_submissions",
     "split_slurm_options",

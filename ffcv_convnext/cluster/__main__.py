@@ -1,4 +1,4 @@
-"""The last line of a batch script: `python -m ffcv_convnext.cluster STATUS FOLDER`."""
+"""Requeue a job or leave it; the last line of a batch script: `python -m ffcv_convnext.cluster STATUS FOLDER`."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Runs on this machine: processes of their own, one a device, several runs at a time on disjoint devices.
+"""Runs on this machine: one process per device, several runs at a time on different devices.
 
-submitit's local executor waits until every process has ended; here one that dies takes the others down, and the run is
-started again by the same rule as on a cluster.
+submitit's local executor waits until every process has ended. Here a process that fails ends the others of its run,
+and the run is started again by the same rule as on a cluster.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ffcv_convnext.cluster.requeue_policy import is_worth_another_try
+from ffcv_convnext.cluster.requeue_policy import should_requeue
 from ffcv_convnext.cluster.submissions import LOCAL
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import EXIT_FAILURE, Interrupted
 from ffcv_convnext.files import write_atomically
+from ffcv_convnext.formatting import format_count
 from ffcv_convnext.signals import stop_signals
 
-FOLDER = "local"  # in job_dir: what the processes print
-AFTER_DEATH_S = 30  # what is left of a run after a process died is killed after it
-AFTER_STOP_S = 120  # what was told to stop saves at its next step, or is killed after it
+FOLDER = "local"  # in job_dir: output of the processes
+FAILURE_GRACE_S = 30  # after a process failed, the others are killed after this time
+STOP_GRACE_S = 120  # a stopped run saves at its next step; it is killed after this time
 POLL_S = 0.2
 
 
 def choose_devices(wanted: int | None, device: str) -> list[str]:
-    """The devices of a run on this machine: indices of GPUs, as CUDA_VISIBLE_DEVICES takes them; '' for a processor.
+    """Return the devices of a run on this machine: GPU indices for CUDA_VISIBLE_DEVICES; '' for a CPU process.
 
-    wanted: how many; None: all GPUs, or one process without any.
-    Raises ValueError when there are fewer GPUs.
+    wanted: number of devices; None: all GPUs, or one CPU process if there are none.
+    Raises ValueError if there are fewer GPUs.
     """
     if device == "cpu":
         return [""] * (wanted or 1)
-    import torch  # after the word cpu: it takes seconds
+    import torch  # takes seconds
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
@@ -45,35 +46,39 @@ def choose_devices(wanted: int | None, device: str) -> list[str]:
     if not gpus and device == "auto":
         return [""] * (wanted or 1)
     if wanted is not None and wanted > len(gpus):
-        raise ValueError(f"ngpus = {wanted}: this machine has {len(gpus)} GPUs; --ngpus {len(gpus)}, or --device cpu")
+        raise ValueError(
+            f"ngpus = {wanted}: this machine has {len(gpus)} GPUs; use --ngpus {len(gpus)}, or --device cpu"
+        )
     return gpus if wanted is None else gpus[:wanted]
 
 
-def log_of(job_dir: Path, name: str, seed: int, rank: int = 0) -> Path:
-    """The file of what a run's process prints."""
+def output_of_run(job_dir: Path, name: str, seed: int, rank: int = 0) -> Path:
+    """Return the file with the output of a run's process."""
     return job_dir / FOLDER / f"{name}_seed{seed}_{rank}.log"
 
 
 @dataclass(slots=True)
 class LocalRun:
-    """One run and its processes."""
+    """A run and its processes."""
 
     name: str
     config: Config
-    code: Path  # snapshot to run
+    code: Path  # snapshot of the source
     job_dir: Path
     devices: Sequence[str] = ()
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    kill_at: float | None = None  # on time.monotonic's clock, once it ends
-    status: int = 0  # of the first process that did not end well
+    kill_at: float | None = None  # deadline by time.monotonic, set when the run is stopped
+    status: int = 0  # exit status of the first process that failed
 
     @property
     def folder(self) -> Path:
+        """The run folder."""
         assert self.config.run.output_dir is not None
         return self.config.run.output_dir
 
     def log(self, rank: int) -> Path:
-        return log_of(self.job_dir, self.name, self.config.run.seed, rank)
+        """Return the file with the output of a process."""
+        return output_of_run(self.job_dir, self.name, self.config.run.seed, rank)
 
     def start(self, devices: Sequence[str]) -> None:
         """Start a process on each device."""
@@ -104,26 +109,27 @@ class LocalRun:
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=output,
-                        start_new_session=True,  # Ctrl-C comes from us, once
+                        start_new_session=True,  # this process forwards Ctrl-C, once
                     )
                 )
 
     def poll(self) -> bool:
-        """Whether all processes have ended. One that failed ends the others."""
+        """Return whether all processes have ended. If one failed, stop the others."""
         statuses = [process.poll() for process in self.processes]
         if not self.status and (failed := [status for status in statuses if status]):
             self.status = failed[0]
-            self.stop(AFTER_DEATH_S)
+            self.stop(FAILURE_GRACE_S)
         if self.kill_at is not None and time.monotonic() > self.kill_at:
             self.kill()
         return None not in statuses
 
     def stop(self, grace_s: float) -> None:
-        """Tell the processes to save and exit; after `grace_s` seconds they are killed."""
+        """Ask the processes to save and exit; they are killed after `grace_s` seconds."""
         self.kill_at = self.kill_at or time.monotonic() + grace_s
         self._send(signal.SIGTERM)
 
     def kill(self) -> None:
+        """Kill the processes."""
         self._send(signal.SIGKILL)
 
     def _send(self, number: signal.Signals) -> None:
@@ -140,11 +146,11 @@ def run_all(
     max_parallel: int | None,
     say: Callable[[str], None],
 ) -> int:
-    """Compute runs on this machine, in their order, each on `world` of the devices, as many at a time as fit.
+    """Run in the given order, each run on `world` devices, as many runs at a time as there are devices for.
 
-    On a processor, which runs share, it is max_parallel of them, or one.
-    Returns 0, or what the first failed run ended with, after all have ended. Raises Interrupted when a signal stopped
-    them after they had saved.
+    CPU runs share the processor: max_parallel at a time, default one.
+    Returns 0, or the exit status of the first failed run, after all have ended. Raises Interrupted if a signal stopped
+    the runs after they had saved.
     """
     if not devices[0]:
         devices = [""] * world * (max_parallel or 1)
@@ -161,11 +167,11 @@ def run_all(
                     run.start(mine)
                     running.append(run)
                     on = "" if not mine[0] else f" on GPU {', '.join(mine)}"
-                    say(f"started {run.folder}, {world} processes{on}; what it prints is in {run.log(0)}")
+                    say(f"started {run.folder}, {format_count(world, 'process')}{on}; output in {run.log(0)}")
                 if stop.requested:
                     for run in running:
                         if run.kill_at is None:
-                            run.stop(AFTER_STOP_S)
+                            run.stop(STOP_GRACE_S)
                 for run in [run for run in running if run.poll()]:
                     running.remove(run)
                     free = [*run.devices, *free]
@@ -173,14 +179,14 @@ def run_all(
                         say(f"finished {run.folder}")
                     elif stop.requested:
                         say(f"stopped {run.folder}")
-                    elif is_worth_another_try(run.folder, f"{LOCAL}{os.getpid()}", run.status):
-                        say(f"{run.folder} ended with exit status {run.status} before it was done; started again")
+                    elif should_requeue(run.folder, f"{LOCAL}{os.getpid()}", run.status):
+                        say(f"{run.folder} ended with exit status {run.status} before it was finished; started again")
                         waiting.insert(0, run)
                     else:
                         result = result or run.status
-                        say(f"error: {run.folder} failed again without a newer checkpoint: see {run.log(0)}")
+                        say(f"error: {run.folder} failed again without a newer checkpoint; see {run.log(0)}")
                 time.sleep(POLL_S)
-        finally:  # nothing is left when an error or a second Ctrl-C ends this
+        finally:  # an error or a second Ctrl-C leaves no process behind
             for run in running:
                 run.kill()
     if stop.requested:

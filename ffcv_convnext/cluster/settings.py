@@ -1,6 +1,6 @@
-"""Where a run shall be computed: flags beside a run's own settings, and a profile for what is the same every time.
+"""Where a run is computed: flags beside a run's own settings, and a profile file for values that stay the same.
 
-They are no part of a run's config.yaml: the same run may go on elsewhere.
+They are not part of a run's config.yaml, because the same run may continue elsewhere.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ffcv_convnext.config import (
     SETTINGS,
     add_setting_flags,
+    check_ranges,
     collect_settings,
     format_value,
     nearest,
@@ -24,54 +25,50 @@ from ffcv_convnext.config import (
     to_plain,
 )
 
-OTHER = "slurm_"  # begins the name of any other sbatch option
+OTHER = "slurm_"  # prefix of any other sbatch option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
-    """Where the run is computed; with --job_dir it is submitted, without it runs here."""
+    """Where the run is computed: with --job_dir it is submitted, without it runs here."""
 
     job_dir: Path | None = setting(
         None,
-        "submit instead of running here: folder for the job's files, and the run folder unless --output_dir is set",
+        "submit the run as a job; folder for the job's files, also the run folder unless --output_dir is set",
     )
     executor: Literal["slurm", "local", "debug"] = setting(
-        "slurm", "a batch job; processes on this machine, waited for; or this very process"
+        "slurm", "slurm: a batch job; local: processes on this machine; debug: this process"
     )
-    nodes: int = setting(1, "nodes to request")
+    nodes: int = setting(1, "nodes to request", minimum=1)
     ngpus: int | None = setting(
-        None, "GPUs to request on each node, a process each (none requested with --device cpu); none: 8, here all"
+        None,
+        "GPUs per node, one process each (with --device cpu: processes, no GPUs); none: 8, or all with executor local",
+        minimum=1,
     )
-    timeout: float = setting(72.0, "hours after which the job is stopped and put back into the queue")
+    timeout: float = setting(72.0, "time limit of a job, hours; then it is requeued and continues", above=0)
     partition: str | None = setting(None, "partition to submit to; none: the cluster's default")
     constraint: str | None = setting(None, "features the nodes must have")
     account: str | None = setting(None, "account to charge")
     qos: str | None = setting(None, "quality of service")
     comment: str | None = setting(None, "comment for the scheduler")
-    exclude: str | None = setting(None, "nodes to leave out")
-    mem_gb: float | None = setting(None, "memory to request on each node, GB; none: the cluster's default")
-    cpus_per_task: int = setting(10, "processor cores for each process")
+    exclude: str | None = setting(None, "nodes to exclude")
+    mem_gb: float | None = setting(None, "memory per node, GB; none: the cluster's default", above=0)
+    cpus_per_task: int = setting(10, "CPU cores per process", minimum=1)
     job_name: str = setting("convnext", "name of the job in the queue")
-    sbatch: Mapping[str, str] = field(default_factory=dict)  # any other option of sbatch, without its slurm_
+    sbatch: Mapping[str, str] = field(default_factory=dict)  # any other sbatch option, without the prefix slurm_
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "ngpus", "cpus_per_task"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} = {value}: expected at least 1")
-        if self.timeout <= 0:
-            raise ValueError(f"timeout = {format_value(self.timeout)}: expected a positive number of hours")
-        if self.mem_gb is not None and self.mem_gb <= 0:
-            raise ValueError(f"mem_gb = {format_value(self.mem_gb)}: expected a positive number")
+        check_ranges(self)
         if self.executor != "slurm" and self.nodes > 1:
-            raise ValueError(f"nodes = {self.nodes}: executor {self.executor} has this machine only; --nodes 1")
+            raise ValueError(f"nodes = {self.nodes}: executor {self.executor} uses only this machine; use --nodes 1")
         if self.job_dir is not None and "%" in str(self.job_dir):
             raise ValueError(
-                f"job_dir = {self.job_dir}: expected a path without %; a run keeps its folder in every job"
+                f"job_dir = {self.job_dir}: expected a path without %, because every job of a run uses the same folder"
             )
 
     @property
     def timeout_minutes(self) -> int:
+        """The time limit in whole minutes, rounded up."""
         return math.ceil(round(self.timeout * 60, 6))  # 1.1 hours are 66 minutes
 
 
@@ -81,22 +78,22 @@ assert not CLUSTER_SETTINGS.keys() & SETTINGS.keys(), "a run's setting has the s
 
 
 def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare --cluster, --dry_run and one flag for every setting above; see `cluster_from_args` for --slurm_NAME."""
+    """Declare --cluster, --dry_run and one flag for every setting above; `split_slurm_options` reads --slurm_NAME."""
     add_setting_flags(parser, GROUPS)
     section = parser.add_argument_group("submission")
     section.add_argument(
-        "--cluster", type=Path, metavar="YAML", help="profile: settings of the group cluster; flags win over it"
+        "--cluster", type=Path, metavar="YAML", help="profile with settings of the group cluster; flags override it"
     )
     section.add_argument(
-        "--dry_run", action="store_true", help="print the sbatch script and the resolved config, submit nothing"
+        "--dry_run", action="store_true", help="print the sbatch script and the resolved config; submit nothing"
     )
     section.add_argument(
-        "--slurm_NAME", metavar="VALUE", help="any other option of sbatch, e.g. --slurm_reservation x", dest="_"
+        "--slurm_NAME", metavar="VALUE", help="any other sbatch option, e.g. --slurm_reservation x", dest="_"
     )
 
 
 def split_slurm_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """A command line without its --slurm_NAME VALUE, and those: {NAME: VALUE}."""
+    """Split --slurm_NAME VALUE off a command line; return the rest and {NAME: VALUE}."""
     rest: list[str] = []
     options: dict[str, str] = {}
     words = iter(argv)
@@ -107,28 +104,28 @@ def split_slurm_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]
             continue
         found = value if given else next(words, None)
         if found is None:
-            raise ValueError(f"{name}: expected a value; for an option that takes none: {name} true")
+            raise ValueError(f"{name}: expected a value; for an option without a value write {name} true")
         options[name[len(f"--{OTHER}") :]] = found
     return rest, options
 
 
 def read_profile(path: Path) -> dict[str, Any]:
-    """A profile's lines `name: value`, unparsed. Raises FileNotFoundError, or ValueError naming the nearest names."""
+    """Return a profile's values, unparsed. Raises FileNotFoundError, or ValueError for an unknown name."""
     if not path.is_file():
         raise FileNotFoundError(f"cluster = {path} does not exist; docs/cluster.md shows a profile")
     values = read_mapping(path)
     for name in map(str, values):
         if not name.startswith(OTHER) and name not in CLUSTER_SETTINGS:
             known = [*CLUSTER_SETTINGS, *SETTINGS]
-            hint = "; it is a setting of runs and belongs into --config" if name in SETTINGS else nearest(name, known)
+            hint = "; it is a setting of a run, set it in --config" if name in SETTINGS else nearest(name, known)
             raise ValueError(f"{path}: unknown setting '{name}'{hint}")
     return values
 
 
 def cluster_from_args(namespace: argparse.Namespace, sbatch: Mapping[str, str]) -> ClusterConfig:
-    """Defaults < the profile < flags. sbatch: of `split_slurm_options`.
+    """Return the cluster settings: defaults < profile < flags. sbatch: from `split_slurm_options`.
 
-    Raises ValueError where a flag says how to submit and there is no --job_dir to submit to.
+    Raises ValueError if a flag about the submission is given without --job_dir.
     """
     given = {name: getattr(namespace, name) for name in CLUSTER_SETTINGS if hasattr(namespace, name)}
     profile = {} if namespace.cluster is None else read_profile(namespace.cluster)
@@ -140,11 +137,11 @@ def cluster_from_args(namespace: argparse.Namespace, sbatch: Mapping[str, str]) 
     submitting = [*given, *(f"{OTHER}{name}" for name in sbatch)]
     submitting += [name for name in ("cluster", "dry_run") if getattr(namespace, name)]
     if config.job_dir is None and submitting:
-        raise ValueError(f"--{submitting[0]} has no meaning without --job_dir, the folder to submit a job from")
+        raise ValueError(f"--{submitting[0]} has no effect without --job_dir DIR, which submits the run as a job")
     return config
 
 
 def flat(config: ClusterConfig) -> dict[str, Any]:
-    """Every setting by its flat name, as plain values."""
+    """Return every setting by its flat name, as plain values."""
     values = {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name != "sbatch"}
     return values | {f"{OTHER}{name}": value for name, value in config.sbatch.items()}

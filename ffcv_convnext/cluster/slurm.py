@@ -1,11 +1,10 @@
-"""Batch jobs by way of submitit: the callable that a task runs, the sbatch script, the queue.
+"""Batch jobs through submitit: the callable that a task runs, the sbatch script, the queue.
 
-A job's life. Slurm sends SIGUSR2 to every task SIGNAL_DELAY_S before the time limit, SIGTERM before a pre-emption; the
-training loop saves at its next step, where all ranks stand at the same one, and they exit with status 75. A task that
-dies otherwise takes the others down (srun --kill-on-bad-exit). Either way srun returns to the batch script, whose last
-line decides, in one place, whether the job is put back into the queue (`requeue`). A job that Slurm itself has
-requeued, for a lost node or `scontrol requeue`, or that was cancelled, is left alone. When it starts again, the same
-callable continues the same run folder.
+How a job ends: Slurm sends SIGUSR2 to every task SIGNAL_DELAY_S before the time limit, and SIGTERM before a
+pre-emption. The training loop saves at its next step, which is the same on all ranks, and exits with status 75. If a
+task fails, srun ends the others (--kill-on-bad-exit). In both cases srun returns to the batch script, and its last line
+(`requeue`) decides whether the job is requeued. Jobs that were cancelled, or that Slurm has already requeued (lost
+node, `scontrol requeue`), are left as they are. When the job starts again, the same callable continues the same run.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffcv_convnext.cluster.requeue_policy import is_worth_another_try
+from ffcv_convnext.cluster.requeue_policy import should_requeue
 from ffcv_convnext.cluster.settings import ClusterConfig
 from ffcv_convnext.config import Config, nearest
 from ffcv_convnext.errors import Failure, complain, exit_status
@@ -33,23 +32,25 @@ from ffcv_convnext.training import run_config
 if TYPE_CHECKING:
     import submitit
 
-SIGNAL_DELAY_S = 120  # the loop finishes its step and saves in it; --slurm_signal USR2@300 for more
+SIGNAL_DELAY_S = 120  # time to finish a step and save; --slurm_signal USR2@300 gives more
 DEFAULT_NGPUS = 8
-ENDED = {  # squeue lists a job in these states for some minutes
+ENDED = {  # squeue lists ended jobs for some minutes
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 }  # fmt: skip
-FOLDER = "slurm"  # in job_dir: submitit's files, and what the tasks print
+# settings with the same name in ClusterConfig and in submitit
+SAME_NAME = ("job_name", "nodes", "cpus_per_task", "partition", "constraint", "account", "qos", "comment", "exclude")
+FOLDER = "slurm"  # in job_dir: submitit's files and the output of the tasks
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingJob:
-    """What every task of a job calls: one rank of a run."""
+    """The callable of every task of a job: one rank of a run."""
 
     settings: dict[str, Any]  # Config.flat()
-    command: list[str]  # that submitted it, for run.json
+    command: list[str]  # the user's command, for run.json
 
     def __call__(self) -> None:
-        """Train, or continue. A run that did not finish leaves with its exit status, which srun passes on."""
+        """Train or continue. If the run does not finish, exit with its status, which srun passes on."""
         import submitit
 
         task = submitit.JobEnvironment()
@@ -58,30 +59,31 @@ class TrainingJob:
             WORLD_SIZE=str(task.num_tasks),
             LOCAL_RANK=str(task.local_rank),
             LOCAL_WORLD_SIZE=str(task.num_tasks // task.num_nodes),
-        )  # MASTER_ADDR and MASTER_PORT are the batch script's
+        )  # the batch script sets MASTER_ADDR and MASTER_PORT
         sys.argv = list(self.command)
         if status := exit_status(lambda: run_config(Config.from_flat(self.settings))):
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun's to the others; what srun sees shall be the status
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from srun; the exit status must reach srun
             sys.exit(status)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """For submitit's own handler, which holds for the moment before a run installs its: the same again."""
+        """Return the same job, for submitit's signal handler, which is active until the run installs its own."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
 
 
 def processes_per_node(cluster: ClusterConfig) -> int:
+    """Return the number of tasks on each node."""
     return DEFAULT_NGPUS if cluster.ngpus is None else cluster.ngpus
 
 
 def build_executor(
     cluster: ClusterConfig, *, code: Path, gpus: bool, max_parallel: int | None = None
 ) -> submitit.SlurmExecutor:
-    """submitit's executor with everything but the jobs settled. Writes nothing.
+    """Return submitit's executor with all parameters set. Writes nothing.
 
-    code: snapshot to run.   gpus: request them.   max_parallel: tasks of an array that run at the same time.
-    Raises ValueError when submitit is not installed.
+    code: snapshot to run.   gpus: request GPUs.   max_parallel: max tasks of an array at the same time.
+    Raises ValueError if submitit is not installed.
     """
     try:
         import submitit
@@ -91,12 +93,12 @@ def build_executor(
     class Executor(submitit.SlurmExecutor):  # type: ignore[misc]
         @classmethod
         def affinity(cls) -> int:
-            return 2  # whether Slurm is here, check_slurm says, in words that help; a dry run does without
+            return 2  # available: check_slurm checks for Slurm, and a dry run works without it
 
     assert cluster.job_dir is not None
     folder = cluster.job_dir / FOLDER
     here, quoted = shlex.quote(sys.executable), shlex.quote(str(code))
-    lost = f"error: {code} is not there on $(hostname): job_dir must lie on a file system that all nodes share"
+    lost = f"error: {code} not found on $(hostname): job_dir must be on a file system that all nodes share"
     setup = [
         f'cd {quoted} || {{ echo "{lost}" >&2; exit 2; }}',
         f"export PYTHONPATH={quoted}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -113,24 +115,16 @@ def build_executor(
     tasks = processes_per_node(cluster)
     executor = Executor(folder)
     executor.update_parameters(
-        job_name=cluster.job_name,
-        nodes=cluster.nodes,
+        **{name: getattr(cluster, name) for name in SAME_NAME},
         ntasks_per_node=tasks,
         gpus_per_node=tasks if gpus else None,
-        cpus_per_task=cluster.cpus_per_task,
         mem=None if cluster.mem_gb is None else f"{round(cluster.mem_gb * 1024)}M",
         time=cluster.timeout_minutes,
-        partition=cluster.partition,
-        constraint=cluster.constraint,
-        account=cluster.account,
-        qos=cluster.qos,
-        comment=cluster.comment,
-        exclude=cluster.exclude,
-        wckey=None,  # submitit's own word, which some clusters refuse
+        wckey=None,  # submitit sets one, which some clusters refuse
         signal_delay_s=SIGNAL_DELAY_S,
         array_parallelism=max_parallel or 256,
         setup=setup,
-        # srun takes no --cpus-per-task from sbatch since Slurm 22.05: each task would have one core
+        # since Slurm 22.05 srun ignores sbatch's --cpus-per-task: each task would have one core
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}"],
         teardown=[
             "status=$?",
@@ -143,7 +137,7 @@ def build_executor(
 
 
 def sbatch_script(executor: submitit.SlurmExecutor, num_jobs: int) -> str:
-    """What `submit` would hand to sbatch."""
+    """Return the script that `submit` passes to sbatch."""
     if num_jobs > 1:
         executor.parameters["map_count"] = num_jobs
     script: str = executor._make_submission_file_text(executor._submitit_command_str, "")
@@ -151,37 +145,37 @@ def sbatch_script(executor: submitit.SlurmExecutor, num_jobs: int) -> str:
 
 
 def submit(executor: submitit.SlurmExecutor, jobs: Sequence[TrainingJob]) -> list[str]:
-    """Submit one job, or an array of several, all or none; returns their ids.
+    """Submit one job, or an array of several, all or none; return their ids.
 
-    Raises Failure with sbatch's words when it refuses.
+    Raises Failure with sbatch's message if it fails.
     """
     import submitit
 
-    chosen = {n: v for n, v in os.environ.items() if n == "SLURM_CONF" or n.startswith("SBATCH_")}  # by the user
+    chosen = {n: v for n, v in os.environ.items() if n == "SLURM_CONF" or n.startswith("SBATCH_")}  # set by the user
     try:
         with (
             submitit.helpers.clean_env(),  # a job submitted from a job inherits nothing from it
-            redirect_stderr(io.StringIO()),  # where submitit repeats sbatch's words
+            redirect_stderr(io.StringIO()),  # submitit repeats sbatch's message there
         ):
             os.environ.update(chosen)
             return [str(job.job_id) for job in executor.submit_array(jobs)]
     except submitit.core.utils.FailedJobError as error:
-        words = [line.strip() for line in str(error).splitlines() if line.strip().startswith("sbatch: ")]
+        messages = [line.strip() for line in str(error).splitlines() if line.strip().startswith("sbatch: ")]
         raise Failure(
-            f"nothing submitted: {'; '.join(dict.fromkeys(words)) or error}. Change the option it names; --dry_run "
-            "shows the script"
+            f"nothing submitted: {'; '.join(dict.fromkeys(messages)) or error}. Change that option; --dry_run prints "
+            "the script"
         ) from None
 
 
 def check_slurm(cluster: ClusterConfig) -> None:
-    """Raises ValueError where there is no Slurm, no such partition, or a partition that never runs jobs so long."""
+    """Raise ValueError if Slurm or the partition is not found, or if the time limit exceeds the partition's."""
     for command in ("sbatch", "srun", "squeue", "scontrol", "sinfo"):
         if shutil.which(command) is None:
             raise ValueError(
-                f"there is no {command} on this machine; submit from a login node of the cluster, or compute here with "
-                "--executor local"
+                f"{command} not found on this machine; submit from a login node of the cluster, or run on this machine "
+                "with --executor local"
             )
-    lines = _ask("sinfo", "--noheader", "--format=%P %l").splitlines()  # the default has a star: main* 1-00:00:00
+    lines = _run("sinfo", "--noheader", "--format=%P %l").splitlines()  # the default has a star: main* 1-00:00:00
     limits = {name: _minutes(limit) for name, limit in map(str.split, lines)}
     default = [name.rstrip("*") for name in limits if name.endswith("*")]
     limits = {name.rstrip("*"): limit for name, limit in limits.items()}
@@ -189,19 +183,19 @@ def check_slurm(cluster: ClusterConfig) -> None:
     for name in chosen:
         if name not in limits:
             raise ValueError(
-                f"partition = {name}: this cluster has none of that name{nearest(name, limits)}; "
-                f"there are: {', '.join(sorted(limits))}"
+                f"partition = {name}: not found on this cluster{nearest(name, limits)}; "
+                f"partitions: {', '.join(sorted(limits))}"
             )
     longest = max((limits[name] for name in chosen), default=math.inf)
     if cluster.timeout_minutes > longest and cluster.qos is None and "time" not in cluster.sbatch:  # a qos may allow it
         raise ValueError(
             f"timeout = {cluster.timeout:g}: partition {', '.join(chosen)} runs jobs of at most {longest / 60:g} "
-            f"hours; say --timeout {longest / 60:g}: a run goes on in as many jobs as it takes"
+            f"hours; use --timeout {longest / 60:g}: a run continues in as many jobs as it needs"
         )
 
 
 def _minutes(limit: str) -> float:
-    """Slurm's 'infinite', '1-12:00:00', '12:00:00' or '30:00' in minutes."""
+    """Convert Slurm's 'infinite', '1-12:00:00', '12:00:00' or '30:00' to minutes."""
     if limit in ("infinite", "n/a"):
         return math.inf
     days, _, clock = limit.rpartition("-")
@@ -210,55 +204,58 @@ def _minutes(limit: str) -> float:
 
 
 def states(jobs: Iterable[str]) -> dict[str, str]:
-    """Of those jobs that are still in the queue: id -> PENDING, RUNNING, REQUEUED, COMPLETING, ..."""
+    """Return the states of the jobs that are still in the queue: id -> PENDING, RUNNING, REQUEUED, COMPLETING, ..."""
     wanted = set(jobs)
     if not wanted:
         return {}
-    lines = _ask("squeue", "--noheader", "--me", "--array", "--states=all", "--format=%i %T").splitlines()
+    lines = _run("squeue", "--noheader", "--me", "--array", "--states=all", "--format=%i %T").splitlines()
     found = dict(line.split() for line in lines)
     return {job: found[job] for job in wanted & found.keys() if found[job] not in ENDED}
 
 
-def log_of_job(job_dir: Path, job: str) -> Path:
-    """The file of what rank 0 of a job, its batch script and srun say on stderr."""
+def output_of_job(job_dir: Path, job: str) -> Path:
+    """Return the file with stderr of a job's rank 0, batch script and srun."""
     return job_dir / FOLDER / f"{job}_0_log.err"
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    _ask("scancel", *jobs)
+    """Cancel queued and running jobs."""
+    _run("scancel", *jobs)
 
 
-def _ask(*command: str) -> str:
-    """A Slurm command's output. Raises Failure with its words when it fails."""
+def _run(*command: str) -> str:
+    """Return a Slurm command's output. Raises Failure with its message if it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except FileNotFoundError:
-        raise Failure(f"there is no {command[0]} on this machine; ask on a login node of the cluster") from None
+        raise Failure(f"{command[0]} not found on this machine; run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
         raise Failure(f"{command[0]} did not answer within 60 s; try again") from None
     except subprocess.CalledProcessError as error:
         reason = " ".join(error.stderr.split()) or f"exit status {error.returncode}"
-        raise Failure(f"{command[0]} failed: {reason}; is this a login node of a cluster that runs?") from None
+        raise Failure(f"{command[0]} failed: {reason}; is this a login node, and does the cluster run?") from None
 
 
 def requeue(status: int, folder: Path) -> int:
-    """The last line of a batch script whose tasks ended with `status`, not 0: put the job back, or leave it.
+    """Requeue the job whose tasks ended with `status` (not 0), or leave it; return the exit status of this command.
 
-    folder: submitit's.   Returns an exit status of its own.
+    folder: submitit's.   The last line of the batch script calls this.
     """
     import submitit
 
     os.environ["SUBMITIT_FOLDER"] = str(folder)
     env = submitit.JobEnvironment()
     if (state := states([env.job_id]).get(env.job_id)) != "RUNNING":
-        return complain(f"job {env.job_id} is {state}: Slurm has decided what becomes of it", 0)
-    job: TrainingJob = submitit.core.utils.DelayedSubmission.load(env.paths.submitted_pickle).function
-    if not is_worth_another_try(Path(job.settings["output_dir"]), env.job_id, status):
         return complain(
-            f"error: exit status {status}, and the jobs before it saved no newer checkpoint either; job {env.job_id} "
-            "is not requeued. Mend the cause and submit again: the run continues from its last checkpoint",
+            f"job {env.job_id} is {state or 'not in the queue'}; not requeued: Slurm has ended or requeued it", 0
+        )
+    job: TrainingJob = submitit.core.utils.DelayedSubmission.load(env.paths.submitted_pickle).function
+    if not should_requeue(Path(job.settings["output_dir"]), env.job_id, status):
+        return complain(
+            f"error: exit status {status}, and previous starts saved no newer checkpoint; job {env.job_id} is not "
+            "requeued. Fix the cause and submit again: the run continues from its last checkpoint",
             status,
         )
-    complain(f"job {env.job_id} ended with exit status {status} before the run did; requeued", 0)
-    _ask("scontrol", "requeue", env.job_id)
+    complain(f"job {env.job_id} ended with exit status {status} before the run was finished; requeued", 0)
+    _run("scontrol", "requeue", env.job_id)
     return 0

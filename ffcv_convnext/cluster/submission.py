@@ -1,8 +1,7 @@
-"""From a run's config and a ClusterConfig to a job: everything is checked first, then the code is copied."""
+"""Submit runs: check everything, take a snapshot of the source, then submit or run on this machine."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -12,14 +11,16 @@ from pathlib import Path
 import yaml
 
 from ffcv_convnext.cluster import slurm
-from ffcv_convnext.cluster.local_executor import LocalRun, choose_devices, run_all
+from ffcv_convnext.cluster.local_executor import LocalRun, choose_devices, output_of_run, run_all
 from ffcv_convnext.cluster.settings import ClusterConfig, flat
-from ffcv_convnext.cluster.submissions import LOCAL, Submission, holder, read_submissions, write_submissions
+from ffcv_convnext.cluster.submissions import LOCAL, Submission, read_submissions, write_submissions
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import complain
+from ffcv_convnext.formatting import format_count
+from ffcv_convnext.run_folder import check_same_config, lock_holder, read_facts, read_scores
 from ffcv_convnext.snapshot import source_commit, take_snapshot
 from ffcv_convnext.training import run_config
-from ffcv_convnext.training.preflight import Plan, check_config
+from ffcv_convnext.training.preflight import Plan
 
 Say = Callable[[str], None]
 CODE = "code"  # in job_dir: snapshots
@@ -29,7 +30,7 @@ PATHS = ("data_path", "output_dir", "resume", "finetune")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """A run to submit; its config is resolved: absolute paths, a global batch that stays."""
+    """A run to submit. Its config is resolved: absolute paths, a fixed global batch."""
 
     name: str
     config: Config
@@ -37,81 +38,77 @@ class Task:
 
     @property
     def folder(self) -> Path:
+        """The run folder."""
         assert self.config.run.output_dir is not None
         return self.config.run.output_dir
 
 
-def plan_task(name: str, config: Config, world: int) -> Task:
+def plan_task(name: str, config: Config, world: int, known: Plan | None = None) -> Task:
     """Resolve and check a run of `world` processes.
 
-    A run that has begun keeps its global batch, on any number of processes. Raises ValueError or FileNotFoundError for
-    what cannot be run.
+    A run that has started keeps its global batch on any number of processes. known: the plan of a run that differs
+    only in seed and folder. Raises ValueError or FileNotFoundError if it cannot run.
     """
     data = config.data
     changes: dict[str, object] = {
         key: Path(value).absolute() for key, value in config.flat().items() if key in PATHS and value is not None
     }
-    begun_with = _global_batch_of(config.run.output_dir)
+    folder = config.run.output_dir
+    begun_with = None if folder is None else read_facts(folder).get("global_batch")
     if begun_with is not None and data.global_batch not in (None, begun_with):
         raise ValueError(
-            f"global_batch = {data.global_batch}: {config.run.output_dir} was begun with {begun_with}, which must "
-            "stay; choose another output_dir to train anew"
+            f"global_batch = {data.global_batch}: the run in {folder} started with {begun_with}, which must stay the "
+            "same; choose another output_dir for a new run"
         )
     if data.global_batch is None:
         changes["global_batch"] = begun_with or data.batch_size * data.update_freq * world
     config = config.replace(**changes).for_world(world)
+    if known is not None and known.global_batch == config.data.global_batch:
+        if folder is not None:
+            check_same_config(folder, config)
+        return Task(name=name, config=config, plan=known)
     return Task(name=name, config=config, plan=check_config(config, world))
 
 
-def _global_batch_of(folder: Path | None) -> int | None:
-    """What the run in a folder was begun with; None where there is none."""
-    path = None if folder is None else folder / "run.json"
-    return json.loads(path.read_text()).get("global_batch") if path is not None and path.exists() else None
-
-
 def num_processes(cluster: ClusterConfig, config: Config) -> int:
-    """Of one run."""
+    """Return the number of processes of one run."""
     if cluster.executor == "slurm":
         return cluster.nodes * slurm.processes_per_node(cluster)
     return 1 if cluster.executor == "debug" else len(choose_devices(cluster.ngpus, config.run.device))
 
 
 def check_job_dir(folder: Path) -> str | None:
-    """Raises PermissionError when the folder could not be written; returns a warning when other nodes may not see it.
+    """Check that the folder can be written; return a warning if other nodes may not see it.
 
-    Creates nothing.
+    Creates nothing. Raises PermissionError.
     """
     nearest = folder.absolute()
     while not nearest.exists():
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(f"job_dir = {folder}: {nearest} is no folder that can be written; choose another")
+        raise PermissionError(f"job_dir = {folder}: {nearest} is not a writable folder; choose another")
     kind = _file_system(nearest.resolve())
     if kind in MEMORY or Path("/tmp") in (nearest.resolve(), *nearest.resolve().parents):
         return (
-            f"warning: job_dir = {folder} looks like a place of this machine alone ({kind}); every node must see it, "
-            "or the job ends at once"
+            f"warning: job_dir = {folder} seems to be local to this machine ({kind}); every node must see it, "
+            "otherwise the job fails at once"
         )
     return None
 
 
 def _file_system(path: Path) -> str:
-    """The type of file system that holds a path: ext4, tmpfs, nfs4, ...; unknown where the system does not tell."""
-    best, kind = "", "unknown"
+    """Return the type of a path's file system: ext4, tmpfs, nfs4, ..., or unknown."""
     try:
-        mounts = Path("/proc/self/mounts").read_text().splitlines()
+        lines = Path("/proc/self/mounts").read_text().splitlines()
     except OSError:
-        return kind
-    for line in mounts:
-        _, place, found, *_ = line.split(" ")
-        place = place.replace("\\040", " ")
-        if (path == Path(place) or Path(place) in path.parents) and len(place) >= len(best):
-            best, kind = place, found
-    return kind
+        return "unknown"
+    mounts = [(mount.replace("\\040", " "), kind) for _, mount, kind, *_ in map(str.split, lines)]
+    holding = [(len(mount), i, kind) for i, (mount, kind) in enumerate(mounts) if path.is_relative_to(mount)]
+    return max(holding, default=(0, 0, "unknown"))[2]
 
 
 def submit_run(config: Config, cluster: ClusterConfig, *, command: Sequence[str], dry_run: bool, say: Say) -> int:
-    """Submit one run, or with another executor compute it here; returns an exit status."""
+    """Submit one run, or run it on this machine with another executor; return an exit status."""
     assert cluster.job_dir is not None
     if config.run.output_dir is None:
         config = config.replace(output_dir=cluster.job_dir)
@@ -121,18 +118,18 @@ def submit_run(config: Config, cluster: ClusterConfig, *, command: Sequence[str]
 
 
 def unfinished(tasks: Sequence[Task], job_dir: Path, say: Say) -> list[Task]:
-    """The runs that are neither finished nor on their way; says why others are left out."""
-    jobs = {s.folder: s.job for s in read_submissions(job_dir) if not s.is_local}  # the latest of each
+    """Return the runs that are not finished, queued or running; report the reason for the others."""
+    jobs = {s.folder: s.job for s in read_submissions(job_dir) if not s.is_local}  # latest job of each run
     folders = [str(task.folder) for task in tasks]
     queue = slurm.states(job for folder, job in jobs.items() if folder in folders)
     wanted = []
     for task, folder in zip(tasks, folders, strict=True):
-        if (task.folder / "done").exists() and task.config.run.auto_resume and not task.config.run.eval:
+        if read_scores(task.folder) is not None and task.config.run.auto_resume and not task.config.run.eval:
             say(f"{folder} is finished; nothing to do")
         elif state := queue.get(jobs.get(folder, "")):
-            say(f"{folder} is on its way: job {jobs[folder]} is {state}; not submitted again")
-        elif process := holder(task.folder):
-            say(f"{folder} is on its way: {process}; not submitted again")
+            say(f"{folder}: job {jobs[folder]} is {state}; not submitted again")
+        elif process := lock_holder(task.folder):
+            say(f"{folder}: running ({process}); not submitted again")
         else:
             wanted.append(task)
     return wanted
@@ -147,10 +144,10 @@ def submit_tasks(
     say: Say,
     max_parallel: int | None = None,
 ) -> int:
-    """Submit runs of the same size, as one array if there are several.
+    """Submit runs with the same number of processes, as one array if there are several.
 
-    command: of the user, for the run folders.   max_parallel: runs at the same time.
-    Returns 0, or, where it computed here, what the first run that failed ended with.
+    command: the user's, for run.json.   max_parallel: max runs at the same time.
+    Returns 0, or with another executor than slurm the exit status of the first failed run.
     """
     assert cluster.job_dir is not None
     job_dir = cluster.job_dir.absolute()
@@ -181,8 +178,9 @@ def submit_tasks(
         ids = [f"{LOCAL}{os.getpid()}"] * len(tasks)
     _record(tasks, ids, job_dir, code=code, world=world, command=command)
     if on_slurm:
+        processes = format_count(world, "process")
         for job, task in zip(ids, tasks, strict=True):
-            say(f"submitted job {job}: {task.folder}, {world} processes; what it prints is in {job_dir / slurm.FOLDER}")
+            say(f"submitted job {job}: {task.folder}, {processes}; output in {job_dir / slurm.FOLDER}")
         return 0
     runs = [LocalRun(task.name, task.config, code, job_dir) for task in tasks]
     return run_all(runs, devices=choose_devices(None, device), world=world, max_parallel=max_parallel, say=say)
@@ -208,6 +206,13 @@ def _record(
         for job, task in zip(ids, tasks, strict=True)
     ]
     write_submissions(job_dir, submissions)
+
+
+def output_of(submission: Submission, job_dir: Path) -> Path:
+    """Return the file with stderr of a run's rank 0."""
+    if submission.is_local:
+        return output_of_run(job_dir, submission.name, submission.seed)
+    return slurm.output_of_job(job_dir, submission.job)
 
 
 def _recipe_warning(task: Task) -> str | None:

@@ -1,4 +1,4 @@
-"""The ladder, rn_configs/, as one object: its steps, their runs on a cluster, and how those stand."""
+"""The ladder rn_configs/: its steps, their runs as jobs, and the state of those runs."""
 
 from ffcv_convnext.ladder.jobs import (
     budget,
@@ -11,10 +11,11 @@ from ffcv_convnext.ladder.jobs import (
 from ffcv_convnext.ladder.status import RunStatus, cancel_runs, format_status, read_log, read_status, watch
 from ffcv_convnext.ladder.steps import (
     STARTING_POINT,
+    PaperResult,
     Step,
-    change_of,
     describe,
     format_table,
+    natural_order,
     read_ladder,
     read_paper,
     read_released,
@@ -25,15 +26,16 @@ from ffcv_convnext.ladder.steps import (
 
 __all__ = [
     "STARTING_POINT",
+    "PaperResult",
     "RunStatus",
     "Step",
     "budget",
     "cancel_runs",
-    "change_of",
     "check_overrides",
     "describe",
     "format_status",
     "format_table",
+    "natural_order",
     "parse_seeds",
     "plan_ladder",
     "read_ladder",

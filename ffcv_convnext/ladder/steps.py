@@ -1,7 +1,7 @@
 """The ladder is a folder of configs, rn_configs/: its steps, their sizes and the paper's results.
 
-`NN_*.yaml` are the steps in order, each with the one before as its `base:`; `convnext_*.yaml` is the network the
-paper released; `paper.json` beside them maps a step's name to {"top1": percent, "std": percent or null}.
+`NN_*.yaml` are the steps in order, each with the previous one as its `base:`; `convnext_*.yaml` is the network that
+the paper released; `paper.json` maps a step's name to {"label": words for a figure, "top1": percent, "std": percent}.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ffcv_convnext.config import Config, ModelConfig, format_value, load_config, read_mapping
+from ffcv_convnext.formatting import format_number, markdown_table
+from ffcv_convnext.ladder.size import count_resnet
 
-from ffcv_convnext.config import Config, ModelConfig, format_value, load_config
-
-STARTING_POINT = "ResNet-50 with the modern recipe"  # the change of a step that has no base
+STARTING_POINT = "ResNet-50 with the modern recipe"  # the change of a step without a base
 PAPER = "paper.json"
 
 
@@ -26,54 +26,64 @@ PAPER = "paper.json"
 class Step:
     """One config of the ladder."""
 
-    name: str  # its file's name without .yaml
+    name: str  # file name without .yaml
     path: Path
-    change: str  # the flags that lead here from its base, e.g. "--resnet_kernel_size 7"
+    base: str | None  # name of the step it builds on
+    change: str  # flags that differ from its base, e.g. "--resnet_kernel_size 7"
     config: Config
 
 
-def read_step(path: Path) -> Step:
-    """One config as a step. Raises what `load_config` raises."""
-    return Step(name=path.stem, path=path, change=change_of(path), config=load_config(path))
+@dataclass(frozen=True, slots=True)
+class PaperResult:
+    """ImageNet-1k top-1 of a step in the paper, percent; None where the paper has no value."""
+
+    label: str  # short name for a figure, e.g. "patchify stem"
+    top1: float | None = None
+    std: float | None = None  # over its three seeds
 
 
-def change_of(path: Path) -> str:
-    """The settings that `path` states otherwise than its base does, as flags, in the file's order."""
-    ours = load_config(path).flat()
-    own = yaml.safe_load(path.read_text()) or {}
+def read_step(path: Path, known: Sequence[Step] = ()) -> Step:
+    """Return a config as a step. known: steps that have been read already. Raises what `load_config` raises."""
+    config = load_config(path)
+    own = read_mapping(path)
     if own.get("base") is None:
-        return STARTING_POINT
-    theirs = load_config(path.parent / str(own["base"])).flat()
-    changed = [name for name in own if name != "base" and ours[name] != theirs[name]]
-    return " ".join(f"--{name} {format_value(ours[name])}" for name in changed)
+        return Step(path.stem, path, None, STARTING_POINT, config)
+    base = path.parent / str(own["base"])
+    ours = config.flat()
+    theirs = (next((step.config for step in known if step.path == base), None) or load_config(base)).flat()
+    changed = [f"--{name} {format_value(ours[name])}" for name in own if name != "base" and ours[name] != theirs[name]]
+    return Step(path.stem, path, base.stem, " ".join(changed), config)
 
 
 def read_ladder(folder: Path) -> list[Step]:
-    """The ladder's main steps, the NN_*.yaml of the folder itself, in order.
+    """Return the main steps of a ladder: the NN_*.yaml files of the folder itself, in order.
 
-    Raises FileNotFoundError when there are none.
+    Raises FileNotFoundError if there are none.
     """
-    paths = sorted(folder.glob("[0-9][0-9]_*.yaml"), key=_in_reading_order)
+    paths = sorted(folder.glob("[0-9][0-9]_*.yaml"), key=lambda path: natural_order(path.name))
     if not paths:
         raise FileNotFoundError(f"{folder} holds no ladder: expected files such as {folder / '00_resnet50.yaml'}")
-    return [read_step(path) for path in paths]
+    steps: list[Step] = []
+    for path in paths:
+        steps.append(read_step(path, steps))
+    return steps
 
 
-def _in_reading_order(path: Path) -> list[str | int]:
-    """Numbers by value: kernel5 before kernel11."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+def natural_order(text: str) -> list[tuple[bool, int, str]]:
+    """Return a sort key that orders numbers by value: seed2 before seed10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"([0-9]+)", text)]
 
 
 def read_released(folder: Path) -> list[Step]:
-    """The network the paper released at the ladder's end, convnext_*.yaml; may be empty."""
+    """Return the network at the ladder's end as the paper released it, convnext_*.yaml; [] if there is none."""
     return [read_step(path) for path in sorted(folder.glob("convnext_*.yaml"))]
 
 
 def select_steps(folder: Path, only: str | None = None, *, kernel_sizes: bool = False) -> list[Step]:
-    """The steps to run: the ladder's and the released network, with the other kernel sizes after them if wanted.
+    """Return the steps to run: the ladder, the released network and, with `kernel_sizes`, the other kernel sizes.
 
     only: names, numbers and ranges of numbers, e.g. '05..08,convnext_tiny'; None: all.
-    Raises ValueError when a part of it fits no step.
+    Raises ValueError if a part of it matches no step.
     """
     steps = [*read_ladder(folder), *read_released(folder)]
     if kernel_sizes:
@@ -96,28 +106,32 @@ def select_steps(folder: Path, only: str | None = None, *, kernel_sizes: bool = 
     return [step for step in steps if step.name in chosen]
 
 
-def read_paper(folder: Path) -> dict[str, dict[str, float | None]]:
-    """The paper's ImageNet-1k results by step name: {"top1": percent, "std": of its seeds or None}; {} without a file.
+def read_paper(folder: Path) -> dict[str, PaperResult]:
+    """Return the paper's results by step name; {} if the folder has no paper.json.
 
-    Raises ValueError for a file of another form.
+    Raises ValueError if the file has another form.
     """
     path = folder / PAPER
     if not path.is_file():
         return {}
     try:
-        results = json.loads(path.read_text())
-        return {str(name): {"top1": float(row["top1"]), "std": row["std"]} for name, row in results.items()}
+        rows = json.loads(path.read_text())
+        return {
+            name: PaperResult(row.get("label", name), None if row["top1"] is None else float(row["top1"]), row["std"])
+            for name, row in rows.items()
+        }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f'{path}: expected {{"step": {{"top1": 78.82, "std": 0.07}}, ...}}: {error}') from None
+        form = '{"step": {"label": "kernel size 7", "top1": 80.57, "std": 0.14}, ...}'
+        raise ValueError(f"{path}: expected {form}: {error}") from None
 
 
 @cache
 def size_of(config: ModelConfig, input_size: int, num_classes: int) -> tuple[int, float]:
-    """Parameters of a network and its GMACs for a square image of input_size pixels (three decimals).
-
-    The network is built on the meta device: no memory, no computing.
-    """
-    import torch  # seconds, which the names and settings of the steps do not need
+    """Return a network's parameters and its GMACs for a square image of input_size pixels (three decimals)."""
+    if config.model == "resnet":
+        parameters, macs = count_resnet(config, input_size, num_classes)
+        return parameters, round(macs / 1e9, 3)
+    import torch  # takes seconds
 
     from ffcv_convnext.models import build_model, count_gmacs, count_parameters
 
@@ -127,9 +141,9 @@ def size_of(config: ModelConfig, input_size: int, num_classes: int) -> tuple[int
 
 
 def describe(folder: Path, *, input_size: int = 224, num_classes: int = 1000) -> list[dict[str, Any]]:
-    """Every step of a ladder, and the released network after them, with its size and the paper's result.
+    """Return every step of a ladder, and the released network after them, with its size and the paper's result.
 
-    input_size: side of the image that GMACs are counted for, pixels. Returns rows with keys `name`, `change`,
+    input_size: side of the image for the GMACs, pixels. Returns rows with keys `name`, `change`,
     `parameters`, `gmacs` (three decimals) and `paper_top1` (percent, or None).
     """
     paper = read_paper(folder)
@@ -142,14 +156,14 @@ def describe(folder: Path, *, input_size: int = 224, num_classes: int = 1000) ->
                 "change": step.change,
                 "parameters": parameters,
                 "gmacs": gmacs,
-                "paper_top1": paper.get(step.name, {}).get("top1"),
+                "paper_top1": paper[step.name].top1 if step.name in paper else None,
             }
         )
     return rows
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """`describe`'s rows as a Markdown table that is aligned as plain text too."""
+    """Return the rows of `describe` as a Markdown table."""
     header = ("name", "change", "parameters", "GMACs", "paper top-1")
     cells = [
         (
@@ -157,16 +171,8 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
             str(row["change"]),
             f"{row['parameters']:,}",
             f"{row['gmacs']:.3f}",
-            "" if row["paper_top1"] is None else f"{row['paper_top1']:.2f}",
+            format_number(row["paper_top1"], ".2f"),
         )
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in (header, *cells)) for i in range(len(header))]
-
-    def line(words: Sequence[str]) -> str:
-        left = [word.ljust(width) for word, width in zip(words[:2], widths[:2], strict=True)]
-        right = [word.rjust(width) for word, width in zip(words[2:], widths[2:], strict=True)]
-        return f"| {' | '.join([*left, *right])} |"
-
-    rule = ["-" * width for width in widths[:2]] + ["-" * (width - 1) + ":" for width in widths[2:]]
-    return "\n".join([line(header), line(rule), *map(line, cells)])
+    return markdown_table(header, cells, "<<>>>")

@@ -1,14 +1,17 @@
-"""Run folders -> the ladder's table, figure and page. Reads run folders and the configs only."""
+"""Finished runs compared with the paper: table, figure, HTML page. Reads only run folders and configs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ffcv_convnext.errors import Failure
 from ffcv_convnext.files import write_atomically
-from ffcv_convnext.report.figure import draw
+from ffcv_convnext.report.figure import Kind, draw, draw_paper
 from ffcv_convnext.report.page import to_html
-from ffcv_convnext.report.runs import Run, is_run, read_runs
+from ffcv_convnext.report.reference import read_ladders
+from ffcv_convnext.report.runs import Run, read_runs
 from ffcv_convnext.report.summary import Report, Row, Section, summarise
 from ffcv_convnext.report.tables import to_csv, to_json, to_markdown
 
@@ -18,7 +21,8 @@ __all__ = [
     "Run",
     "Section",
     "draw",
-    "is_run",
+    "draw_paper",
+    "read_ladders",
     "read_runs",
     "summarise",
     "to_csv",
@@ -26,11 +30,12 @@ __all__ = [
     "to_json",
     "to_markdown",
     "write_files",
+    "write_paper_figure",
 ]
 
 
 def write_files(report: Report, folder: Path, *, page: bool = False) -> list[Path]:
-    """Write ladder.md, .csv, .json, .png and .svg, and with `page` ladder.html; none is ever there in part.
+    """Write ladder.md, .csv, .json, .png and .svg, and with `page` ladder.html; each file is replaced as a whole.
 
     Raises Failure without matplotlib, after the tables are written.
     """
@@ -43,15 +48,32 @@ def write_files(report: Report, folder: Path, *, page: bool = False) -> list[Pat
     write("md", (to_markdown(report) + "\n").encode())
     write("csv", to_csv(report).encode())
     write("json", to_json(report).encode())
-    try:
-        write("png", draw(report, "png"))
-        write("svg", draw(report, "svg"))
+    with _matplotlib(f"the tables are in {folder}; "):
+        svg, png = draw(report, ["svg", "png"])
+        write("png", png)
+        write("svg", svg)
         if page:
-            write("html", to_html(report).encode())
+            write("html", to_html(report, svg).encode())
+    return written
+
+
+def write_paper_figure(path: Path, kind: Kind, configs: Path, runs: Sequence[Path]) -> None:
+    """Draw the paper's results for the ladder in `configs`, with the finished runs in `runs`.
+
+    Raises Failure without matplotlib.
+    """
+    ladder = read_ladders(configs)[0]
+    report = summarise(runs, configs) if runs else None
+    with _matplotlib():
+        write_atomically(path, draw_paper(ladder, report, kind))
+
+
+@contextmanager
+def _matplotlib(before: str = "") -> Iterator[None]:
+    """Turn a missing matplotlib into a Failure."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        raise Failure(
-            f"the tables are in {folder}; the figure needs matplotlib: pip install 'ffcv-convnext[report]'"
-        ) from None
-    return written
+        raise Failure(f"{before}the figure needs matplotlib: pip install 'ffcv-convnext[report]'") from None

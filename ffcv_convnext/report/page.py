@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: tables, the figure, training curves, every run."""
+"""A report as one self-contained HTML page: the figure, tables, training curves, every run."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from ffcv_convnext.report.figure import INK, draw
+from ffcv_convnext.report.figure import draw, to_inline
 from ffcv_convnext.report.runs import Run, finite
 from ffcv_convnext.report.summary import Report, Row
-from ffcv_convnext.report.tables import (
-    Table,
-    caption,
-    others_caption,
-    others_table,
-    section_table,
-    table_of_runs,
-)
+from ffcv_convnext.report.tables import Table, caption, others_caption, others_table, section_table, table_of_runs
 
 CURVES = ("test_acc1", "test_acc1_ema", "test_loss", "test_loss_ema", "train_loss", "images_per_s")
 
 
-def to_html(report: Report) -> str:
-    """The page; its script draws the curves from numbers inside it. Raises ModuleNotFoundError without matplotlib."""
+def to_html(report: Report, svg: bytes | None = None) -> str:
+    """Return the page; its script draws the curves. svg: the report's figure; None: drawn here.
+
+    Raises ModuleNotFoundError without matplotlib.
+    """
+    if svg is None:
+        (svg,) = draw(report, ["svg"])
     template = files("ffcv_convnext.report").joinpath("page.html").read_text(encoding="utf-8")
-    parts = {"TABLES": _tables(report), "FIGURE": _figure(report), "RUNS": _runs(report), "CURVES": _curves(report)}
+    parts = {
+        "TABLES": _tables(report),
+        "FIGURE": to_inline(svg),
+        "RUNS": _table(table_of_runs(report.runs)),
+        "CURVES": _curves(report),
+    }
     return re.sub(r"<!--([A-Z]+)-->", lambda marker: parts[marker[1]], template)
 
 
@@ -46,38 +49,27 @@ def _tables(report: Report) -> str:
 
 
 def _mark(row: Row) -> str:
-    """Attributes of a table's row: its change, and a class for what a reader looks for."""
+    """Return attributes of a table row: its change as a tooltip, and a class for the comparison with the paper."""
     kind = {None: "", True: "within", False: "outside"}[row.within]
-    return f' class="{kind}" title="{_text(row.rung.step.change)}"'
-
-
-def _figure(report: Report) -> str:
-    """Inline SVG that takes the page's text colour."""
-    svg = draw(report, "svg", background="none").decode()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-
-
-def _runs(report: Report) -> str:
-    return _table(table_of_runs(report.runs))
+    return f' class="{kind}" title="{_text(row.reference.step.change)}"'
 
 
 def _curves(report: Report) -> str:
-    """What the page's script draws, as JSON that may stand inside a script element."""
-    columns = {section.column.folder for section in report.sections}
+    """Return the curves as JSON that is safe inside a script element."""
+    folders = {section.ladder.folder for section in report.sections}
     curves = []
     for section in report.sections:
-        column = f"{section.column.folder.name}/" if len(columns) > 1 else ""
-        departure = section.title.removeprefix(section.column.title)
+        ladder = f"{section.ladder.folder.name}/" if len(folders) > 1 else ""
+        recipe = section.title.removeprefix(section.ladder.title)
         for row in section.rows:
-            curves += [_curve(run, f"{column}{row.name}{departure}") for run in row.runs]
+            curves += [_curve(run, f"{ladder}{row.name}{recipe}") for run in row.runs]
     curves += [_curve(run, run.name) for run in report.others]
     text = json.dumps([curve for curve in curves if curve["epochs"]], separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c")
 
 
 def _curve(run: Run, group: str) -> dict[str, Any]:
-    """group: what its seeds have in common. Of the series, those that were measured; null where a number is none."""
+    """Return the measured series of a run, with null for missing values. group: the same for all seeds of a step."""
     series = {
         name: [None if (value := finite(entry.get(name))) is None else round(value, 3) for entry in run.epochs]
         for name in CURVES

@@ -1,116 +1,99 @@
-"""The ladder that runs are held against: rn_configs/ as columns of steps, and which of them a run is."""
+"""The reference that runs are compared with: the ladders in rn_configs/, and the step that a run belongs to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
+from ffcv_convnext.config import SETTINGS, Config, ModelConfig, format_value
+from ffcv_convnext.ladder import PaperResult, Step, natural_order, read_ladder, read_paper, read_released
+from ffcv_convnext.report.runs import Metric
 
-from ffcv_convnext.config import SETTINGS, Config, format_value
-from ffcv_convnext.ladder import Step, read_ladder, read_paper, read_released
-from ffcv_convnext.report.runs import Metric, reading_order
-
-VARIANTS = "kernel_sizes"  # the folder of steps that no other step builds on
-NETWORK = [
-    name
-    for name, declared in SETTINGS.items()
-    if declared.group == "model" and not declared.free and name not in ("nb_classes", "drop_path")
-]
-# Settings that leave the recipe as it is: what the seeds, the machine or the storage decide. Runs that differ in
-# these alone are averaged together, and a note tells of it (of the seed it does not).
+VARIANTS = "kernel_sizes"  # folder of steps that no other step builds on
+# Settings that depend on seed, machine or storage and leave the recipe as it is. Runs that differ only in these are
+# averaged, and a note lists the difference (except for the seed).
 BESIDE_THE_RECIPE = frozenset(
     {"seed", "batch_size", "amp", "model_ema", "model_ema_eval", "order", "shuffle_window_mb", "bad_samples"}
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Rung:
-    """A step of a column with what the paper reports of it."""
+class ReferenceStep:
+    """A step of a ladder and its result in the paper."""
 
     step: Step
-    base: str | None  # the name of the step it builds on
     optional: bool  # a variant: no step builds on it
-    paper: float | None  # top-1 in percent
-    paper_std: float | None
-    metric: Metric  # the accuracy that the paper's is of
+    paper: PaperResult
+    metric: Metric  # the accuracy that the paper reports for it
 
     @property
     def name(self) -> str:
+        """Name of the step, its file name without .yaml."""
         return self.step.name
+
+    @property
+    def is_released(self) -> bool:
+        """Whether it is the network at the ladder's end, which the paper evaluates by averaged weights."""
+        return self.metric == "test_acc1_ema"
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
-    """A ladder from its first step to the released network, variants between the steps."""
+class ReferenceLadder:
+    """A ladder from its first step to the released network, with the variants between the steps."""
 
     folder: Path
-    rungs: list[Rung]
+    steps: list[ReferenceStep]
 
     @property
     def title(self) -> str:
-        return f"{self.rungs[0].name} to {self.rungs[-1].name}"
+        """First and last step."""
+        return f"{self.steps[0].name} to {self.steps[-1].name}"
 
 
-def read_columns(configs: Path) -> list[Column]:
-    """The ladder of `configs` and those of the folders directly in it (the ResNet-200 column).
+def read_ladders(configs: Path) -> list[ReferenceLadder]:
+    """Return the ladder in `configs` and those in its subfolders (ResNet-200).
 
     Raises what `read_ladder` and `read_paper` raise.
     """
     inner = sorted(path.parent for path in configs.glob("*/00_*.yaml") if path.parent.name != VARIANTS)
-    return [_read_column(folder) for folder in [configs, *inner]]
+    return [_read_ladder(folder) for folder in [configs, *inner]]
 
 
-def _read_column(folder: Path) -> Column:
-    rungs = _rungs(folder, read_ladder(folder), optional=False, metric="test_acc1")
+def _read_ladder(folder: Path) -> ReferenceLadder:
+    steps = _reference(folder, read_ladder(folder), optional=False, metric="test_acc1")
     if (folder / VARIANTS).is_dir():
-        rungs += _rungs(folder / VARIANTS, read_ladder(folder / VARIANTS), optional=True, metric="test_acc1")
-    rungs.sort(key=lambda rung: reading_order(rung.name))
-    # The paper evaluated the averaged weights of the released networks only (Appendix A.1).
-    return Column(folder, rungs + _rungs(folder, read_released(folder), optional=False, metric="test_acc1_ema"))
+        steps += _reference(folder / VARIANTS, read_ladder(folder / VARIANTS), optional=True, metric="test_acc1")
+    steps.sort(key=lambda step: natural_order(step.name))
+    # The paper evaluates averaged weights for the released networks only (Appendix A.1).
+    released = _reference(folder, read_released(folder), optional=False, metric="test_acc1_ema")
+    return ReferenceLadder(folder, steps + released)
 
 
-def _rungs(folder: Path, steps: Iterable[Step], *, optional: bool, metric: Metric) -> list[Rung]:
+def _reference(folder: Path, steps: Iterable[Step], *, optional: bool, metric: Metric) -> list[ReferenceStep]:
     paper = read_paper(folder)
-    return [
-        Rung(
-            step=step,
-            base=_base(step.path),
-            optional=optional,
-            paper=paper.get(step.name, {}).get("top1"),
-            paper_std=paper.get(step.name, {}).get("std"),
-            metric=metric,
-        )
-        for step in steps
-    ]
+    return [ReferenceStep(step, optional, paper.get(step.name, PaperResult(step.name)), metric) for step in steps]
 
 
-def _base(path: Path) -> str | None:
-    base = (yaml.safe_load(path.read_text()) or {}).get("base")
-    return None if base is None else Path(str(base)).stem
+def find_step(ladders: Iterable[ReferenceLadder], config: Config) -> tuple[ReferenceLadder, ReferenceStep] | None:
+    """Return the step with the same network as `config`, and its ladder; None if there is none."""
+    ours = _network(config)
+    return next(((ladder, s) for ladder in ladders for s in ladder.steps if _network(s.step.config) == ours), None)
 
 
-def find_rung(columns: Iterable[Column], config: Config) -> tuple[Column, Rung] | None:
-    """The step whose network is this one, whatever its run is called; None for a network of its own."""
-    ours = config.flat()
-    for column in columns:
-        for rung in column.rungs:
-            theirs = rung.step.config.flat()
-            if all(ours[name] == theirs[name] for name in NETWORK):
-                return column, rung
-    return None
+def _network(config: Config) -> ModelConfig:
+    """Return the settings of the network without those that leave it the same."""
+    return replace(config.model, nb_classes=None, drop_path=0.0)
 
 
-def other_recipe(ours: Config, step: Config) -> tuple[str, ...]:
-    """The settings, as '--name value', by which a run's recipe differs from its step's."""
+def recipe_changes(ours: Config, step: Config) -> tuple[str, ...]:
+    """Return the settings, as '--name value', in which a run's recipe differs from its step's."""
     mine, theirs = ours.flat(), step.flat()
     return tuple(
         f"--{name} {format_value(mine[name])}"
         for name, declared in SETTINGS.items()
-        if not declared.free
-        and name not in NETWORK
+        if mine[name] != theirs[name]
+        and not declared.free
+        and (declared.group != "model" or name == "drop_path")  # the network is the same
         and name not in BESIDE_THE_RECIPE
-        and name != "nb_classes"  # run.json tells how many there were
-        and mine[name] != theirs[name]
     )

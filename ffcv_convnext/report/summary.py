@@ -1,4 +1,4 @@
-"""Runs held against the ladder: one row a step, seeds averaged, in one section for each recipe and data set."""
+"""Runs compared with the ladder: one row per step, averaged over seeds, one section per recipe and data set."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ from typing import NamedTuple
 
 from ffcv_convnext.config import SETTINGS, format_value
 from ffcv_convnext.ladder import size_of
-from ffcv_convnext.report.reference import BESIDE_THE_RECIPE, Column, Rung, find_rung, other_recipe, read_columns
+from ffcv_convnext.report.reference import (
+    BESIDE_THE_RECIPE,
+    ReferenceLadder,
+    ReferenceStep,
+    find_step,
+    read_ladders,
+    recipe_changes,
+)
 from ffcv_convnext.report.runs import Metric, Run, read_runs
 
 WITHIN = 0.2  # points of top-1: the paper's seeds have a std of 0.02 to 0.18
-ORDER = ("done", "running", "stopped", "failed")  # which run of a seed that was run twice counts
+ORDER = ("done", "running", "stopped", "failed")  # the first one counts where a seed was run twice
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Over n seeds."""
+    """Mean and standard deviation over n seeds."""
 
     mean: float
     std: float | None  # of the sample (n - 1); None for one seed
@@ -28,7 +35,7 @@ class Stats:
 
 
 def stats_of(values: Iterable[float | None]) -> Stats | None:
-    """None when nothing was measured."""
+    """Return the statistics of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -36,16 +43,23 @@ def stats_of(values: Iterable[float | None]) -> Stats | None:
 
 
 def finished(runs: Iterable[Run]) -> list[Run]:
+    """Return the runs that are done."""
     return [run for run in runs if run.state == "done"]
 
 
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are not None; None if there are none."""
+    stats = stats_of(values)
+    return stats.mean if stats else None
+
+
 def scores_of(runs: Iterable[Run], metric: Metric) -> Stats | None:
-    """Of the finished ones, after their last epoch."""
+    """Return the scores of the finished runs after their last epoch."""
     return stats_of(run.last(metric) for run in finished(runs))
 
 
 class Facts(NamedTuple):
-    """What a run computed on that its settings do not tell; runs that differ here are not averaged. None: unknown."""
+    """Data and global batch of a run. Runs that differ here are not averaged. None: unknown."""
 
     num_classes: int | None
     train_images: int | None
@@ -56,64 +70,56 @@ class Facts(NamedTuple):
 
 
 def facts_of(run: Run) -> Facts:
+    """Return the facts in a run's run.json."""
     images, hashes = run.facts.get("images", {}), run.facts.get("data", {})
-    return Facts(
-        run.facts.get("num_classes"),
-        images.get("train"),
-        images.get("val"),
-        hashes.get("train"),
-        hashes.get("val"),
-        run.facts.get("global_batch"),
-    )
+    classes, batch = run.facts.get("num_classes"), run.facts.get("global_batch")
+    return Facts(classes, images.get("train"), images.get("val"), hashes.get("train"), hashes.get("val"), batch)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A step, with its runs of one recipe: at most one a seed, ordered by seed."""
+    """A step and its runs of one recipe: at most one per seed, ordered by seed."""
 
-    rung: Rung
+    reference: ReferenceStep
     runs: list[Run]
     parameters: int
     gmacs: float
     to_base: float | None  # points of top-1, raw weights on both sides
-    paper: float | None  # percent; None where the runs cannot be compared with it
+    paper: float | None  # percent; None if the runs cannot be compared with it
 
     @property
     def name(self) -> str:
-        return self.rung.name
-
-    @property
-    def finished(self) -> list[Run]:
-        return finished(self.runs)
+        """Name of the step."""
+        return self.reference.name
 
     @property
     def top1(self) -> Stats | None:
-        """Percent after the last epoch of the finished runs, of the weights whose accuracy the paper reports."""
-        return scores_of(self.runs, self.rung.metric)
+        """Percent after the last epoch of the finished runs, for the weights that the paper evaluates."""
+        return scores_of(self.runs, self.reference.metric)
 
     @property
     def to_paper(self) -> float | None:
+        """Points above the paper's value."""
         return None if self.paper is None or self.top1 is None else self.top1.mean - self.paper
 
     @property
     def within(self) -> bool | None:
-        """Whether the mean, to the two digits that the paper prints, is within 0.2 points of the paper's."""
+        """Whether the mean, rounded to two digits as in the paper, is within 0.2 points of the paper's."""
         return None if self.to_paper is None else round(abs(self.to_paper), 2) <= WITHIN
 
     @property
     def images_per_s(self) -> float | None:
-        stats = stats_of(run.images_per_s for run in self.finished or self.runs)
-        return stats.mean if stats else None
+        """Training rate of one run, mean over the finished ones, or over all if none is finished."""
+        return mean_of(run.images_per_s for run in finished(self.runs) or self.runs)
 
     @property
     def gpu_hours(self) -> float | None:
-        """Of one run, the mean over the finished ones."""
-        stats = stats_of(run.gpu_hours for run in self.finished)
-        return stats.mean if stats else None
+        """GPU-hours of one run, mean over the finished ones."""
+        return mean_of(run.gpu_hours for run in finished(self.runs))
 
     @property
     def state(self) -> str:
-        """'done', 'missing', 'running 120/300', '2 done, 1 failed 3/300'."""
+        """States of the runs: 'done', 'missing', 'running 120/300', '2 done, 1 failed 3/300'."""
         counts = Counter(run.progress for run in sorted(self.runs, key=lambda run: ORDER.index(run.state)))
         if not counts:
             return "missing"
@@ -124,60 +130,64 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One column of the ladder, run by one recipe on one data set."""
+    """The steps of one ladder, trained with one recipe on one data set."""
 
     title: str
-    column: Column
-    recipe: tuple[str, ...]  # how it departs from the configs, e.g. ("--epochs 100", "--warmup_epochs 7")
+    ladder: ReferenceLadder
+    recipe: tuple[str, ...]  # changes from the configs' recipe, e.g. ("--epochs 100", "--warmup_epochs 7")
     facts: Facts
     rows: list[Row]
-    why_not: str  # compared with the paper; '' when it is
+    why_not: str  # the reason why it is not compared with the paper; '' if it is
 
     @property
     def runs(self) -> list[Run]:
+        """The runs of all rows."""
         return [run for row in self.rows for run in row.runs]
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
+    """Runs compared with the ladder."""
+
     sections: list[Section]
-    others: list[Run]  # of networks that are no step
-    notes: list[str]  # what a reader must know beside the tables
+    others: list[Run]  # of networks that are not a step
+    notes: list[str]  # shown below the tables
 
     @property
     def runs(self) -> list[Run]:
+        """The runs of all sections, then the others."""
         return [*(run for section in self.sections for run in section.runs), *self.others]
 
 
 def summarise(paths: Sequence[Path], configs: Path | None) -> Report:
-    """What the run folders tell of the ladder in `configs`; without one, of themselves.
+    """Compare the runs in some folders with the ladders in `configs`; None: only list them.
 
-    Raises what `read_runs` and `read_columns` raise.
+    Raises what `read_runs` and `read_ladders` raise.
     """
-    columns = read_columns(configs) if configs else []
+    ladders = read_ladders(configs) if configs else []
     runs, notes = read_runs(paths)
     if configs is None:
-        notes.append("no ladder is known here, so no run is a step of one; --configs names its folder")
+        notes.append("no ladder found, so no run is compared with a step; give its folder with --configs")
     others: list[Run] = []
-    groups: dict[tuple[int, tuple[str, ...], Facts], list[tuple[Rung, Run]]] = {}
+    groups: dict[tuple[int, tuple[str, ...], Facts], list[tuple[ReferenceStep, Run]]] = {}
     for run in runs:
-        found = find_rung(columns, run.config)
+        found = find_step(ladders, run.config)
         if found is None:
             others.append(run)
         else:
-            column, rung = found
-            key = (columns.index(column), other_recipe(run.config, rung.step.config), facts_of(run))
-            groups.setdefault(key, []).append((rung, run))
-    # The first section of a column shows its missing steps: that by the configs' own recipe, else the one of most runs.
+            ladder, step = found
+            key = (ladders.index(ladder), recipe_changes(run.config, step.step.config), facts_of(run))
+            groups.setdefault(key, []).append((step, run))
+    # A ladder's first section also lists missing steps: the section with the configs' recipe, else with the most runs.
     keys = sorted(groups, key=lambda key: (key[0], len(key[1]) > 0, -len(groups[key]), key[1]))
     firsts = {key[0]: key for key in reversed(keys)}
     sections = []
     for key in keys:
-        column, (_, recipe, facts) = columns[key[0]], key
-        title = " ".join([column.title, *(["with", *recipe] if recipe else [])])
+        ladder, (_, recipe, facts) = ladders[key[0]], key
+        title = " ".join([ladder.title, *(["with", *recipe] if recipe else [])])
         if sum(other[:2] == key[:2] for other in keys) > 1:
             title += f" on data {(facts.train_data or 'unknown')[:8]}, global batch {facts.global_batch}"
-        sections.append(_section(title, column, recipe, facts, groups[key], whole=key is firsts[key[0]], notes=notes))
+        sections.append(_section(title, ladder, recipe, facts, groups[key], whole=key is firsts[key[0]], notes=notes))
     for run in runs:
         if run.state == "failed":
             notes.append(f"{run.name} failed after {len(run.epochs)} of {run.num_epochs} epochs: {run.error}")
@@ -186,10 +196,10 @@ def summarise(paths: Sequence[Path], configs: Path | None) -> Report:
 
 def _section(
     title: str,
-    column: Column,
+    ladder: ReferenceLadder,
     recipe: tuple[str, ...],
     facts: Facts,
-    members: Sequence[tuple[Rung, Run]],
+    members: Sequence[tuple[ReferenceStep, Run]],
     *,
     whole: bool,
     notes: list[str],
@@ -197,24 +207,23 @@ def _section(
     why_not = _why_not(recipe, facts, members[0])
     input_size = members[0][1].config.data.input_size
     rows: dict[str, Row] = {}
-    for rung in column.rungs:
-        runs = _one_a_seed(rung, [run for other, run in members if other is rung], notes)
-        if not runs and (rung.optional or not whole):
+    for step in ladder.steps:
+        runs = _one_per_seed(step, [run for other, run in members if other is step], notes)
+        if not runs and (step.optional or not whole):
             continue
-        notes += _differences(rung, runs)
-        parameters, gmacs = size_of(rung.step.config.model, input_size, facts.num_classes or 1000)
-        rows[rung.name] = Row(
-            rung=rung,
+        notes += _differences(step, runs)
+        parameters, gmacs = size_of(step.step.config.model, input_size, facts.num_classes or 1000)
+        rows[step.name] = row = Row(
+            reference=step,
             runs=runs,
             parameters=parameters,
             gmacs=gmacs,
-            to_base=_raw_gain(runs, rows[rung.base].runs) if rung.base in rows else None,
-            paper=None if why_not else rung.paper,
+            to_base=_raw_gain(runs, rows[step.step.base].runs) if step.step.base in rows else None,
+            paper=None if why_not else step.paper.top1,
         )
-        top1 = rows[rung.name].top1
-        if (top1.n if top1 else 0) < len(finished(runs)):
-            notes.append(f"{rung.name}: a finished run has no {rung.metric}, so it does not count")
-    return Section(title, column, recipe, facts, list(rows.values()), why_not)
+        if (row.top1.n if row.top1 else 0) < len(finished(runs)):
+            notes.append(f"{step.name}: a finished run has no {step.metric}, so it does not count")
+    return Section(title, ladder, recipe, facts, list(rows.values()), why_not)
 
 
 def _raw_gain(ours: Iterable[Run], base: Iterable[Run]) -> float | None:
@@ -222,25 +231,25 @@ def _raw_gain(ours: Iterable[Run], base: Iterable[Run]) -> float | None:
     return mine.mean - theirs.mean if mine and theirs else None
 
 
-def _why_not(recipe: tuple[str, ...], facts: Facts, member: tuple[Rung, Run]) -> str:
-    rung, run = member
+def _why_not(recipe: tuple[str, ...], facts: Facts, member: tuple[ReferenceStep, Run]) -> str:
+    step, run = member
     if not run.on_imagenet_1k:
         return "the data is not ImageNet-1k"
     if recipe:
-        return "the recipe is another one"
-    expected = rung.step.config.schedule.recipe_batch
+        return "the recipe is different"
+    expected = step.step.config.schedule.recipe_batch
     if facts.global_batch != expected:
         return f"the global batch is {facts.global_batch}, not {expected}"
     return ""
 
 
-def _one_a_seed(rung: Rung, runs: Iterable[Run], notes: list[str]) -> list[Run]:
-    """A seed's second run repeats the first and must not make the std smaller: the one that came farthest counts."""
+def _one_per_seed(step: ReferenceStep, runs: Iterable[Run], notes: list[str]) -> list[Run]:
+    """Return one run per seed, the most advanced one: a repeated seed must not make the std smaller."""
     chosen: dict[int, Run] = {}
     for run in sorted(runs, key=lambda run: (run.seed, ORDER.index(run.state), -len(run.epochs))):
         if run.seed in chosen:
             notes.append(
-                f"{rung.name}: seed {run.seed} was run twice; {chosen[run.seed].name} counts, "
+                f"{step.name}: seed {run.seed} was run twice; {chosen[run.seed].name} counts, "
                 f"{run.name} ({run.progress}) does not"
             )
         else:
@@ -248,12 +257,11 @@ def _one_a_seed(rung: Rung, runs: Iterable[Run], notes: list[str]) -> list[Run]:
     return list(chosen.values())
 
 
-def _differences(rung: Rung, runs: Sequence[Run]) -> list[str]:
-    """A line on each setting beside the recipe that differs among runs that are averaged."""
+def _differences(step: ReferenceStep, runs: Sequence[Run]) -> list[str]:
+    """Return a note for each setting beside the recipe that differs among averaged runs."""
     flats = [run.config.flat() for run in runs]
-    lines = []
-    for name in SETTINGS:
-        values = sorted({format_value(flat[name]) for flat in flats})
-        if name in BESIDE_THE_RECIPE and name != "seed" and len(values) > 1:
-            lines.append(f"{rung.name}: its runs differ in {name} ({', '.join(values)})")
-    return lines
+    names = [name for name in SETTINGS if name in BESIDE_THE_RECIPE and name != "seed"]
+    values = {name: sorted({format_value(flat[name]) for flat in flats}) for name in names}
+    return [
+        f"{step.name}: its runs differ in {n} ({', '.join(found)})" for n, found in values.items() if len(found) > 1
+    ]

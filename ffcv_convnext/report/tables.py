@@ -1,4 +1,4 @@
-"""A report as Markdown that reads well on a terminal too, as CSV and as JSON."""
+"""A report as Markdown (also readable on a terminal), as CSV and as JSON."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ffcv_convnext.formatting import format_number, markdown_table
 from ffcv_convnext.report.runs import Metric, Run
 from ffcv_convnext.report.summary import WITHIN, Report, Row, Section, Stats
 
 Table = tuple[list[str], list[list[str]]]  # a header and its rows
-METRICS: tuple[Metric, ...] = ("test_acc1", "test_acc1_ema")  # of the raw and of the averaged weights
+METRICS: tuple[Metric, ...] = ("test_acc1", "test_acc1_ema")  # raw and averaged weights
 
 
 def to_markdown(report: Report) -> str:
-    """Every section's table and caption, then the other runs, then the notes."""
+    """Return every section's table and caption, then the other runs, then the notes."""
     parts: list[str] = []
     for section in report.sections:
         parts += [f"## {escape(section.title)}", _table(section_table(section)), _list(caption(section))]
@@ -30,7 +31,7 @@ def to_markdown(report: Report) -> str:
 
 
 def section_table(section: Section) -> Table:
-    """A row a step; '-' where there is nothing to tell."""
+    """Return a section as a table with one row per step; '-' stands for a missing value."""
     paper = [] if section.why_not else ["paper", "to paper", f"within {WITHIN}"]
     header = ["step", "seeds", "top-1 %", "to base", *paper, "GMACs", "parameters", "images/s", "GPU-hours", "state"]
     return header, [_section_row(section, row) for row in section.rows]
@@ -38,91 +39,89 @@ def section_table(section: Section) -> Table:
 
 def _section_row(section: Section, row: Row) -> list[str]:
     paper = [
-        "-" if row.paper is None else plus_minus(Stats(row.paper, row.rung.paper_std, 3)),
+        "-" if row.paper is None else plus_minus(Stats(row.paper, row.reference.paper.std, 3)),
         _points(row.to_paper),
         {None: "-", True: "yes", False: "no"}[row.within],
     ]
     return [
-        f"({row.name})" if row.rung.optional else row.name,
+        f"({row.name})" if row.reference.optional else row.name,
         str(row.top1.n) if row.top1 else "-",
         plus_minus(row.top1),
         _points(row.to_base),
         *([] if section.why_not else paper),
         f"{row.gmacs:.3f}",
         f"{row.parameters:,}",
-        _number(row.images_per_s, ".0f"),
-        _number(row.gpu_hours, ".1f"),
+        format_number(row.images_per_s, ".0f"),
+        format_number(row.gpu_hours, ".1f"),
         row.state,
     ]
 
 
 def caption(section: Section) -> list[str]:
-    """How to read a section's table, a sentence each."""
-    averaged = [row.name for row in section.rows if row.rung.metric == "test_acc1_ema"]
+    """Return the lines below a section's table that explain it."""
+    averaged = [row.name for row in section.rows if row.reference.is_released]
     facts, members = section.facts, section.runs
     devices = sorted({run.devices for run in members if run.devices})
     hours = [run.gpu_hours for run in members if run.gpu_hours is not None]
+    variants = any(row.reference.optional for row in section.rows)
     return [
-        "Top-1: validation accuracy after the last epoch (none is picked by it), mean and sample standard deviation of "
-        "the finished seeds, of the raw weights"
-        + (f"; of {', '.join(averaged)}, the averaged ones" if averaged else ""),
-        "To base: difference to the step that it changes, raw weights on both sides"
-        + ("; in brackets: variants that no step builds on" if any(row.rung.optional for row in section.rows) else ""),
+        "top-1: validation accuracy after the last epoch (not the best epoch), mean and sample standard deviation over "
+        "the finished seeds; raw weights" + (f", but averaged weights for {', '.join(averaged)}" if averaged else ""),
+        "to base: difference to the step that this one changes, raw weights on both sides"
+        + ("; names in brackets are variants that no step builds on" if variants else ""),
         f"Not compared with the paper: {section.why_not}"
         if section.why_not
-        else "Paper: arXiv:2201.03545, Tables 1, 10 and 11; 300 epochs, three seeds where a deviation is given",
-        *([f"The recipe departs from the configs': {' '.join(section.recipe)}"] if section.recipe else []),
-        f"Data: {_counted(facts.num_classes, 'classes')}, {_counted(facts.train_images, 'training')} and "
-        f"{_counted(facts.val_images, 'validation images')} (train.beton {(facts.train_data or 'unknown')[:8]}); "
+        else "paper: arXiv:2201.03545, Tables 1, 10 and 11; 300 epochs, three seeds where a deviation is given",
+        *([f"Recipe: the configs' recipe with {' '.join(section.recipe)}"] if section.recipe else []),
+        f"Data: {_count(facts.num_classes, 'classes')}, {_count(facts.train_images, 'training images')}, "
+        f"{_count(facts.val_images, 'validation images')} (train.beton {(facts.train_data or 'unknown')[:8]}); "
         f"global batch {facts.global_batch or 'unknown'}; GMACs at {members[0].config.data.input_size} pixels",
-        "Images/s: of all devices together"
+        "images/s: training rate of all devices together"
         + (f" ({', '.join(devices)})" if devices else "")
-        + "; GPU-hours: of one run"
-        + (f", {sum(hours):,.1f} in all" if hours else ""),
+        + "; GPU-hours: one run"
+        + (f" ({sum(hours):,.1f} for all runs)" if hours else ""),
     ]
 
 
-def _counted(count: int | None, what: str) -> str:
-    return f"{'an unknown number of' if count is None else f'{count:,}'} {what}"
-
-
-OTHER_HEADER = ["run", "epochs", "parameters", "top-1 %", "averaged top-1 %", "images/s", "minutes"]
+def _count(count: int | None, noun: str) -> str:
+    return f"unknown number of {noun}" if count is None else f"{count:,} {noun}"
 
 
 def others_table(runs: Sequence[Run]) -> Table:
-    return OTHER_HEADER, [_other_row(run) for run in runs]
-
-
-def _other_row(run: Run) -> list[str]:
-    return [
-        run.name,
-        f"{len(run.epochs)}/{run.num_epochs}" + ("" if run.state == "done" else f" {run.state}"),
-        _number(run.facts.get("n_parameters"), ",d"),
-        _number(run.last("test_acc1"), ".2f"),
-        _number(run.last("test_acc1_ema"), ".2f"),
-        _number(run.images_per_s, ".0f"),
-        f"{60 * run.hours:.1f}",
+    """Return the runs of networks that are not a step as a table."""
+    header = ["run", "epochs", "parameters", "top-1 %", "averaged top-1 %", "images/s", "minutes"]
+    rows = [
+        [
+            run.name,
+            f"{len(run.epochs)}/{run.num_epochs}" + ("" if run.state == "done" else f" {run.state}"),
+            format_number(run.facts.get("n_parameters"), ",d"),
+            *(format_number(run.last(metric), ".2f") for metric in METRICS),
+            format_number(run.images_per_s, ".0f"),
+            f"{60 * run.hours:.1f}",
+        ]
+        for run in runs
     ]
+    return header, rows
 
 
 def others_caption(runs: Sequence[Run]) -> list[str]:
-    classes = sorted({_counted(run.facts.get("num_classes"), "classes") for run in runs})
-    return [f"Networks that are no step of the ladder ({', '.join(classes)}): not compared with the paper"]
+    """Return the lines below that table."""
+    classes = sorted({_count(run.facts.get("num_classes"), "classes") for run in runs})
+    return [f"Networks that are not a step of the ladder ({', '.join(classes)}): not compared with the paper"]
 
 
 def table_of_runs(runs: Sequence[Run]) -> Table:
-    """Every run of a report, with the best epoch beside the last one."""
+    """Return every run of a report as a table, with the best epoch beside the last one."""
     header = ["run", "seed", "state", "last top-1 %", "best top-1 %", "in epoch", "last averaged %", "best averaged %"]
-    return [*header, "in epoch", "GPU-hours", "starts", "commit"], [_run_row(run) for run in runs]
-
-
-def _run_row(run: Run) -> list[str]:
-    starts = run.facts.get("starts") or [{}]
-    cells = [run.name, str(run.seed), run.progress]
-    for metric in METRICS:
-        value, epoch = run.best(metric) or (None, None)
-        cells += [_number(run.last(metric), ".2f"), _number(value, ".2f"), _number(epoch, "d")]
-    return [*cells, _number(run.gpu_hours, ".1f"), str(len(starts)), str(starts[-1].get("git", "-"))[:10]]
+    rows = []
+    for run in runs:
+        starts = run.facts.get("starts") or [{}]
+        row = [run.name, str(run.seed), run.progress]
+        for metric in METRICS:
+            value, epoch = run.best(metric) or (None, None)
+            row += [format_number(run.last(metric), ".2f"), format_number(value, ".2f"), format_number(epoch, "d")]
+        rows.append([*row, format_number(run.gpu_hours, ".1f"), str(len(starts)), str(starts[-1].get("git", "-"))[:10]])
+    return [*header, "in epoch", "GPU-hours", "starts", "commit"], rows
 
 
 def _list(lines: Sequence[str]) -> str:
@@ -130,36 +129,24 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _table(table: Table) -> str:
-    """As Markdown: the first column and the state to the left, the numbers to the right."""
     header, rows = table
-    lines = [header, *([escape(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    left = [i == 0 or name == "state" for i, name in enumerate(header)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(cells, widths, left, strict=True)]
-        return f"| {' | '.join(padded)} |".replace("\n", " ")
-
-    rule = "|".join("-" * (w + 2) if to_left else "-" * (w + 1) + ":" for w, to_left in zip(widths, left, strict=True))
-    return "\n".join([line(lines[0]), f"|{rule}|", *map(line, lines[1:])])
+    align = "".join("<" if i == 0 or name == "state" else ">" for i, name in enumerate(header))
+    return markdown_table(header, [[escape(cell) for cell in row] for row in rows], align)
 
 
 def plus_minus(stats: Stats | None) -> str:
+    """Return '80.57 +- 0.14', or '80.57' without a standard deviation, or '-'."""
     if stats is None:
         return "-"
     return f"{stats.mean:.2f}" if stats.std is None else f"{stats.mean:.2f} +- {stats.std:.2f}"
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 def _points(value: float | None) -> str:
-    return _number(None if value is None else round(value, 2) + 0.0, "+.2f")  # + 0.0: no -0.00
+    return format_number(None if value is None else round(value, 2) + 0.0, "+.2f")  # + 0.0: no -0.00
 
 
 def escape(text: str) -> str:
-    """Text that Markdown and a terminal show as it is: a run's name may hold anything a file's name may."""
+    """Escape text for Markdown and a terminal: a run's name may contain any character that a file name may."""
     shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
     return re.sub(r"([\\`*|<>\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", shown)
 
@@ -168,7 +155,7 @@ def escape(text: str) -> str:
 
 
 def to_csv(report: Report) -> str:
-    """A line a step and a line a run that is no step; nothing where there is no number."""
+    """Return CSV with one line per step and one per run that is not a step; missing values are empty."""
     records = [_row_record(section, row) for section in report.sections for row in section.rows]
     records += [_other_record(run) for run in report.others]
     file = io.StringIO()
@@ -179,12 +166,12 @@ def to_csv(report: Report) -> str:
 
 
 def to_json(report: Report) -> str:
-    """All that the tables and the figure show, and every run with its folder, commit and scores."""
+    """Return JSON with the content of tables and figure, and every run with its folder, commit and scores."""
     content = {
         "sections": [
             {
                 "title": section.title,
-                "configs": str(section.column.folder),
+                "configs": str(section.ladder.folder),
                 "recipe": list(section.recipe),
                 **section.facts._asdict(),
                 "compared_with_paper": not section.why_not,
@@ -209,32 +196,22 @@ FIELDS = (
 
 
 def _row_record(section: Section, row: Row) -> dict[str, Any]:
-    top1 = row.top1
+    top1, reference = row.top1, row.reference
     record = {
         "section": section.title,
-        "name": row.name,
-        "change": row.rung.step.change,
-        "optional": row.rung.optional,
-        "state": row.state,
-        "metric": row.rung.metric,
+        "change": reference.step.change,
+        "optional": reference.optional,
+        "metric": reference.metric,
         "seeds": top1.n if top1 else 0,
         "top1": top1.mean if top1 else None,
         "top1_std": top1.std if top1 else None,
-        "to_base": row.to_base,
-        "paper": row.paper,
-        "paper_std": None if row.paper is None else row.rung.paper_std,
-        "to_paper": row.to_paper,
-        "within": row.within,
-        "gmacs": row.gmacs,
-        "parameters": row.parameters,
-        "images_per_s": row.images_per_s,
-        "gpu_hours": row.gpu_hours,
+        "paper_std": None if row.paper is None else reference.paper.std,
     }
-    return _rounded(record)
+    return _rounded({name: record[name] if name in record else getattr(row, name) for name in FIELDS})
 
 
 def _other_record(run: Run) -> dict[str, Any]:
-    """A run of its own as a line among the steps'."""
+    """Return a run that is not a step with the same keys as a step."""
     record = {
         "section": "other runs",
         "name": run.name,
@@ -252,27 +229,18 @@ def _other_record(run: Run) -> dict[str, Any]:
 
 def _run_record(run: Run) -> dict[str, Any]:
     starts = run.facts.get("starts") or [{}]
+    names = ("name", "seed", "state", "error", "num_epochs", "devices", "images_per_s", "hours", "gpu_hours")
     record: dict[str, Any] = {
-        "name": run.name,
+        **{name: getattr(run, name) for name in names},
         "folder": str(run.folder),
-        "seed": run.seed,
-        "state": run.state,
-        "error": run.error,
         "epochs": len(run.epochs),
-        "num_epochs": run.num_epochs,
         "starts": len(starts),
         "git": starts[-1].get("git"),
-        "devices": run.devices,
         "parameters": run.facts.get("n_parameters"),
-        "images_per_s": run.images_per_s,
-        "hours": run.hours,
-        "gpu_hours": run.gpu_hours,
     }
     for metric in METRICS:
-        best = run.best(metric)
         record[metric] = run.last(metric)
-        record[f"best_{metric}"] = best[0] if best else None
-        record[f"best_{metric}_epoch"] = best[1] if best else None
+        record[f"best_{metric}"], record[f"best_{metric}_epoch"] = run.best(metric) or (None, None)
     return _rounded(record)
 
 

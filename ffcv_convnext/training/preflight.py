@@ -42,9 +42,7 @@ def check_config(config: Config, world: int) -> Plan:
         path: Path | None = getattr(config.run, name)
         if path is not None and not path.is_file():
             raise FileNotFoundError(f"{name} = {path} does not exist")
-    if config.run.output_dir is not None and config.run.output_dir.exists():
-        from ffcv_convnext.training.runlog import check_same_config
-
+    if config.run.output_dir is not None:
         check_same_config(config.run.output_dir, config)
     return Plan(train.num_samples, data.batch_size * data.update_freq * world, num_steps)
 

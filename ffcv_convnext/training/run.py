@@ -24,6 +24,7 @@ from ffcv_convnext.config import Config, differences, format_value
 from ffcv_convnext.files import remove_leftovers
 from ffcv_convnext.models import build_model, load_pretrained, use_triton
 from ffcv_convnext.rng import Stream, step_seed
+from ffcv_convnext.run_folder import FolderLock, check_same_config, read_scores
 from ffcv_convnext.training.checkpoint import Checkpoints, read_checkpoint
 from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.engine import Learner, Run, State, evaluate_network, fit, input_dtype, memory_format
@@ -31,7 +32,7 @@ from ffcv_convnext.training.losses import build_criterion
 from ffcv_convnext.training.metrics import LossTracker
 from ffcv_convnext.training.optim import build_optimizer
 from ffcv_convnext.training.preflight import check_same_classes, count_classes
-from ffcv_convnext.training.runlog import FolderLock, RunLog, check_same_config, is_done, log_end, setup_logging
+from ffcv_convnext.training.runlog import RunLog, log_end, setup_logging
 from ffcv_convnext.training.schedule import build_schedules
 
 if TYPE_CHECKING:  # needs ffcv, which is imported when a run is built
@@ -57,7 +58,7 @@ def train(config: Config) -> dict[str, Any]:
             remove_leftovers(folder)
         setup_logging(folder, processes)
         check_same_config(folder, config)
-        finished = is_done(folder)
+        finished = read_scores(folder)
         if finished is not None and config.run.auto_resume:
             log.info("%s is finished: %s. Nothing to do; choose another output_dir to train again", folder, finished)
             return finished

@@ -1,14 +1,7 @@
-"""The run folder: what was run, on what, and how it went.
-
-config.yaml    the resolved settings; `train.py --config <folder>/config.yaml` repeats the run
-run.json       command, versions, git commit, hardware, data; one entry in `starts` for every (re)start
-log.jsonl      one object an epoch;  steps.jsonl  one a log point;  TensorBoard events beside them
-done           final scores, written when the run has finished
-"""
+"""Logs of a run: what was run, on what, and how it went (see run_folder.py for the files)."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -18,56 +11,26 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ffcv_convnext.config import Config, differences, load_config
+from ffcv_convnext.config import Config
 from ffcv_convnext.errors import Failure, Interrupted
 from ffcv_convnext.files import read_lines, write_atomically
+from ffcv_convnext.run_folder import CONFIG, DONE, EPOCHS, FACTS, LOG_FORMAT, STEPS, log_of_rank, read_facts
 from ffcv_convnext.snapshot import source_commit
 from ffcv_convnext.training.distributed import Processes
 
 log = logging.getLogger(__name__)
 
-CONFIG, RUN, EPOCHS, STEPS, DONE = "config.yaml", "run.json", "log.jsonl", "steps.jsonl", "done"
 PACKAGES = ("torch", "torchvision", "timm", "ffcv", "numba", "numpy", "pillow")
 
 
-class FolderLock:
-    """Held while a run writes to its folder; the kernel lets go of it however the process ends."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises ValueError when another run holds it, PermissionError when the folder cannot be written."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file: IO[str] = open(folder / ".lock", "a+")
-        except OSError as error:
-            raise PermissionError(
-                f"output_dir = {folder} cannot be written: {error.strerror}; choose another"
-            ) from None
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.seek(0)
-            holder = self.file.read().strip()
-            self.file.close()
-            raise ValueError(
-                f"output_dir = {folder} is in use by another run ({holder}); "
-                "wait for it, stop it, or choose another output_dir"
-            ) from None
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.file.flush()
-
-    def release(self) -> None:
-        self.file.close()
-
-
 def setup_logging(folder: Path | None, processes: Processes) -> None:
-    """Warnings and news to the console from rank 0 (past a progress bar), and everything to a file of each rank."""
+    """Log to the console on rank 0 (above a progress bar), and on every rank to its own file in `folder`."""
     root = logging.getLogger("ffcv_convnext")
     for handler in list(root.handlers):
         root.removeHandler(handler)
@@ -78,15 +41,15 @@ def setup_logging(folder: Path | None, processes: Processes) -> None:
         handlers.append(_ConsoleHandler())
         handlers[-1].setFormatter(_LevelFormatter())
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)  # rank 0 may be later than the others
-        handlers.append(logging.FileHandler(folder / f"rank{processes.rank}.log"))
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        folder.mkdir(parents=True, exist_ok=True)  # other ranks may get here before rank 0
+        handlers.append(logging.FileHandler(log_of_rank(folder, processes.rank)))
+        handlers[-1].setFormatter(logging.Formatter(LOG_FORMAT))
     for handler in handlers:
         root.addHandler(handler)
 
 
 def log_end(error: Exception) -> None:
-    """Write what ended the run to this process's own file; the console hears it from the command line."""
+    """Write the error that ended the run to this process's own log; the command line prints it on the console."""
     level = logging.WARNING if isinstance(error, Interrupted) else logging.ERROR
     plain = isinstance(error, Failure | Interrupted | ValueError | FileNotFoundError)
     text = " ".join((str(error) if plain else f"{type(error).__name__}: {error}").split())
@@ -106,27 +69,8 @@ class _LevelFormatter(logging.Formatter):
         return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
 
 
-def check_same_config(folder: Path, config: Config) -> None:
-    """Raises ValueError when the folder holds a run of settings that compute something else."""
-    path = folder / CONFIG
-    if not path.exists():
-        return
-    changed = differences(config, load_config(path))
-    if changed:
-        raise ValueError(
-            f"output_dir = {folder} holds a run with other settings ({'; '.join(changed[:5])}); "
-            "choose another output_dir, or remove it to start anew"
-        )
-
-
-def is_done(folder: Path) -> dict[str, Any] | None:
-    """Final scores of a finished run, or None."""
-    path = folder / DONE
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def describe_machine(processes: Processes) -> dict[str, Any]:
-    """Versions, commit and hardware, so that any figure leads back to what produced it."""
+    """Return versions, commit and hardware, so that every result can be traced back."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -157,7 +101,7 @@ def _cpu_name() -> str:
 
 
 class RunLog:
-    """Writes a run folder's logs, from `resume_at` on; on processes other than the main one it writes nothing."""
+    """Logs of a run folder, written from `resume_at` on. Only the main process writes."""
 
     def __init__(self, folder: Path, config: Config, processes: Processes, facts: dict[str, Any]) -> None:
         self.folder = folder
@@ -169,20 +113,18 @@ class RunLog:
         self.wandb: Any = None
         if not self.active:
             return
-        path = folder / RUN
-        self.run = json.loads(path.read_text()) if path.exists() else {"starts": []}
-        self.run.update(facts)
+        self.run = {"starts": [], **read_facts(folder), **facts}
         self.run["starts"].append(describe_machine(processes))
 
     def _write_run(self) -> None:
-        write_atomically(self.folder / RUN, (json.dumps(self.run, indent=2) + "\n").encode())
+        write_atomically(self.folder / FACTS, (json.dumps(self.run, indent=2) + "\n").encode())
 
     def resume_at(self, step: int, epoch: int) -> None:
-        """Write down settings and facts, drop what was logged after the state the run continues from, open trackers."""
+        """Write settings and facts, remove log lines after the state the run continues from, open the trackers."""
         if not self.active:
             return
         write_atomically(self.folder / CONFIG, self.config.to_yaml().encode())
-        (self.folder / DONE).unlink(missing_ok=True)  # of a run that is done anew (auto_resume false)
+        (self.folder / DONE).unlink(missing_ok=True)  # left from a run that is repeated (auto_resume false)
         _keep_lines(self.folder / EPOCHS, lambda entry: entry["epoch"] < epoch)
         _keep_lines(self.folder / STEPS, lambda entry: entry["step"] <= step)
         self.run["starts"][-1]["from_step"] = step
@@ -195,7 +137,7 @@ class RunLog:
         try:
             import wandb
         except ImportError:
-            raise ValueError("log_wandb = true: wandb is not installed; pip install wandb, or drop the flag") from None
+            raise ValueError("log_wandb = true: wandb is not installed; pip install wandb, or omit the flag") from None
         self.wandb = wandb.init(
             project=self.config.run.project,
             name=self.folder.name,
@@ -214,6 +156,7 @@ class RunLog:
             self.bar = tqdm(desc=f"epoch {total}", initial=first_step, total=num_steps, unit="step", leave=False)
 
     def advance(self) -> None:
+        """Move the progress bar one step."""
         if self.bar is not None:
             self.bar.update()
 
@@ -257,20 +200,23 @@ class RunLog:
         )
 
     def done(self, scores: dict[str, Any]) -> None:
+        """Write the final scores, which mark the run as finished."""
         if self.active:
             write_atomically(self.folder / DONE, (json.dumps(scores) + "\n").encode())
 
     def flush(self) -> None:
-        """Hand buffered events over to the system, which keeps them if this process is killed."""
+        """Write buffered events to disk, so that they survive if this process is killed."""
         if self.tensorboard is not None:
             self.tensorboard.flush()
 
     def end_bar(self) -> None:
+        """Remove the progress bar."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
     def close(self) -> None:
+        """Close the progress bar and the trackers."""
         self.end_bar()
         if self.tensorboard is not None:
             self.tensorboard.close()

@@ -613,6 +613,6 @@ def test_the_program_lists_its_commands_and_refuses_unknown_ones(capsys: pytest.
     assert capsys.readouterr().out == f"{__version__}\n"
     assert cli.main(["fly"]) == 2
     shown_error = capsys.readouterr().err
-    assert shown_error.startswith("error: no command 'fly'")
+    assert shown_error.startswith("error: unknown command 'fly'")
     assert "train" in shown_error
     assert cli.main(["train", "--lr", "0"]) == 2

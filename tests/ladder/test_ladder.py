@@ -1,27 +1,37 @@
-"""rn_configs/: every file loads, every step is one change, and its network has the size the ladder's table states."""
+"""rn_configs/: every file loads, every step is one change, and its network has the size in the ladder's table."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from support import REPOSITORY
 
-from ffcv_convnext.config import SETTINGS, load_config
+from ffcv_convnext.config import SETTINGS, ModelConfig, load_config
 from ffcv_convnext.ladder import (
     STARTING_POINT,
-    change_of,
+    PaperResult,
     describe,
     format_table,
     read_ladder,
     read_paper,
     read_released,
+    read_step,
+    size_of,
 )
+from ffcv_convnext.ladder.size import count_resnet
+from ffcv_convnext.models import build_model, count_gmacs, count_parameters
 
 CONFIGS = REPOSITORY / "rn_configs"
 FOLDERS = ["", "kernel_sizes", "resnet200", "resnet200/kernel_sizes"]
@@ -74,21 +84,21 @@ def rows(folder: str) -> list[dict[str, Any]]:
     return describe(CONFIGS / folder)
 
 
-def test_the_resnet50_column_measures_what_the_table_states() -> None:
+def test_the_resnet50_column_has_the_sizes_of_the_table() -> None:
     measured = {r["name"]: (r["parameters"], r["gmacs"], r["paper_top1"], r["change"]) for r in rows("")}
     assert measured == RESNET50_COLUMN
     assert list(measured) == list(RESNET50_COLUMN)
 
 
-def test_the_resnet200_column_measures_what_the_table_states() -> None:
+def test_the_resnet200_column_has_the_sizes_of_the_table() -> None:
     measured = {r["name"]: (r["gmacs"], r["paper_top1"]) for r in rows("resnet200")}
     assert measured == RESNET200_COLUMN
     assert list(measured) == list(RESNET200_COLUMN)
 
 
-def test_the_kernel_sizes_measure_what_the_table_states() -> None:
+def test_the_kernel_sizes_have_the_sizes_of_the_table() -> None:
     assert {r["name"]: (r["gmacs"], r["paper_top1"]) for r in rows("kernel_sizes")} == KERNELS
-    assert [r["name"] for r in rows("kernel_sizes")] == list(KERNELS)  # 5, 9, 11: numbers in their own order
+    assert [r["name"] for r in rows("kernel_sizes")] == list(KERNELS)  # 5, 9, 11: ordered by value
     assert {r["name"]: r["paper_top1"] for r in rows("resnet200/kernel_sizes")} == KERNELS_200
 
 
@@ -107,7 +117,7 @@ def test_every_step_changes_exactly_one_setting(folder: str) -> None:
             assert step.name == "00_resnet50"
             continue
         expected = two_in_the_paper.get(step.name, 1)
-        assert len(own) - 1 == expected, f"{step.path} states {own}"
+        assert len(own) - 1 == expected, f"{step.path} sets {own}"
         assert step.change.count("--") == expected, f"{step.path} repeats a setting of its base"
 
 
@@ -120,7 +130,7 @@ def test_every_step_builds_on_the_one_before(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_header_comments_agree_with_what_is_measured(folder: str) -> None:
+def test_header_comments_agree_with_sizes_and_paper(folder: str) -> None:
     paper = read_paper(CONFIGS / folder)
     for row in rows(folder):
         path = CONFIGS / folder / f"{row['name']}.yaml"
@@ -133,10 +143,10 @@ def test_header_comments_agree_with_what_is_measured(folder: str) -> None:
         else:
             assert result is not None
             assert float(result[1]) == row["paper_top1"]
-            assert (None if result[2] is None else float(result[2])) == paper[row["name"]]["std"]
+            assert (None if result[2] is None else float(result[2])) == paper[row["name"]].std
 
 
-def test_the_base_states_the_papers_recipe() -> None:
+def test_the_base_has_the_papers_recipe() -> None:
     config = load_config(CONFIGS / "00_resnet50.yaml").flat()
     expected = {
         **{"lr": 4e-3, "recipe_batch": 4096, "weight_decay": 0.05, "min_lr": 1e-6, "warmup_epochs": 20, "epochs": 300},
@@ -150,7 +160,7 @@ def test_the_base_states_the_papers_recipe() -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted((CONFIGS / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
-def test_a_recipe_lies_over_a_step_and_changes_its_schedule_only(recipe: Path) -> None:
+def test_a_recipe_changes_only_the_schedule_of_a_step(recipe: Path) -> None:
     step = CONFIGS / "07_kernel7.yaml"
     alone, short = load_config(step).flat(), load_config(step, recipe).flat()
     changed = {name for name in alone if alone[name] != short[name]}
@@ -164,6 +174,60 @@ def test_rows_have_the_documented_keys_and_survive_json() -> None:
     assert json.loads(json.dumps(rows(""))) == rows("")
 
 
+SWITCHES: dict[str, tuple[Any, ...]] = {
+    "resnet_layers": ((1, 1, 1, 1), (1, 2, 1, 2)),
+    "resnet_stem": ("original", "patch_embed"),
+    "resnet_embed_dim": (8, 12),
+    "resnet_block": ("normal", "inverted"),
+    "resnet_kernel_size": (3, 7),
+    "resnet_norm_layer": ("bn", "ln", "fp32ln"),
+    "resnet_ds_norm": ("none", "pre", "post"),
+    "resnet_ls_init_values": (0.0, 1e-6),
+    **{
+        f"resnet_{name}": (False, True)
+        for name in ("stem_norm", "depthwise", "conv_first", "del_act", "reorg_norm", "pre_norm", "final_norm")
+    },
+    "resnet_sep_downsample": (False, True),
+}
+
+
+def random_networks(number: int) -> Iterator[ModelConfig]:
+    """Networks with every switch drawn at random, without those that cannot be combined."""
+    draw = random.Random(0)
+    while number:
+        with contextlib.suppress(ValueError):
+            yield ModelConfig(**{name: draw.choice(values) for name, values in SWITCHES.items()})
+            number -= 1
+
+
+def sizes(config: ModelConfig, input_size: int, num_classes: int) -> tuple[int, int]:
+    """Parameters and multiply-accumulates of the built network."""
+    with torch.device("meta"):
+        model = build_model(config, num_classes)
+    return count_parameters(model), round(count_gmacs(model, input_size) * 1e9)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_counted_sizes_are_those_of_the_built_networks(path: Path) -> None:
+    config = load_config(path).model
+    assert count_resnet(config, 224, 1000) == sizes(config, 224, 1000)
+
+
+def test_counted_sizes_hold_for_any_combination_of_switches() -> None:
+    for number, config in enumerate(random_networks(30)):
+        input_size = (32, 65, 100)[number % 3]
+        assert count_resnet(config, input_size, 7) == sizes(config, input_size, 7), config
+
+
+def test_the_ladder_is_described_without_torch_and_a_network_of_timm_is_built() -> None:
+    program = (
+        "import sys; from pathlib import Path; from ffcv_convnext.ladder import describe\n"
+        f"describe(Path({str(CONFIGS)!r}))\nassert not {{'torch', 'timm', 'matplotlib'}} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert size_of(ModelConfig(model="resnet18"), 224, 1000) == (11_689_512, 1.814)
+
+
 def test_the_table_is_aligned_markdown() -> None:
     lines = format_table(rows("")).splitlines()
     assert len(lines) == 2 + len(RESNET50_COLUMN)
@@ -172,7 +236,7 @@ def test_the_table_is_aligned_markdown() -> None:
     assert re.search(r"\| 07_kernel7 +\| --resnet_kernel_size 7 +\| +25,863,496 \| +4.146 \| +80.57 \|", lines[9])
 
 
-def test_the_small_ladder_of_the_docs_is_one() -> None:
+def test_the_small_ladder_of_the_docs_is_a_ladder() -> None:
     rows = describe(CONFIGS.parent / "docs/demo_ladder", input_size=48, num_classes=10)
     assert [row["change"].partition(" ")[0].removeprefix("--") for row in rows] == [
         "", "resnet_stem", "resnet_depthwise", "resnet_embed_dim", "resnet_block", "resnet_conv_first",
@@ -180,17 +244,19 @@ def test_the_small_ladder_of_the_docs_is_one() -> None:
     assert [row["parameters"] for row in rows] == [511_514, 509_914, 316_234, 701_866, 342_322, 328_594]
 
 
-def test_a_change_is_what_differs_from_the_base(tmp_path: Path) -> None:
+def test_a_change_lists_the_differences_from_the_base(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("drop_path: 0.1\n")
     step = tmp_path / "step.yaml"
     step.write_text("base: base.yaml\nresnet_layers: 1-1-1-1\ndrop_path: 0.1\nresnet_depthwise: true\n")
-    assert change_of(step) == "--resnet_layers 1-1-1-1 --resnet_depthwise true"
+    assert read_step(step).change == "--resnet_layers 1-1-1-1 --resnet_depthwise true"
 
 
 def test_a_folder_without_steps_and_a_broken_paper_file_are_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no ladder"):
         describe(tmp_path)
     assert read_paper(tmp_path) == {}
+    (tmp_path / "paper.json").write_text('{"00_x": {"top1": 80.5, "std": null}}')
+    assert read_paper(tmp_path) == {"00_x": PaperResult("00_x", 80.5, None)}
     (tmp_path / "paper.json").write_text('{"00_x": 3}')
     with pytest.raises(ValueError, match=r"paper\.json: expected"):
         read_paper(tmp_path)

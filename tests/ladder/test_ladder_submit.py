@@ -1,4 +1,4 @@
-"""The whole ladder as jobs: which runs, what they cost, how they stand. A real array is under tests/slurm/."""
+"""The whole ladder as jobs: which runs, their cost, their state. A real array is in tests/slurm/."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def names(only: str | None, **how: bool) -> list[str]:
     return [step.name for step in select_steps(CONFIGS, only, **how)]
 
 
-def test_steps_are_chosen_by_name_number_and_range() -> None:
+def test_steps_are_selected_by_name_number_and_range() -> None:
     assert len(names(None)) == 15
     assert names("05..07") == ["05_inverted", "06_depthwise_first", "07_kernel7"]
     assert names("convnext_tiny, 0..1,13") == [
@@ -84,7 +84,7 @@ def test_a_ladder_is_one_array_and_is_not_submitted_twice(
     out = capsys.readouterr().out
     # 4 runs x 2 epochs x 5 steps x 16 images, 1.6 s each: with 3 lanes, two in a row
     assert out.startswith(
-        "budget: 4 runs, 640 training images; at 100 images/s a run (given): 0.0 h one after the other"
+        "budget: 4 runs, 640 training images; at 100 images/s per run (given): 0.0 h one after the other"
     )
     assert "0.0 h with 3 at a time" in out
     script = (job_dir / "slurm" / "20_submission.sh").read_text()
@@ -105,27 +105,27 @@ def test_a_ladder_is_one_array_and_is_not_submitted_twice(
     assert run_command("ladder", argv) == 0
     out = capsys.readouterr().out
     assert f"{job_dir}/00_start/seed0 is finished; nothing to do" in out
-    assert f"{job_dir}/00_start/seed1 is on its way: job 20_1 is PENDING; not submitted again" in out
-    assert "budget: 1 runs" in out
+    assert f"{job_dir}/00_start/seed1: job 20_1 is PENDING; not submitted again" in out
+    assert "budget: 1 run," in out
     assert [s.job for s in read_submissions(job_dir)][4:] == ["21"]
     answer(commands, "squeue", "20_1 PENDING\n20_2 PENDING\n21 PENDING")
     assert run_command("ladder", argv) == 0
-    assert "nothing to submit: all 4 runs are finished or on their way" in capsys.readouterr().out
+    assert "nothing to submit: all 4 runs are finished, queued or running" in capsys.readouterr().out
     assert len((commands / "sbatch.calls").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--seed", "1"], "--seed is set for each run of a ladder; say --seeds 0,1,2"),
-        (["--output_dir", "x"], "--output_dir is set for each run of a ladder; say --job_dir DIR"),
+        (["--seed", "1"], "--seed is set for each run of a ladder; use --seeds 0,1,2"),
+        (["--output_dir", "x"], "--output_dir is set for each run of a ladder; use --job_dir DIR"),
         (["--gpus_per_job", "2"], "gpus_per_job = 2 is for --executor local"),
         (["--batch_size", "5"], "global_batch = 16: expected a multiple of batch_size = 5"),
         (["--ngpus", "3"], "3 processes cannot share equally; 1, 2 processes can"),
         (["--max_paralel", "3"], "unknown option '--max_paralel'; did you mean --max_parallel?"),
     ],
 )
-def test_wrong_ladders_are_refused(
+def test_wrong_ladders_are_not_submitted(
     extra: list[str], message: str, flags: list[str], commands: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command("ladder", [*flags, *extra]) == 2
@@ -139,11 +139,11 @@ def test_a_budget_is_given_measured_or_unknown(small_settings: dict[str, Any], m
     steps = select_steps(mini, "00..01")
     tasks = plan_ladder(steps, [0, 1], cluster, overrides={**settings, "epochs": 900, "warmup_epochs": 0})
     assert [task.config.data.global_batch for task in tasks] == [16] * 4
-    assert "hours unknown: no run here has been measured yet" in budget(tasks, 2, None)
+    assert "hours unknown: no run in this folder has been measured yet" in budget(tasks, 2, None)
     # 900 epochs x 80 images = 72,000 images: 2 h at 10 images/s
     assert budget(tasks, 2, 10.0, parallel=3) == (
-        "budget: 4 runs, 288,000 training images; at 10 images/s a run (given): 8.0 h one after the other, 4.0 h with "
-        "3 at a time, 16 GPU-hours (training only, without queueing and evaluation)"
+        "budget: 4 runs, 288,000 training images; at 10 images/s per run (given): 8.0 h one after the other, 4.0 h "
+        "with 3 at a time, 16 GPU-hours (training only, without queueing and evaluation)"
     )
     for name, rate in (("00_start", 10.0), ("01_stem", 40.0)):
         run = tmp_path / "L" / name / "seed0"
@@ -151,7 +151,7 @@ def test_a_budget_is_given_measured_or_unknown(small_settings: dict[str, Any], m
         (run / "run.json").write_text(json.dumps({"starts": [{"processes": 4}]}))
         (run / "log.jsonl").write_text(json.dumps({"images_per_s": rate}) + '\n{"images_per_s": null}\n')
     # half as many processes: 5 and 20 images/s, 4 and 1 h
-    assert "at 5 to 20 images/s a run (measured here): 10.0 h one after" in budget(tasks, 2, None)
+    assert "at 5 to 20 images/s per run (measured here): 10.0 h one after" in budget(tasks, 2, None)
 
 
 # --- status -----------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_a_budget_is_given_measured_or_unknown(small_settings: dict[str, Any], m
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Makes up a submitted run and what it left in its folder."""
+    """Makes a submitted run and its folder."""
 
     def make(name: str, job: str, *, epochs: int = 0, starts: int = 0, failed: int | None = None) -> Path:
         folder = tmp_path / "L" / name / "seed0"
@@ -188,7 +188,7 @@ def run_folder(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_the_status_tells_how_every_run_stands(
+def test_the_status_shows_the_state_of_every_run(
     run_folder: Callable[..., Path], commands: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run_folder("00_done", "1_0", epochs=10, starts=1) / "done").write_text("{}")
@@ -214,12 +214,13 @@ def test_the_status_tells_how_every_run_stands(
     assert rows["stopped"].left_s is None
 
     assert run_command("ladder", ["status", str(tmp_path / "L")]) == 0
-    table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == "run seed job state epoch left top-1 ema images/s restarts last error".split()
-    assert table[2].split() == "01_running 0 1_1 running 4/10 1 h 00 min 52.00 43.00 1,003 2".split()
-    assert table[-1] == "7 runs: 1 done, 1 running, 1 pending, 1 requeued, 1 failed, 1 stopped, 1 missing"
-    long = format_status([replace(rows["failed"], error="x" * 100)]).splitlines()[1]
-    assert long.endswith(" " + "x" * 57 + "...")
+    out = capsys.readouterr().out
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+    assert ", ".join(table[0]) == "run, seed, job, state, epoch, left, top-1, ema, images/s, restarts, last error"
+    assert "; ".join(table[3]) == "01_running; 0; 1_1; running; 4/10; 1 h 00 min; 52.00; 43.00; 1,003; 2; "
+    assert out.splitlines()[-1] == "7 runs: 1 done, 1 running, 1 pending, 1 requeued, 1 failed, 1 stopped, 1 missing"
+    long = format_status([replace(rows["failed"], error="x" * 100)]).splitlines()[2]
+    assert long.endswith(" " + "x" * 57 + "... |")
 
 
 def test_a_run_on_this_machine_is_running_while_its_folder_is_locked(
@@ -234,7 +235,7 @@ def test_a_run_on_this_machine_is_running_while_its_folder_is_locked(
         assert row.state == "running"
 
 
-def test_without_slurm_a_run_of_the_cluster_is_unknown(
+def test_without_slurm_the_state_of_a_job_is_unknown(
     run_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_folder("00_away", "5", epochs=3, starts=1)
@@ -252,16 +253,16 @@ def test_runs_are_cancelled_by_step_and_seed(
     assert run_command("ladder", ["cancel", str(tmp_path / "L"), "01_b/seed0", "02_c"]) == 0
     assert (commands / "scancel.calls").read_text() == "3_1\n"
     assert capsys.readouterr().out == f"cancelled job 3_1, which was PENDING: {tmp_path / 'L'}/01_b/seed0\n"
-    with pytest.raises(ValueError, match=r"03_d was not submitted from .*; there are: 00_a, 01_b, 02_c"):
+    with pytest.raises(ValueError, match=r"03_d was not submitted from .*; submitted: 00_a, 01_b, 02_c"):
         cancel_runs(tmp_path / "L", ["03_d"], print)
 
 
-def test_logs_show_the_end_of_what_the_latest_job_said(
+def test_logs_shows_the_last_lines_of_the_latest_job(
     run_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_folder("00_a", "3_0")
     path = tmp_path / "L" / "slurm" / "3_0_0_log.err"
-    assert read_log(tmp_path / "L", "00_a", 2) == f"==> {path} <==\n(nothing yet)"
+    assert read_log(tmp_path / "L", "00_a", 2) == f"==> {path} <==\n(no output yet)"
     path.parent.mkdir()
     path.write_text("one\ntwo\nthree\n")
     assert run_command("ladder", ["logs", "00_a", "--job_dir", str(tmp_path / "L"), "--lines", "2"]) == 0

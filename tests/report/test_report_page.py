@@ -1,4 +1,4 @@
-"""The report's page in a real Chromium: it runs, asks for nothing, fits a phone, and can be read in the dark."""
+"""The report's page in a real Chromium: it runs, loads nothing else, fits a phone and is readable in dark mode."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ffcv_convnext.report import summarise, to_html
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium: bash scripts/setup.sh chromium installs it"),
+    pytest.mark.skipif(not CHROMIUM, reason="Chromium not found: bash scripts/setup.sh chromium installs it"),
 ]
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ladder of two seeds with a running, a failed and a missing step, and a name that would break a page."""
+    """A ladder of two seeds with a stopped, a failed and a missing step, and a name with HTML in it."""
     folder = tmp_path_factory.mktemp("ladder")
     steps = [replace(step, config=step.config.replace(epochs=20, warmup_epochs=1)) for step in steps_of()]
     for number, step in enumerate(steps[:-1]):
@@ -48,30 +48,30 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield browser
 
 
-def test_the_page_runs_without_a_complaint_and_asks_for_nothing_but_itself(browser: Browser, page: Path) -> None:
+def test_the_page_runs_without_errors_and_loads_nothing_else(browser: Browser, page: Path) -> None:
     browser.open(page)
     assert browser.evaluate("document.querySelectorAll('section tbody tr').length") == 15 + 1
     assert browser.evaluate("document.querySelectorAll('details tbody tr').length") == 28 + 1
     assert browser.evaluate("document.querySelectorAll('#chart path').length") == 28 + 1
-    assert "13_separate_downsampling" in browser.evaluate("document.querySelector('#figure svg').textContent")
+    assert "separate downsampling" in browser.evaluate("document.querySelector('#figure svg').textContent")
     text = browser.evaluate("document.body.innerText")
-    for words in ("1 running 12/20, 1 failed 12/20", "missing", "out of memory </script><b>", "<script>alert(1)"):
+    for words in ("1 stopped 12/20, 1 failed 12/20", "missing", "out of memory </script><b>", "<script>alert(1)"):
         assert words in text
     assert browser.requests == [page.as_uri()]
-    assert browser.complaints == []
+    assert browser.messages == []
 
 
-def test_the_browser_would_notice_a_request_and_an_error(browser: Browser, page: Path) -> None:
-    spoilt = page.with_name("spoilt.html")
+def test_the_browser_reports_requests_and_errors(browser: Browser, page: Path) -> None:
+    broken = page.with_name("broken.html")
     image = '<img src="http://127.0.0.1:9/x.png">'
-    spoilt.write_text(page.read_text().replace("</body>", f"{image}<script>undeclared.x</script></body>"))
-    browser.open(spoilt)
-    complaints = " ".join(browser.complaints)
-    assert "undeclared is not defined" in complaints
-    assert "Content Security Policy" in complaints
+    broken.write_text(page.read_text().replace("</body>", f"{image}<script>undeclared.x</script></body>"))
+    browser.open(broken)
+    messages = " ".join(browser.messages)
+    assert "undeclared is not defined" in messages
+    assert "Content Security Policy" in messages
 
 
-def test_pointing_at_a_curve_reads_it_out_and_controls_choose_what_is_drawn(browser: Browser, page: Path) -> None:
+def test_pointing_at_a_curve_shows_its_values_and_controls_select_the_curves(browser: Browser, page: Path) -> None:
     browser.open(page)
     left, top, width = browser.evaluate(
         "(() => { const chart = document.getElementById('chart'); chart.scrollIntoView();"
@@ -83,14 +83,14 @@ def test_pointing_at_a_curve_reads_it_out_and_controls_choose_what_is_drawn(brow
     browser.evaluate("document.querySelectorAll('#controls button')[1].click()")
     assert browser.evaluate("document.querySelectorAll('#chart path').length") == 27, "one step less"
     browser.evaluate("document.querySelectorAll('#controls button')[0].click()")
-    assert "nothing is chosen" in browser.evaluate("document.getElementById('reading').textContent")
+    assert "no step is selected" in browser.evaluate("document.getElementById('reading').textContent")
     browser.evaluate("document.querySelectorAll('#controls button')[0].click()")
     browser.evaluate(
         "(() => { const select = document.querySelector('#controls select'); select.value = 'train_loss';"
         " select.dispatchEvent(new Event('change')); })()"
     )
     assert browser.evaluate("document.querySelector('#chart svg').getAttribute('aria-label')") == "training loss"
-    assert browser.complaints == []
+    assert browser.messages == []
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False), (390, True)])
@@ -103,9 +103,9 @@ def test_the_page_is_readable_wide_and_narrow_light_and_dark(
     background = np.median(picture)
     assert background < 40 if dark else background > 240
     bands = np.array_split(np.abs(picture - background), 6)
-    assert all((band > 100).mean() > 0.002 for band in bands[:5]), "something to read from top to bottom"
+    assert all((band > 100).mean() > 0.002 for band in bands[:5]), "text from top to bottom"
     colours = browser.evaluate(
         "['h1', '#figure text', '#chart text', 'td'].map(name => getComputedStyle(document.querySelector(name)))"
         ".map(style => [style.color, style.fill])"
     )
-    assert len({colour for colour, _ in colours}) == 1, "one ink for text"
+    assert len({colour for colour, _ in colours}) == 1, "one text colour"

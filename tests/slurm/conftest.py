@@ -19,7 +19,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontr
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[TwoNodes]:
-    """Two nodes of Slurm, idle. SIGTERM ends the session as Ctrl-C does, so that nothing is left behind."""
+    """Two nodes of Slurm, idle. SIGTERM ends the session like Ctrl-C, so that nothing is left behind."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     if missing := [program for program in PROGRAMS if shutil.which(program, path=path) is None]:
         pytest.fail(f"{', '.join(missing)} not found; install Slurm: bash scripts/setup.sh slurm", pytrace=False)
@@ -35,7 +35,7 @@ def slurm() -> Iterator[TwoNodes]:
 
 @pytest.fixture
 def cluster(slurm: TwoNodes) -> Iterator[TwoNodes]:
-    """The same, for one test: its jobs end with it, however it ends."""
+    """The same, for one test: its jobs end with the test."""
     yield slurm
     slurm.cancel_all()
 
@@ -44,7 +44,7 @@ def cluster(slurm: TwoNodes) -> Iterator[TwoNodes]:
 def settings(small_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A LayerNorm network and 800 images; on four processes 25 steps an epoch, 50 in all. Each step is logged.
 
-    GELU, because gradients are compared: rounding that carries a ReLU over its kink changes them by far more.
+    GELU, because gradients are compared: with ReLU, rounding near zero changes them much more.
     """
     images = make_image_folder(tmp_path_factory.mktemp("images"), train_per_class=200, val_per_class=5)
     data = tmp_path_factory.mktemp("beton")

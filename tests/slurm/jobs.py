@@ -1,4 +1,4 @@
-"""Training jobs on the two-node cluster: submitted as a user does, watched as they go."""
+"""Training jobs on the two-node cluster: submitted like a user does, and watched."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def command_line(
 
 
 def submit(cluster: TwoNodes, folder: Path, settings: Mapping[str, Any], *flags: str, code: Path = ROOT) -> Job:
-    """`train.py --job_dir FOLDER`; fails when it does not submit exactly one job."""
+    """Run `train.py --job_dir FOLDER`; fails unless it submits exactly one job."""
     before = set(cluster.queue())
     words = ["train.py", "--job_dir", str(folder), *flags]
     result = command_line(words, code=code, settings=settings)
@@ -56,7 +56,7 @@ class Job:
         return max((entry["step"] for entry in read_lines(self.folder / "steps.jsonl")), default=0)
 
     def output(self, rank: int) -> str:
-        """What a rank printed in all of the job's starts."""
+        """Output of a rank in all starts of the job."""
         return "".join((self.folder / "slurm" / f"{self.id}_{rank}_log.{end}").read_text() for end in ("out", "err"))
 
     def wait_for_step(self, step: int, seconds: float = 120) -> None:
@@ -73,13 +73,13 @@ class Job:
         )  # fmt: skip
 
     def finish(self, seconds: float = 150) -> dict[str, str]:
-        """Slurm's record of the job after its good end."""
+        """Slurm's record of the job after its successful end."""
         record = self.cluster.wait_for_end(self.id, seconds)
         assert record["JobState"] == "COMPLETED", self.cluster.describe(self.id)
         return record
 
     def process(self, rank: int) -> int:
-        """The id of the process that is this rank."""
+        """Process id of a rank."""
         marks = {f"SLURM_PROCID={rank}".encode(), f"SLURM_JOB_ID={self.id}".encode()}
         for pid in processes_of(self.cluster.folder):
             with contextlib.suppress(OSError):

@@ -26,7 +26,7 @@ STEPS = {
 
 
 def ladder(*words: str, settings: dict[str, Any] | None = None) -> str:
-    """What `ffcv-convnext ladder ...` prints."""
+    """Output of `ffcv-convnext ladder ...`."""
     result = command_line(["-m", "ffcv_convnext.cli", "ladder", *words], settings=settings)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -34,14 +34,14 @@ def ladder(*words: str, settings: dict[str, Any] | None = None) -> str:
 
 def submitted(output: str) -> dict[str, str]:
     """Jobs by run, "STEP/seedN"."""
-    lines = re.findall(r"^submitted job (\S+): \S*/(\w+/seed\d), 1 processes", output, flags=re.MULTILINE)
+    lines = re.findall(r"^submitted job (\S+): \S*/(\w+/seed\d), 1 process;", output, flags=re.MULTILINE)
     return {run: job for job, run in lines}
 
 
 def states(job_dir: Path) -> dict[str, str]:
-    """Of every run, as `ladder status` tells them."""
-    table = ladder("status", str(job_dir)).splitlines()[1:-1]
-    return {f"{name}/seed{seed}": state for name, seed, _job, state, *_ in map(str.split, table)}
+    """States of every run from `ladder status`."""
+    rows = [line.split("|")[1:5] for line in ladder("status", str(job_dir)).splitlines()[2:-1]]
+    return {f"{name.strip()}/seed{seed.strip()}": state.strip() for name, seed, _job, state in rows}
 
 
 def test_a_ladder_of_three_steps_and_two_seeds_from_submission_to_report(
@@ -70,7 +70,7 @@ def test_a_ladder_of_three_steps_and_two_seeds_from_submission_to_report(
     assert jobs[runs[-1]] not in {line.split()[0] for line in cluster.queue()}
     assert states(job_dir)[runs[-1]] == "missing"
     again = submitted(ladder("submit", settings=flags))
-    assert list(again) == runs[-1:], "what is on its way or done is not submitted twice"
+    assert list(again) == runs[-1:], "queued and finished runs are not submitted twice"
 
     deadline, most = time.monotonic() + 240, 0
     while queue := cluster.queue():
@@ -79,7 +79,7 @@ def test_a_ladder_of_three_steps_and_two_seeds_from_submission_to_report(
         time.sleep(0.2)
     assert most == 2
     assert Counter(states(job_dir).values()) == {"done": 6}
-    assert "nothing to submit: all 6 runs are finished or on their way" in ladder("submit", settings=flags)
+    assert "nothing to submit: all 6 runs are finished, queued or running" in ladder("submit", settings=flags)
 
     report = command_line(["-m", "ffcv_convnext.cli", "report", str(job_dir), "--configs", str(configs)])
     assert report.returncode == 0, report.stderr

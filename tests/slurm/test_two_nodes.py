@@ -1,4 +1,4 @@
-"""The cluster that the other tests stand on: it does what a Slurm does, and leaves nothing behind."""
+"""The cluster of the other tests: it behaves like Slurm, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ pytestmark = pytest.mark.slurm
 
 
 def test_a_job_runs_on_both_nodes_and_again_after_a_requeue(cluster: TwoNodes, tmp_path: Path) -> None:
-    tell = "srun bash -c 'echo $SLURMD_NODENAME/$SLURM_PROCID/$SLURM_LOCALID/$CUDA_VISIBLE_DEVICES; sleep 60'"
+    script = "srun bash -c 'echo $SLURMD_NODENAME/$SLURM_PROCID/$SLURM_LOCALID/$CUDA_VISIBLE_DEVICES; sleep 60'"
     tasks = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--open-mode=append")
-    job = cluster.tell("sbatch", "--parsable", *tasks, f"--output={tmp_path}/out", f"--wrap={tell}")
+    job = cluster.command("sbatch", "--parsable", *tasks, f"--output={tmp_path}/out", f"--wrap={script}")
     expected = ["n1/0/0/0,1", "n1/1/1/0,1", "n2/2/0/0,1", "n2/3/1/0,1"]
 
     def lines() -> list[str]:
         return [line for line in (tmp_path / "out").read_text().splitlines() if line.startswith("n")]
 
     wait_until(lambda: (tmp_path / "out").exists() and sorted(lines()) == expected, 30, lambda: cluster.describe(job))
-    cluster.tell("scontrol", "requeue", job)
+    cluster.command("scontrol", "requeue", job)
     wait_until(lambda: sorted(lines()) == sorted(expected * 2), 30, lambda: cluster.describe(job))
     record = cluster.job(job)
     assert (record["JobState"], record["Restarts"], record["NumNodes"]) == ("RUNNING", "1", "2")
@@ -38,7 +38,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the te
 sys.path.insert(0, {str(TESTS)!r})
 from slurm.two_nodes import TwoNodes, processes_of, wait_until
 with TwoNodes() as cluster:
-    cluster.tell("sbatch", "--nodes=2", "--output=/dev/null", "--wrap=trap '' TERM; srun --ntasks=2 sleep 600")
+    cluster.command("sbatch", "--nodes=2", "--output=/dev/null", "--wrap=trap '' TERM; srun --ntasks=2 sleep 600")
     wait_until(lambda: str(processes_of(cluster.folder)).count("bin/sleep 600") == 2, 30, "a running job")
     print(cluster.folder, flush=True)
     {{}}
@@ -52,15 +52,15 @@ def test_nothing_is_left_when_it_ends_badly(ending: str) -> None:
         assert it.stdout is not None
         folder = Path(it.stdout.readline().strip())
         it.send_signal(signal.SIGINT if "Ctrl-C" in ending else signal.SIGCONT)
-        _, complaint = it.communicate(timeout=90)
+        _, message = it.communicate(timeout=90)
     assert it.returncode != 0
-    assert complaint.splitlines()[-1] == ("KeyboardInterrupt" if "Ctrl-C" in ending else "ValueError")
+    assert message.splitlines()[-1] == ("KeyboardInterrupt" if "Ctrl-C" in ending else "ValueError")
     assert folder.name.startswith("two-nodes-")
     assert not folder.exists()
     assert not processes_of(folder)
 
 
-def test_a_daemon_that_cannot_start_says_why(tmp_path: Path) -> None:
+def test_a_daemon_that_cannot_start_reports_the_reason(tmp_path: Path) -> None:
     folder = tmp_path / ("too_long_for_the_path_of_a_socket" * 3)
     folder.mkdir()
     with pytest.raises(AssertionError, match=r"(?s)^munged ended with status 1\n--- munged.log\n.*Error: "):

@@ -1,8 +1,8 @@
-"""A Slurm cluster of two nodes on this machine, made of Debian's slurm-wlm and munge, without systemd.
+"""A Slurm cluster of two nodes on this machine: Debian's slurm-wlm and munge, without systemd.
 
-Everything runs as the user who runs the tests and lives in one folder: munged with a key and a socket of its own, one
-slurmctld, two slurmd under the names n1 and n2 on ports of their own. No system-wide Slurm or munge is touched, and
-several such clusters can run beside each other.
+Everything runs as the user who runs the tests, in one folder: munged with its own key and socket, one slurmctld, two
+slurmd with the names n1 and n2 on their own ports. No system-wide Slurm or munge is touched, and several such clusters
+can run at the same time.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ PartitionName=urgent Nodes=n1,n2 MaxTime=60 PriorityTier=10 PreemptMode=OFF
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str | Callable[[], str]) -> Any:
-    """The condition's first true value. Fails after `seconds` with what was waited for, worked out then."""
+    """The condition's first true value. Fails after `seconds`; the message is computed then."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > deadline:
@@ -86,7 +86,7 @@ def processes_of(folder: Path) -> dict[int, str]:
     mark = f"SLURM_CONF={folder / 'slurm.conf'}".encode()
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
+        with contextlib.suppress(OSError):  # already ended, or another user's
             if int(process.name) != os.getpid() and mark in (process / "environ").read_bytes().split(b"\0"):
                 found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
     return found
@@ -100,9 +100,9 @@ def tails(files: Iterable[Path], lines: int = 25) -> str:
 
 @dataclass
 class TwoNodes:
-    """Use as a context; leaving it ends every daemon and job, and removes the folder.
+    """A context manager; on exit it ends every daemon and job, and removes the folder.
 
-    folder: empty, its path short, as a socket's must be; by default a new one among the temporary files.
+    folder: empty, with a short path because of the socket; default: a new temporary folder.
     """
 
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="two-nodes-")))
@@ -110,7 +110,7 @@ class TwoNodes:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For Slurm's commands, here and in a subprocess, to speak to this cluster."""
+        """Environment of commands that use this cluster."""
         path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
         return {**os.environ, "PATH": path, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
@@ -123,7 +123,7 @@ class TwoNodes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Ends the jobs, then the daemons, then whatever is left, each within a bounded time."""
+        """End the jobs, then the daemons, then all other processes, each within a bounded time."""
         try:
             if "slurmctld" in self.daemons:
                 self.cancel_all(seconds=30)
@@ -141,8 +141,8 @@ class TwoNodes:
             shutil.rmtree(self.folder)
 
     def _start(self) -> None:
-        self.folder.chmod(0o711)  # munged wants its socket within everybody's reach
-        with contextlib.ExitStack() as probes:  # held together, so that the ports differ
+        self.folder.chmod(0o711)  # munged requires that every user can reach its socket
+        with contextlib.ExitStack() as probes:  # all open at once, so that the ports differ
             sockets = [probes.enter_context(socket.socket()) for _ in range(3)]
             for probe in sockets:
                 probe.bind(("127.0.0.1", 0))
@@ -168,7 +168,7 @@ class TwoNodes:
         self._wait_for(lambda: self.ask(*states).split() == ["idle", "idle"], "two idle nodes")
 
     def _daemon(self, *command: str, name: str | None = None) -> None:
-        """Start in a session of its own: a Ctrl-C in the terminal is for pytest, which then stops it."""
+        """Start in a new session: Ctrl-C goes to pytest only, which then stops the daemon."""
         name = name or command[0]
         with open(self.folder / f"{name}.log", "wb") as log:
             self.daemons[name] = subprocess.Popen(
@@ -191,26 +191,26 @@ class TwoNodes:
         result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
         return result.stdout.strip()
 
-    def tell(self, *command: str) -> str:
-        """A Slurm command's output. Fails with its complaint."""
+    def command(self, *command: str) -> str:
+        """A Slurm command's output; an assertion fails with its message."""
         result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
         assert result.returncode == 0, f"{' '.join(command)}: {result.stderr}"
         return result.stdout.strip()
 
     def queue(self) -> list[str]:
-        """Jobs that have not ended, array tasks one by one: "ID STATE" as squeue tells them, e.g. "7_1 PENDING"."""
+        """Jobs that have not ended, array tasks one by one: "ID STATE" from squeue, e.g. "7_1 PENDING"."""
         return self.ask("squeue", "-h", "-r", "-o", "%i %T").splitlines()
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What `scontrol show job` tells: JobState, Restarts, NumNodes, NumTasks, ExitCode, Partition, ..."""
-        record = self.tell("scontrol", "show", "job", "-o", job_id).splitlines()[0]
+        """Fields of `scontrol show job`: JobState, Restarts, NumNodes, NumTasks, ExitCode, Partition, ..."""
+        record = self.command("scontrol", "show", "job", "-o", job_id).splitlines()[0]
         return dict(re.findall(r"(\S+?)=(\S*)", record))
 
     def state(self, job_id: str) -> str:
         return self.job(job_id)["JobState"]
 
     def wait_for_end(self, job_id: str, seconds: float = 150) -> dict[str, str]:
-        """The job's record when it has ended for good, whether well or badly."""
+        """The job's record after its end, successful or not."""
 
         def ended() -> dict[str, str] | None:
             record = self.job(job_id)
@@ -219,7 +219,7 @@ class TwoNodes:
         return wait_until(ended, seconds, lambda: f"an end of {self.describe(job_id)}")
 
     def describe(self, job_id: str) -> str:
-        """How the job stands and the ends of its output, for a failure's message."""
+        """State of the job and the ends of its output, for the message of a failure."""
         record = self.job(job_id)
         facts = [f"{key} {record[key]}" for key in ("JobState", "Reason", "Restarts", "ExitCode", "NodeList")]
         output = {path for key in ("StdOut", "StdErr") for path in Path(record[key]).parent.glob(f"{job_id}*log.*")}

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through its debugging pipe: what the page asked for, said and looks like."""
+"""A headless Chromium, driven through its debugging pipe: requests, messages and picture of a page."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
-QUIET = ("Page", "Runtime", "Log", "Network")  # what is listened to
+DOMAINS = ("Page", "Runtime", "Log", "Network")  # whose events are recorded
 
 
 class Browser:
-    """One page. `events` are all that the browser told of it, `requests` the addresses it asked for."""
+    """One page. `events` are all events of the browser, `requests` the addresses it requested."""
 
     def __init__(self, profile: Path, *, timeout_s: float = 60) -> None:
         self.deadline = time.monotonic() + timeout_s
@@ -40,7 +40,7 @@ class Browser:
         os.close(theirs_out)
         target = self.call("Target.createTarget", url="about:blank", session=None)["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True, session=None)["sessionId"]
-        for domain in QUIET:
+        for domain in DOMAINS:
             self.call(f"{domain}.enable")
 
     def __enter__(self) -> Browser:
@@ -53,7 +53,7 @@ class Browser:
         os.close(self._out)
 
     def call(self, method: str, *, session: str | None = "", **params: Any) -> dict[str, Any]:
-        """A command of the DevTools protocol and its result; a refusal or silence is a RuntimeError."""
+        """Send a command of the DevTools protocol and return its result; an error or a timeout is a RuntimeError."""
         self._number += 1
         number = self._number
         session = self.session if session == "" else session
@@ -110,7 +110,7 @@ class Browser:
         return [str(event["params"]["request"]["url"]) for event in sent]
 
     @property
-    def complaints(self) -> list[str]:
-        """Console messages, exceptions, and what the browser itself logs (refused content, failed requests)."""
+    def messages(self) -> list[str]:
+        """Console messages, exceptions, and log entries of the browser (blocked content, failed requests)."""
         kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
         return [json.dumps(event["params"]) for event in self.events if event["method"] in kinds]

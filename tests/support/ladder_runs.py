@@ -1,4 +1,4 @@
-"""Run folders of a ladder, written by hand in seconds: their numbers are INVENTED, around the paper's."""
+"""Run folders of a ladder, written by hand: their numbers are INVENTED, close to the paper's."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def write_run(
     age_s: float = 0.0,
     **settings: Any,
 ) -> Path:
-    """A run of a step whose last epoch measures `top1` (raw; averaged 0.1 more), done unless `epochs` are fewer.
+    """A run of a step whose last epoch has `top1` (averaged weights: 0.1 more), done unless `epochs` is smaller.
 
-    age_s: since its last write.   error: what its log ends with.   settings: where it departs from the step's.
+    age_s: time since its last write.   error: last line of its log.   settings: differences from the step's.
     """
     config = step.config.replace(seed=seed, **settings)
     total = config.schedule.epochs
@@ -78,5 +78,5 @@ def write_run(
 
 @cache
 def steps_of(folder: str = "") -> list[Step]:
-    """A column's steps and its released network."""
+    """A ladder's steps and its released network."""
     return [*read_ladder(CONFIGS / folder), *read_released(CONFIGS / folder)]

@@ -1,4 +1,4 @@
-"""Stand-ins for Slurm's commands, and command lines."""
+"""Fake Slurm commands, and command lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def answer(folder: Path, name: str, output: str, *, status: int = 0) -> None:
-    """A stand-in for one of Slurm's commands: keeps its arguments, prints, exits."""
+    """Make a fake Slurm command that records its arguments, prints and exits."""
     script = f"#!/bin/sh\necho \"$@\" >> '{folder / name}.calls'\ncat <<'END'\n{output}\nEND\nexit {status}\n"
     (folder / name).write_text(script)
     (folder / name).chmod(0o755)

@@ -19,17 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from ffcv_convnext.config import Config
+from ffcv_convnext.files import read_lines
+from ffcv_convnext.run_folder import FolderLock, check_same_config, read_scores
 from ffcv_convnext.training.distributed import Processes
-from ffcv_convnext.training.runlog import (
-    PACKAGES,
-    FolderLock,
-    RunLog,
-    check_same_config,
-    describe_machine,
-    is_done,
-    read_lines,
-    setup_logging,
-)
+from ffcv_convnext.training.runlog import PACKAGES, RunLog, describe_machine, setup_logging
 
 ALONE = Processes(0, 1, 0, torch.device("cpu"))
 
@@ -72,13 +65,13 @@ def test_a_folder_is_locked_until_released(tmp_path: Path) -> None:
     FolderLock(tmp_path / "new" / "run").release()
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PermissionError, match=r"output_dir = .*file/run cannot be written: Not a directory; choose"):
         FolderLock(tmp_path / "file" / "run")
 
 
-def test_only_settings_that_change_the_result_must_stay(tmp_path: Path) -> None:
+def test_settings_that_change_the_result_must_stay_the_same(tmp_path: Path) -> None:
     check_same_config(tmp_path, config())  # an empty folder takes any
     (tmp_path / "config.yaml").write_text(config().to_yaml())
     check_same_config(tmp_path, config(num_workers=3, output_dir="elsewhere", log_every=7, update_freq=2))
@@ -88,7 +81,7 @@ def test_only_settings_that_change_the_result_must_stay(tmp_path: Path) -> None:
         check_same_config(tmp_path, config(lr=0.1, batch_size=64))
 
 
-def test_the_machine_is_described_so_that_figures_lead_back_to_it() -> None:
+def test_the_machine_is_described_in_run_json() -> None:
     facts = describe_machine(ALONE)
     assert set(facts["versions"]) == {"python", *PACKAGES}
     assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -141,22 +134,22 @@ def test_tensorboard_shows_each_step_once_after_a_resume(
     losses = events.Scalars("train/loss")
     assert [loss.step for loss in losses] == list(range(1, 8))
     assert [loss.value for loss in losses] == pytest.approx([1 / step for step in range(1, 8)])
-    assert "train/images_per_s" not in events.Tags()["scalars"], "None is no number"
+    assert "train/images_per_s" not in events.Tags()["scalars"], "None is not plotted"
 
 
-def test_done_tells_the_scores(open_log: Callable[..., RunLog], tmp_path: Path) -> None:
+def test_done_holds_the_scores(open_log: Callable[..., RunLog], tmp_path: Path) -> None:
     log = open_log()
-    assert is_done(tmp_path) is None
+    assert read_scores(tmp_path) is None
     log.done({"test_acc1": 50.0})
     log.close()
-    assert is_done(tmp_path) == {"test_acc1": 50.0}
+    assert read_scores(tmp_path) == {"test_acc1": 50.0}
     open_log().close()
-    assert is_done(tmp_path) is None, "a run done anew is not finished"
+    assert read_scores(tmp_path) is None, "a repeated run is not finished"
 
 
-def test_other_processes_write_their_own_file_only(open_log: Callable[..., RunLog], tmp_path: Path) -> None:
+def test_other_processes_write_only_their_own_log(open_log: Callable[..., RunLog], tmp_path: Path) -> None:
     second = Processes(1, 2, 1, torch.device("cpu"))
-    setup_logging(tmp_path / "not yet made by the first", second)
+    setup_logging(tmp_path / "not yet created by rank 0", second)
     log = open_log(processes=second)
     log.train(step_entry(1), 10)
     log.epoch(epoch_entry(0))
@@ -190,7 +183,7 @@ def test_plain_lines_go_to_a_file_and_a_bar_to_a_terminal(
 
 
 class FakeWandb(SimpleNamespace):
-    """Records what the real module would be told."""
+    """Records the calls."""
 
     def __init__(self) -> None:
         super().__init__(starts=[], logged=[], finished=0)
@@ -226,7 +219,7 @@ def test_wandb_continues_the_same_run_after_a_resume(
     assert wandb.finished == 2
 
 
-def test_wandb_that_is_not_installed_is_said(open_log: Callable[..., RunLog], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_wandb_is_an_error(open_log: Callable[..., RunLog], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="log_wandb = true: wandb is not installed; pip install wandb"):
         open_log(log_wandb=True)
