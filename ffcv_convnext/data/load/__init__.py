@@ -3,7 +3,7 @@
 from ffcv_convnext.data.load.crops import RandomCropDecoder
 from ffcv_convnext.data.load.loader import EvalLoader, SampleError, SampleLoader, TrainLoader
 from ffcv_convnext.data.load.sampler import COPY, Shares
-from ffcv_convnext.data.load.sources import ReadError, num_bytes_in_memory
+from ffcv_convnext.data.load.sources import ReadError
 
 __all__ = [
     "COPY",
@@ -14,5 +14,4 @@ __all__ = [
     "SampleLoader",
     "Shares",
     "TrainLoader",
-    "num_bytes_in_memory",
 ]

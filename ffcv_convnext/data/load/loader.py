@@ -38,10 +38,10 @@ from ffcv_convnext.data.load.crops import (
     stored_bytes,
 )
 from ffcv_convnext.data.load.sampler import COPY, QuasiRandom, Shares, eval_batches, is_shuffled
-from ffcv_convnext.data.load.sources import Fetch, LoadedFile, MappedFile, ReadError, ReadFile, num_bytes_in_memory
+from ffcv_convnext.data.load.sources import Fetch, LoadedFile, MappedFile, ReadError, ReadFile
 from ffcv_convnext.errors import Failure
 from ffcv_convnext.formatting import format_bytes
-from ffcv_convnext.host import available_memory, describe_need
+from ffcv_convnext.host import available_memory, describe_need, num_bytes_in_memory
 
 with importing_ffcv():
     import ffcv.loader

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import mmap
 import os
 import time
 import weakref
@@ -341,16 +340,3 @@ def read_or_explain(file: _SampleFile, starts: Any, lengths: Any, places: Any, c
             )
         content[places[done] : places[done] + length] = np.frombuffer(again, np.uint8)
         done += 1
-
-
-def num_bytes_in_memory(path: Path) -> int:
-    """How much of a file the page cache holds. All of it, says the kernel, for somebody else's file."""
-    if not path.stat().st_size:
-        return 0
-    mapping = np.memmap(path, dtype=np.uint8, mode="r")
-    pages = np.zeros(-(-len(mapping) // mmap.PAGESIZE), np.uint8)
-    mincore = ctypes.CDLL(None, use_errno=True).mincore
-    arguments = (mapping.ctypes.data, len(mapping), pages.ctypes.data)
-    if mincore(*(ctypes.c_void_p(argument) for argument in arguments)):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
-    return int(np.count_nonzero(pages & 1)) * mmap.PAGESIZE
