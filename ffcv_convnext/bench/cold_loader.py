@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ffcv_convnext.bench.compare import Comparison, Entry, compare, timeout_for, use_cores
+from ffcv_convnext.bench.contestants.loaders import BATCH
 from ffcv_convnext.bench.loader import CONTESTANTS, REFERENCE, convert_with_both, size_facts
 from ffcv_convnext.bench.options import FolderOptions
 from ffcv_convnext.host import evict
@@ -31,6 +32,7 @@ OURS: dict[str, dict[str, Any]] = {
 
 def bench_cold(options: FolderOptions) -> Comparison:
     """Measure cold reads. The files, one for each contestant, are in the current folder, so its disk is measured."""
+    options.check_num_images(BATCH)
     chosen = options.choose([REFERENCE, *OURS], REFERENCE)
     num_workers = use_cores(options.cores)
     with tempfile.TemporaryDirectory(prefix="bench-cold-", dir=Path.cwd()) as name:

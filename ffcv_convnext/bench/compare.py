@@ -333,6 +333,8 @@ def serve(function: str, arguments: str, started_at: str) -> None:
             started = time.perf_counter()
             done = work()
             timed = done if isinstance(done, Timed) else Timed(done, time.perf_counter() - started)
+            if not timed.images:
+                raise ValueError("no images in a round: there are fewer than one batch")
             _settle()
             answer(**timed._asdict(), notes=_notes)
     except Exception as error:  # the parent reports it in this contestant's row

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ffcv_convnext.bench.compare import Comparison, compare, timeout_for, use_cores
+from ffcv_convnext.bench.contestants.loaders import BATCH
 from ffcv_convnext.bench.options import FolderOptions
 
 REFERENCE = "stock FFCV (area)"
@@ -38,6 +39,7 @@ def bench_loader(options: FolderOptions) -> Comparison:
 
     Rows whose package is missing are left out and named in the facts. Raises ValueError if `peers` names one of them.
     """
+    options.check_num_images(BATCH)
     chosen = options.choose(list(PEERS), REFERENCE)
     missing = [name for name in chosen if not _installed(PEERS[name][2])]
     if REFERENCE in missing or (options.peers is not None and missing):

@@ -46,6 +46,11 @@ class FolderOptions(Options):
     num_images: int
     cores: int | None  # processor cores to use; None: all available ones
 
+    def check_num_images(self, min_images: int) -> None:
+        """Raise ValueError for fewer images than a batch."""
+        if self.num_images < min_images:
+            raise ValueError(f"num_images = {self.num_images}: expected at least {min_images}, one batch")
+
     def image_folder(self, work: Path, *, originals: bool = False) -> Path:
         """Make the folder of images in `work`; see synthetic_data.image_folder."""
         from ffcv_convnext.bench.synthetic_data import image_folder

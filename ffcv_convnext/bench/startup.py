@@ -132,8 +132,7 @@ def bench_startup(options: FolderOptions) -> Startup:
 
     Raises ValueError for fewer images than a batch, Failure if a start fails or takes more than ten minutes.
     """
-    if options.num_images < BATCH:
-        raise ValueError(f"num_images = {options.num_images}: expected at least {BATCH}, one batch")
+    options.check_num_images(BATCH)
     with tempfile.TemporaryDirectory(prefix="bench-startup-") as temporary:
         work = Path(temporary)
         data = work / "data"  # train.beton, and the same file as val.beton

@@ -123,6 +123,11 @@ def test_memory_counts_children_and_leaves_out_imports_and_files(tmp_path: Path)
     assert row.peak_mb > 64 + 96 + 32
 
 
+def test_a_contestant_without_images_is_an_error() -> None:
+    (empty,) = compared({"empty": ("counting", {"images": 0})}).rows
+    assert empty.error == "ValueError: no images in a round: there are fewer than one batch"
+
+
 def test_the_first_result_counts_in_work_that_must_run_to_its_end() -> None:
     started = time.monotonic()
     (row,) = compared({"slow": ("slow_to_end", {})}).rows
@@ -207,6 +212,8 @@ def test_rows_are_chosen_by_the_beginning_of_their_names() -> None:
         (["convert", "--peers", "DALI"], "stock FFCV"),
         (["loader", "--cores", "0"], "cores = 0"),
         (["loader", "--rounds", "0"], "rounds = 0"),
+        (["loader", "--num_images", "64"], "num_images = 64: expected at least 128"),
+        (["cold", "--num_images", "64"], "num_images = 64: expected at least 128"),
         (["convert", "--num_images", "0"], "num_images = 0"),
         (["loader", "--data_path", "nowhere"], "nowhere/train not found"),
         (["convert", "--data_path", "here", "--photographs", "there"], "not both"),

@@ -13,6 +13,7 @@ from ffcv_convnext.bench.startup import quick_commands
 from ffcv_convnext.cli import run_command
 
 HEAVY = ("torch", "torchvision", "timm", "ffcv", "numba", "matplotlib", "submitit")
+NEEDED = {"train.py --dry_run": {"submitit"}}  # it writes the batch script
 COMMANDS = [
     "ffcv-convnext --help",
     "ffcv-convnext ladder describe",
@@ -42,7 +43,8 @@ def test_a_quick_command_imports_no_heavy_package(name: str, beton_dir: Path, tm
         [sys.executable, "-c", PROGRAM, *commands[name]], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert result.stderr.splitlines()[-1] == "imported:"
+    imported = result.stderr.splitlines()[-1].removeprefix("imported:").split()
+    assert set(imported) <= NEEDED.get(name, set())
 
 
 @pytest.mark.slow
@@ -68,4 +70,4 @@ def test_bench_startup_times_first_and_second_starts_of_ours_and_stock_ffcv(
 
 def test_bench_startup_needs_a_batch_of_images(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("bench", ["startup", "--num_images", "10"]) == 2
-    assert "at least a batch of 128" in capsys.readouterr().err
+    assert "num_images = 10: expected at least 128" in capsys.readouterr().err
