@@ -41,7 +41,7 @@ def bench_cold(options: FolderOptions) -> Comparison:
         options.progress(f"converting {folder}")
         paths = convert_with_both(folder, work, num_workers)
         contestants: list[Entry] = [
-            (REFERENCE, f"{CONTESTANTS}:cold_stock", {"stock": str(paths["stock"]), "num_workers": num_workers})
+            (REFERENCE, f"{CONTESTANTS}:cold_stock", {"beton": str(paths["stock"]), "num_workers": num_workers})
         ]
         for number, label in enumerate(chosen[1:]):
             own = work / str(number)

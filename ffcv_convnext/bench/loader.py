@@ -6,31 +6,40 @@ import importlib.util
 import io
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ffcv_convnext.bench.compare import Comparison, compare, timeout_for, use_cores
+from ffcv_convnext.bench.compare import Comparison, Entry, compare, timeout_for, use_cores
 from ffcv_convnext.bench.contestants.loaders import BATCH
 from ffcv_convnext.bench.options import FolderOptions
 
 REFERENCE = "stock FFCV (area)"
 CONTESTANTS = f"{__package__}.contestants.loaders"
 
-# Row, with the interpolation of its resize -> function in contestants/loaders.py, the input it reads, its package
-PEERS: dict[str, tuple[str, str, str]] = {
-    REFERENCE: ("stock_ffcv", "stock", "ffcv"),
-    "ours (bicubic)": ("ours", "ours", "ffcv"),
-    "ours (bilinear)": ("ours_bilinear", "ours", "ffcv"),
-    "ours from stock's file (bicubic)": ("ours_on_stock", "stock", "ffcv"),
-    "torchvision (PIL bicubic)": ("torchvision_pil", "folder", "torchvision"),
-    "timm (PIL bicubic)": ("timm_loader", "folder", "timm"),
-    "DALI CPU (cubic)": ("dali", "folder", "nvidia.dali"),
-    "WebDataset (PIL bicubic)": ("webdataset", "shards", "webdataset"),
-    "SPDL (FFmpeg bicubic)": ("spdl", "folder", "spdl.io"),
+
+class Peer(NamedTuple):
+    """A loader to measure."""
+
+    function: str  # in contestants/loaders.py
+    source: Literal["ours", "stock", "folder", "shards"]  # the files it reads: our .beton, stock FFCV's, JPEGs, tar
+    package: str  # it needs this package
+    options: Mapping[str, str] = {}
+
+
+PEERS = {  # row, with the interpolation of its resize
+    REFERENCE: Peer("stock_ffcv", "stock", "ffcv"),
+    "ours (bicubic)": Peer("ours", "ours", "ffcv", {"interpolation": "bicubic"}),
+    "ours (bilinear)": Peer("ours", "ours", "ffcv", {"interpolation": "bilinear"}),
+    "ours from stock's file (bicubic)": Peer("ours", "stock", "ffcv", {"interpolation": "bicubic"}),
+    "torchvision (PIL bicubic)": Peer("torchvision_pil", "folder", "torchvision"),
+    "timm (PIL bicubic)": Peer("timm_loader", "folder", "timm"),
+    "DALI CPU (cubic)": Peer("dali", "folder", "nvidia.dali"),
+    "WebDataset (PIL bicubic)": Peer("webdataset", "shards", "webdataset"),
+    "SPDL (FFmpeg bicubic)": Peer("spdl", "folder", "spdl.io"),
 }
 
 
@@ -41,9 +50,9 @@ def bench_loader(options: FolderOptions) -> Comparison:
     """
     options.check_num_images(BATCH)
     chosen = options.choose(list(PEERS), REFERENCE)
-    missing = [name for name in chosen if not _installed(PEERS[name][2])]
+    missing = [name for name in chosen if not _installed(PEERS[name].package)]
     if REFERENCE in missing or (options.peers is not None and missing):
-        raise ValueError(f"peers = {missing[0]}: {PEERS[missing[0]][2]} is not installed; {_install(missing)}")
+        raise ValueError(f"peers = {missing[0]}: {PEERS[missing[0]].package} is not installed; {_install(missing)}")
     chosen = [name for name in chosen if name not in missing]
     num_workers = use_cores(options.cores)
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as temporary:
@@ -51,13 +60,14 @@ def bench_loader(options: FolderOptions) -> Comparison:
         folder = options.image_folder(work)
         options.progress(f"converting {folder}")
         inputs = {**convert_with_both(folder, work, num_workers), "folder": folder / "train"}
-        if any(PEERS[name][1] == "shards" for name in chosen):
+        if any(PEERS[name].source == "shards" for name in chosen):
             inputs["shards"] = _write_shards(folder / "train", work / "shards", num_workers)
-        contestants = [
-            (name, f"{CONTESTANTS}:{function}", {need: str(inputs[need]), "num_workers": num_workers})
-            for name, (function, need, _) in PEERS.items()
-            if name in chosen
-        ]
+        contestants: list[Entry] = []
+        for name in chosen:
+            function, source, _, more = PEERS[name]
+            kind = source if source in ("folder", "shards") else "beton"
+            arguments = {kind: str(inputs[source]), "num_workers": num_workers, **more}
+            contestants.append((name, f"{CONTESTANTS}:{function}", arguments))
         facts = size_facts(folder, inputs["ours"]) | {"torch": version("torch")}
         if missing:
             facts["not installed"] = " and ".join(missing)
@@ -74,7 +84,7 @@ def _installed(package: str) -> bool:
 
 
 def _install(names: Sequence[str]) -> str:
-    extras = sorted({"ffcv" if PEERS[name][2] == "ffcv" else "bench" for name in names})
+    extras = sorted({"ffcv" if PEERS[name].package == "ffcv" else "bench" for name in names})
     return f"pip install -e '.[{','.join(extras)}]'"
 
 

@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ffcv_convnext.bench.compare import format_facts, use_cores
 from ffcv_convnext.bench.contestants.loaders import BATCH, SIZE
@@ -61,13 +61,6 @@ CONTESTANTS = {
 STARTS = ("first", "second")
 _TIMEOUT_S = 600.0
 _LADDER = Path(__file__).resolve().parents[2] / "rn_configs"
-
-
-class CommandTime(NamedTuple):
-    """Seconds of one run of a command."""
-
-    wall_s: float
-    cpu_s: float  # user and system, of the process and its children
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,19 +140,16 @@ def bench_startup(options: FolderOptions) -> Startup:
             for suffix in (".beton", ".json"):
                 (data / split).with_suffix(suffix).symlink_to(paths["ours"].with_suffix(suffix))
         arguments = [str(work), str(paths["stock"]), str(num_cores)]
-        starts: dict[tuple[str, str], list[dict[str, float]]] = {}
-        times: dict[str, list[CommandTime]] = {}
-        for number in range(-1, options.rounds):  # the first round only warms up
-            if number == 0:
-                starts, times = {}, {}
+        found: dict[tuple[str, str], list[dict[str, float]]] = {}  # row's name, which start -> seconds of each round
+        for number in range(options.rounds + 1):
             for name in chosen:
                 if name in commands:
-                    times.setdefault(name, []).append(time_command(name, commands[name]))
+                    found.setdefault((name, ""), []).append(time_command(name, commands[name]))
                     continue
                 with tempfile.TemporaryDirectory(dir=work) as cache:
                     for start in STARTS:
-                        starts.setdefault((name, start), []).append(_start(name, arguments, cache))
-            options.progress(f"round {number + 1}/{options.rounds}" if number >= 0 else "warmed up")
+                        found.setdefault((name, start), []).append(_start(name, arguments, cache))
+            options.progress(f"round {number}/{options.rounds}" if number else "warmed up")
     facts = {
         "cores": num_cores,
         "processor": processor_name(),
@@ -167,8 +157,12 @@ def bench_startup(options: FolderOptions) -> Startup:
         "images": options.num_images,
         "torch": version("torch"),
     }
-    rows = [_row(name, start, seconds) for (name, start), seconds in starts.items()]
-    return Startup(facts, rows, [_command_row(name, found) for name, found in times.items()])
+    measured = {key: seconds[1:] for key, seconds in found.items()}  # without the round that warmed up
+    return Startup(
+        facts,
+        [_row(name, start, rounds) for (name, start), rounds in measured.items() if start],
+        [_command_row(name, rounds) for (name, start), rounds in measured.items() if not start],
+    )
 
 
 def quick_commands(work: Path, data_path: Path) -> dict[str, list[str]]:
@@ -201,12 +195,12 @@ def quick_commands(work: Path, data_path: Path) -> dict[str, list[str]]:
     return commands
 
 
-def time_command(name: str, arguments: list[str]) -> CommandTime:
-    """Run one of quick_commands() in a new process. Raises Failure if it fails."""
+def time_command(name: str, arguments: list[str]) -> dict[str, float]:
+    """Run one of quick_commands() and return its wall_s and cpu_s. Raises Failure if it fails."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     _run(name, ["-m", "ffcv_convnext.cli", *arguments], dict(os.environ))
     wall_s, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return CommandTime(wall_s, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return {"wall_s": wall_s, "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
 
 def _start(name: str, arguments: list[str], cache: str) -> dict[str, float]:
@@ -243,6 +237,6 @@ def _row(name: str, start: str, rounds: list[dict[str, float]]) -> Row:
     return Row(name, start, torch_s, first_batch_s, statistics.median(beyond), min(beyond), max(beyond), cpu_s)
 
 
-def _command_row(name: str, times: list[CommandTime]) -> CommandRow:
-    wall_s, cpu_s = (list(each) for each in zip(*times, strict=True))
+def _command_row(name: str, rounds: list[dict[str, float]]) -> CommandRow:
+    wall_s, cpu_s = ([each[key] for each in rounds] for key in ("wall_s", "cpu_s"))
     return CommandRow(name, statistics.median(wall_s), statistics.median(cpu_s), min(cpu_s), max(cpu_s))

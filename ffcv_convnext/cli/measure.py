@@ -58,7 +58,7 @@ def bench(argv: Sequence[str]) -> int:
     else:
         options = parser.parse_args(argv)
     check_json(options.json)
-    from ffcv_convnext.bench import FolderOptions, StepOptions, run_folder_benchmark, run_step_benchmark
+    from ffcv_convnext.bench import FolderOptions, StepOptions, bench_folder, bench_training
 
     shared: dict[str, Any] = {
         "photographs": options.photographs,
@@ -69,11 +69,11 @@ def bench(argv: Sequence[str]) -> int:
     if is_step:
         ladder = getattr(options, "ladder", None)
         flags = {name: getattr(options, name) for name in SETTINGS if hasattr(options, name)}
-        step_options = StepOptions(**shared, config=config, seconds=options.seconds, ladder=ladder, flags=flags)
-        found = run_step_benchmark(what, step_options)
+        training = StepOptions(**shared, config=config, seconds=options.seconds, ladder=ladder, flags=flags)
+        found = bench_training(what, training)
     else:
-        folder_options = {name: getattr(options, name) for name in ("data_path", "num_images", "cores")}
-        found = run_folder_benchmark(what, FolderOptions(**shared, **folder_options))
+        shared |= {name: getattr(options, name) for name in ("data_path", "num_images", "cores")}
+        found = bench_folder(what, FolderOptions(**shared))
     print(found.format())
     if options.json:
         write_atomically(options.json, (found.to_json() + "\n").encode())

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +41,10 @@ class StorageRate:
     def megabytes_per_s(self) -> float | None:
         """The rate, or None if too little was cold."""
         return self.megabytes / self.seconds if self.cold >= MIN_COLD and self.seconds > 0 else None
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Return the fields and the rate."""
+        return {**asdict(self), "megabytes_per_s": self.megabytes_per_s}
 
 
 class ColdFile:

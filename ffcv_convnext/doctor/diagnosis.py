@@ -30,6 +30,17 @@ IMAGENET, IMAGENET_CLASSES = 1_281_167, 1000  # training images; the run is pred
 MAX_READERS = 256
 MAX_COLD = 50_000  # samples drawn for the cold reads: more than any storage reads in the time
 
+# In the JSON: settings, and names of the prediction's fields that differ from the attribute's
+_REPORTED = (
+    *("model", "input_size", "batch_size", "update_freq", "num_workers", "train_interpolation"),
+    *("amp", "channels_last", "compile", "epochs"),
+)
+_PREDICTION_KEYS = {
+    "stages": "stages_images_per_s",
+    "device": "device_images_per_s",
+    "cores_per_gpu": "cores_a_gpu",
+}
+
 Progress = Callable[[str], None]
 
 
@@ -59,46 +70,22 @@ class Diagnosis:
 
     def to_json(self) -> str:
         """Return the page's figures; names contain the units, rates without a unit are images/s."""
-        images, run = self.config.data, self.config.run
+        settings, prediction = self.config.flat(), asdict(self.prediction)
         content: dict[str, Any] = {
             "configs": self.config_names,
-            "settings": {
-                "model": self.config.model.model,
-                "num_parameters": self.num_parameters,
-                "input_size": images.input_size,
-                "batch_size": images.batch_size,
-                "update_freq": images.update_freq,
-                "num_workers": images.num_workers,
-                "train_interpolation": images.train_interpolation,
-                "amp": run.amp,
-                "channels_last": run.channels_last,
-                "compile": run.compile,
-                "epochs": self.config.schedule.epochs,
-            },
+            "settings": {"num_parameters": self.num_parameters, **{name: settings[name] for name in _REPORTED}},
             "node": asdict(self.node),
             "machine": asdict(self.machine),
             "file": asdict(self.file),
             "images_per_s": {**asdict(self.rates), "whole_predicted": self.predicted_whole},
             "storage": {
                 "num_readers": self.num_readers,
-                "at_random": self.storage and {**asdict(self.storage), "megabytes_per_s": self.storage.megabytes_per_s},
-                "in_order": self.storage_in_order
-                and {**asdict(self.storage_in_order), "megabytes_per_s": self.storage_in_order.megabytes_per_s},
+                "at_random": self.storage and self.storage.to_dict(),
+                "in_order": self.storage_in_order and self.storage_in_order.to_dict(),
             },
             "transfer_gigabytes_per_s": self.transfer and self.transfer.gigabytes_per_s,
             "step": asdict(self.step),
-            "prediction": {
-                "bound": self.prediction.bound,
-                "images_per_s": self.prediction.images_per_s,
-                "first_epoch_images_per_s": self.prediction.first_epoch_images_per_s,
-                "host_images_per_s": self.prediction.host_images_per_s,
-                "stages_images_per_s": self.prediction.stages,
-                "device_images_per_s": self.prediction.device,
-                "hours": self.prediction.hours,
-                "decoding_cores": self.prediction.decoding_cores,
-                "cores_a_gpu": self.prediction.cores_per_gpu,
-                "fits_in_memory": self.prediction.fits_in_memory,
-            },
+            "prediction": {_PREDICTION_KEYS.get(name, name): value for name, value in prediction.items()},
             "advice": self.advice,
         }
         return json.dumps(content, indent=1)

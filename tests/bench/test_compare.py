@@ -179,7 +179,7 @@ def test_bench_loader_measures_every_peer_that_is_installed(
 ) -> None:
     names = ["stock FFCV (area)", "ours (bicubic)", "torchvision (PIL bicubic)", "timm (PIL bicubic)"]
     peers = {name: loader.PEERS[name] for name in names}
-    monkeypatch.setattr(loader, "PEERS", {**peers, "Missing": ("missing", "folder", "missing_package.part")})
+    monkeypatch.setattr(loader, "PEERS", {**peers, "Missing": loader.Peer("missing", "folder", "missing_package.part")})
     result = consistent(capsys, ["loader", "--num_images", "256"], tmp_path / "figures.json")
     assert [row["name"] for row in result["rows"]] == names
     assert result["facts"]["images"] == 256

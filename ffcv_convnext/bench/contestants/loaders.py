@@ -36,7 +36,8 @@ def _counted(batches: Iterable[Sized]) -> int:
 # --- .beton files -----------------------------------------------------------------------------------------
 
 
-def _ours(beton: str, num_workers: int, interpolation: str) -> Contestant:
+def ours(beton: str, num_workers: int, interpolation: str) -> Contestant:
+    """Load with our loader, without the manifest that TrainLoader needs: from stock FFCV's file too."""
     import torch
 
     from ffcv_convnext.config import Config
@@ -59,27 +60,12 @@ def _ours(beton: str, num_workers: int, interpolation: str) -> Contestant:
     return work, lambda: next(iter(loader.batches(shares.micro_batches(len(loader), 0, 0, 0), 0, 0)))
 
 
-def ours(ours: str, num_workers: int) -> Contestant:
-    """Load with the recipe's interpolation."""
-    return _ours(ours, num_workers, "bicubic")
-
-
-def ours_bilinear(ours: str, num_workers: int) -> Contestant:
-    """Load with a faster interpolation."""
-    return _ours(ours, num_workers, "bilinear")
-
-
-def ours_on_stock(stock: str, num_workers: int) -> Contestant:
-    """Load from a file that FFCV's own writer has written: no restart markers."""
-    return _ours(stock, num_workers, "bicubic")
-
-
-def stock_ffcv(stock: str, num_workers: int) -> Contestant:
+def stock_ffcv(beton: str, num_workers: int) -> Contestant:
     """Load with FFCV's own Loader."""
     from ffcv_convnext.bench.stock_ffcv import stock_train_loader
 
     imports_done()
-    loader = stock_train_loader(Path(stock), size=SIZE, batch_size=BATCH, num_workers=num_workers)
+    loader = stock_train_loader(Path(beton), size=SIZE, batch_size=BATCH, num_workers=num_workers)
 
     # An epoch that is left early leaks a thread and its memory.
     return lambda: _counted(images for images, _ in loader), None
@@ -88,12 +74,12 @@ def stock_ffcv(stock: str, num_workers: int) -> Contestant:
 # --- .beton files that are not in memory ------------------------------------------------------------------
 
 
-def cold_stock(stock: str, num_workers: int) -> Contestant:
+def cold_stock(beton: str, num_workers: int) -> Contestant:
     """Evict the file, then load an epoch with FFCV's own Loader."""
-    work, _ = stock_ffcv(stock, num_workers)
+    work, _ = stock_ffcv(beton, num_workers)
 
     def cold() -> int | Timed:
-        evict(Path(stock))
+        evict(Path(beton))
         return work()
 
     return cold, None
