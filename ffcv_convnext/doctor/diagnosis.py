@@ -19,7 +19,7 @@ from ffcv_convnext.config import Config
 from ffcv_convnext.data.convert import ConversionOptions, convert
 from ffcv_convnext.doctor.advice import advise
 from ffcv_convnext.doctor.cold_read import ColdFile, StorageRate
-from ffcv_convnext.doctor.measure import StepTimer, StepTimes, TransferRate, measure_transfer
+from ffcv_convnext.doctor.measure import StepTimer, StepTimes, transfer_images_per_s
 from ffcv_convnext.doctor.predict import File, Machine, Node, Prediction, Rates, predict, predict_whole
 from ffcv_convnext.host import available_cores, available_memory, processor_name
 from ffcv_convnext.rng import permutation
@@ -60,8 +60,12 @@ class Diagnosis:
     num_readers: int
     storage: StorageRate | None  # random reads; None: synthetic images in a temporary file
     storage_in_order: StorageRate | None
-    transfer: TransferRate | None
     step: StepTimes
+
+    @property
+    def transfer_gigabytes_per_s(self) -> float | None:
+        """Rate of uint8 pixels to one GPU, 1e9 bytes."""
+        return self.rates.transfer and self.rates.transfer * 3 * self.config.data.input_size**2 / 1e9
 
     @property
     def predicted_whole(self) -> float:
@@ -83,7 +87,7 @@ class Diagnosis:
                 "at_random": self.storage and self.storage.to_dict(),
                 "in_order": self.storage_in_order and self.storage_in_order.to_dict(),
             },
-            "transfer_gigabytes_per_s": self.transfer and self.transfer.gigabytes_per_s,
+            "transfer_gigabytes_per_s": self.transfer_gigabytes_per_s,
             "step": asdict(self.step),
             "prediction": {_PREDICTION_KEYS.get(name, name): value for name, value in prediction.items()},
             "advice": self.advice,
@@ -126,10 +130,10 @@ def diagnose(
         step_timer = StepTimer(config, device, num_classes=num_classes)
         progress(f"augmentation on {device}")
         augmentation = step_timer.augmentation_images_per_s(seconds / 2)
-        transferred = None
+        transfer = None
         if device.type == "cuda":
             progress("transfer")
-            transferred = measure_transfer(config, device, seconds / 4)
+            transfer = transfer_images_per_s(config, device, seconds / 4)
         progress(f"step on {device}" + (" (torch.compile may take minutes)" if compiles(config, device) else ""))
         step = step_timer.times(1.5 * seconds)
         progress("all together")
@@ -143,7 +147,7 @@ def diagnose(
         decode=every,
         decode_one_worker=one,
         decode_bilinear=bilinear,
-        transfer=None if transferred is None else transferred.images_per_s,
+        transfer=transfer,
         augmentation=augmentation,
         step=step.images_per_s(batch_size=config.data.batch_size, update_freq=config.data.update_freq),
         whole=whole,
@@ -164,7 +168,6 @@ def diagnose(
         num_readers=num_readers,
         storage=storage,
         storage_in_order=in_order,
-        transfer=transferred,
         step=step,
     )
 

@@ -108,11 +108,11 @@ def _decode_row(found: Diagnosis) -> Cells:
 def _device_rows(found: Diagnosis) -> Iterator[Cells]:
     stages, rates, node = found.prediction.stages, found.rates, found.node
     on_device = "on the GPU" if found.machine.cuda else "on the processor"
-    if found.transfer is None:
+    if found.transfer_gigabytes_per_s is None:
         text, scaled = ("no CUDA device here", "not known") if node.gpus else ("not applicable: no CUDA device", "-")
         yield "transfer", "-", text, scaled, ""
     else:
-        text = f"{found.transfer.gigabytes_per_s:.1f} GB/s, uint8 from pinned memory"
+        text = f"{found.transfer_gigabytes_per_s:.1f} GB/s, uint8 from pinned memory"
         yield "transfer", format_rate(rates.transfer), text, format_rate(stages["transfer"]), _mark(found, "transfer")
     given = node.gpu_images_per_s is not None
     scaled = format_rate(stages["augmentation"]) if stages["augmentation"] else "in the step" if given else "not known"

@@ -20,7 +20,7 @@ from ffcv_convnext.doctor import Diagnosis, format_page
 from ffcv_convnext.doctor import diagnosis as doctor
 from ffcv_convnext.doctor.advice import advise
 from ffcv_convnext.doctor.cold_read import ColdFile, StorageRate, _spread
-from ffcv_convnext.doctor.measure import StepTimer, StepTimes, TransferRate
+from ffcv_convnext.doctor.measure import StepTimer, StepTimes
 from ffcv_convnext.doctor.predict import File, Machine, Node, Prediction, Rates, predict, predict_whole, serial_rate
 from ffcv_convnext.host import PAGE
 
@@ -232,7 +232,6 @@ def diagnosis(**changes: Any) -> Diagnosis:
         num_readers=88,
         storage=cold,
         storage_in_order=cold,
-        transfer=TransferRate(60_000, 9.0) if cuda else None,
         step=StepTimes(128 if cuda else 4, 0.1, 0.01, 40.0 if cuda else None),
     )
 
