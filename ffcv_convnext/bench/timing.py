@@ -6,15 +6,18 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ffcv_convnext.bench.compare import Timed
 from ffcv_convnext.config import Config, DataConfig
 from ffcv_convnext.rng import permutation
+
+if TYPE_CHECKING:
+    from ffcv_convnext.data.load import Samples
 
 Batch = tuple[Tensor, Tensor]
 MAX_SAMPLES = 2048  # decoded again and again, so that they are in memory
@@ -77,12 +80,12 @@ class RepeatedDecoding:
     """Training batches of a .beton without end, from a few samples that are in memory. Close it after use."""
 
     def __init__(self, beton: Path, config: DataConfig, device: torch.device, *, num_workers: int) -> None:
-        from ffcv_convnext.data.load import RandomCropDecoder, SampleLoader
+        from ffcv_convnext.data.load import BatchDecoder, random_crop_kernel
 
         self.batch_size = config.batch_size
-        self.loader = SampleLoader(
+        self.loader = BatchDecoder(
             beton,
-            RandomCropDecoder(config),
+            random_crop_kernel(config),
             num_workers=num_workers,
             batches_ahead=config.batches_ahead,
             device=device,
@@ -92,9 +95,11 @@ class RepeatedDecoding:
 
     def warm(self, seconds: float) -> None:
         """Decode the samples once so that they are in memory; drop those not reached within `seconds`."""
+        from ffcv_convnext.data.load import Samples
+
         started, num = 0.0, 0
         parts = np.array_split(self.samples, max(1, len(self.samples) // self.batch_size))
-        with closing(self.loader.batches(iter(parts), 0, 0)) as batches:
+        with closing(self.loader.batches(map(Samples.of, parts), 0, 0)) as batches:
             for images, _ in batches:
                 num += len(images)
                 started = started or time.perf_counter()  # the first batch may have waited for compilation
@@ -107,10 +112,12 @@ class RepeatedDecoding:
         batches: Generator[Batch, None, None] = self.loader.batches(self._lists(size or self.batch_size), 0, 0)
         return batches
 
-    def _lists(self, size: int) -> Iterator[NDArray[np.int64]]:
+    def _lists(self, size: int) -> Iterator[Samples]:
+        from ffcv_convnext.data.load import Samples
+
         at, num = 0, len(self.samples)
         while True:
-            yield self.samples[(at + np.arange(size)) % num]
+            yield Samples.of(self.samples[(at + np.arange(size)) % num])
             at += size
 
     def images_per_s(self, seconds: float) -> float:

@@ -41,23 +41,23 @@ def ours(beton: str, num_workers: int, interpolation: str) -> Contestant:
     import torch
 
     from ffcv_convnext.config import Config
-    from ffcv_convnext.data.load import RandomCropDecoder, SampleLoader, Shares
+    from ffcv_convnext.data.load import BatchDecoder, GlobalBatchSampler, random_crop_kernel
 
     imports_done()
     config = Config.from_flat({"input_size": SIZE, "train_interpolation": interpolation}).data
-    loader = SampleLoader(
-        Path(beton), RandomCropDecoder(config), num_workers=num_workers, batches_ahead=3, device=torch.device("cpu")
+    loader = BatchDecoder(
+        Path(beton), random_crop_kernel(config), num_workers=num_workers, batches_ahead=3, device=torch.device("cpu")
     )
-    shares = Shares(BATCH, 1, 1)
+    sampler = GlobalBatchSampler(BATCH, 1, 1)
     epochs = iter(range(1 << 30))
 
     def work() -> int:
         epoch = next(epochs)
         return sum(
-            len(images) for images, _ in loader.batches(shares.micro_batches(len(loader), 0, epoch, 0), 0, epoch)
+            len(images) for images, _ in loader.batches(sampler.micro_batches(len(loader), 0, epoch, 0), 0, epoch)
         )
 
-    return work, lambda: next(iter(loader.batches(shares.micro_batches(len(loader), 0, 0, 0), 0, 0)))
+    return work, lambda: next(iter(loader.batches(sampler.micro_batches(len(loader), 0, 0, 0), 0, 0)))
 
 
 def stock_ffcv(beton: str, num_workers: int) -> Contestant:

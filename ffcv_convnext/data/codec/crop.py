@@ -1,14 +1,14 @@
 """Cut a crop out of a JPEG in the compressed domain.
 
-Between restart markers a baseline JPEG's data can be decoded on its own. So the header with another height and width,
-the segments that the crop touches with their markers renumbered, and an end marker are a small valid JPEG, which the
-stock decoder turns into the pixels of a full decode:
+The data between two restart markers of a baseline JPEG can be decoded alone. So the header with another height and
+width, the segments that the crop touches with renumbered markers, and an end marker are a small valid JPEG, which any
+decoder decodes to the pixels of a full decode:
 
     SOI ... SOF(height, width) ... SOS | s0 RST0 | s1 RST1 | s2 RST2 | ... | s23 EOI      the stored image
     SOI ... SOF(smaller)       ... SOS |           s1 RST0 | s2 RST1 |  s5 RST2 | s6 EOI  what is decoded
 
-One pixel around the crop is included, since the decoder's chroma upsampling looks that far, and the size is clipped at
-the image's true edge, where the decoder replicates. Source of the format: ITU-T T.81, Annex B.
+One pixel around the crop is included, because the decoder's chroma upsampling reads it, and the size is clipped at the
+image's true edge, where the decoder replicates pixels. Source of the format: ITU-T T.81, Annex B.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from __future__ import annotations
 import numpy as np
 
 from ffcv_convnext.data.codec.decode import MEMCHR, MEMCPY
-from ffcv_convnext.data.codec.jit import call, jit
+from ffcv_convnext.data.codec.jit import Bytes, Ints, call, jit
 
-# What `read_layout` finds; indices into its result.
+# Indices into the result of `read_layout`.
 SIZE_AT, HEIGHT, WIDTH, MCU_HEIGHT, MCU_WIDTH, INTERVAL, SCAN_AT, NUM_COMPONENTS = range(8)
 _SOI, _EOI, _SOS, _DRI, _RST0, _RST7 = 0xD8, 0xD9, 0xDA, 0xDD, 0xD0, 0xD7
 _BASELINE = (0xC0, 0xC1)  # SOF0, SOF1: sequential, Huffman
@@ -26,19 +26,20 @@ _NOT_FRAMES = (0xC4, 0xC8, 0xCC)  # DHT, JPG, DAC share the range of frame heade
 
 
 @jit
-def _word(data, at):  # type: ignore[no-untyped-def]
+def _word(data: Bytes, at: np.int64) -> np.int64:
     return np.int64(data[at]) << 8 | np.int64(data[at + 1])
 
 
 @jit
-def read_layout(data, layout):  # type: ignore[no-untyped-def]
+def read_layout(data: Bytes, layout: Ints) -> bool:
     """Read a JPEG's headers up to its first scan.
 
-    data: (n,) uint8.   layout: (8,) int64, filled: where height and width stand, the size in pixels, of an MCU too,
-    the restart interval in MCUs, where the scan's data begins, the number of components.
+    data: (n,) uint8.   layout: (8,) int64, result: position of height and width, the size in pixels, also of an MCU,
+    the restart interval in MCUs, position of the scan's data, number of components.
     Returns whether the image can be cut: baseline, 8 bits, one scan of all components, restart markers.
     """
-    num, at, interval, has_frame = data.size, 2, np.int64(0), False
+    num, has_frame = data.size, False
+    at, interval = np.int64(2), np.int64(0)
     if num < 4 or data[0] != 0xFF or data[1] != _SOI:
         return False
     while at + 4 <= num:
@@ -76,17 +77,17 @@ def read_layout(data, layout):  # type: ignore[no-untyped-def]
             if not has_frame or interval == 0 or length < 3 or data[at + 4] != layout[NUM_COMPONENTS]:
                 return False
             layout[INTERVAL], layout[SCAN_AT] = interval, at + 2 + length
-            return layout[HEIGHT] > 0 and layout[WIDTH] > 0
+            return bool(layout[HEIGHT] > 0 and layout[WIDTH] > 0)
         at += 2 + length
     return False
 
 
 @jit
-def _find_segments(data, start, num_segments, ends, functions):  # type: ignore[no-untyped-def]
-    """Where segments begin: ends[k] is segment k's first byte, and ends[k + 1] - 2 is its marker.
+def _find_segments(data: Bytes, start: int, num_segments: int, ends: Ints, functions: Ints) -> bool:
+    """Find segments: ends[k] is segment k's first byte, and ends[k + 1] - 2 is its marker.
 
-    Returns whether num_segments of them were found, each closed by the restart marker that is due (the last one of an
-    image by EOI).
+    Returns whether num_segments were found, each followed by the expected restart marker (the last one of an image by
+    EOI).
     """
     base, num, at, found = np.int64(data.ctypes.data), data.size, start, 0
     ends[0] = start
@@ -117,13 +118,23 @@ def _find_segments(data, start, num_segments, ends, functions):  # type: ignore[
 
 
 @jit
-def cut_jpeg(data, top, left, height, width, layout, ends, out, functions):  # type: ignore[no-untyped-def]
-    """Assemble the small JPEG that holds a box of a large one.
+def cut_jpeg(
+    data: Bytes,
+    top: int,
+    left: int,
+    height: int,
+    width: int,
+    layout: Ints,
+    ends: Ints,
+    out: Bytes,
+    functions: Ints,
+) -> tuple[np.int64, np.int64, np.int64, np.int64, np.int64]:
+    """Assemble a small JPEG that contains a box of a large one.
 
     data: (n,) uint8.   top, left, height, width: the box, pixels, inside the image.   layout: from read_layout.
-    ends: int64 scratch.   out: uint8, receives the JPEG.   functions: from jpeg.addresses.
-    Returns its number of bytes, and top, left, height, width of what it decodes to. 0 bytes when the image cannot be
-    cut (its markers are not as announced, or a buffer is too small): then it has to be decoded whole.
+    ends: int64 scratch.   out: uint8, receives the JPEG.   functions: from decode.addresses.
+    Returns its number of bytes, and top, left, height, width of the pixels that it decodes to. 0 bytes if the image
+    cannot be cut (unexpected markers, or a buffer is too small): then decode it whole.
     """
     none = (np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0))
     full_height, full_width, interval = layout[HEIGHT], layout[WIDTH], layout[INTERVAL]

@@ -1,8 +1,8 @@
-"""JPEG decoding from numba code, by the libturbojpeg that FFCV is linked with.
+"""Decode JPEGs from numba code with the libturbojpeg that FFCV is linked with.
 
-FFCV's own `imdecode` drops libjpeg's return code, so a corrupt image becomes old buffer contents without a word,
-and it uses the fast, less accurate DCT. Here the same library is called directly: every complaint is an error and
-the DCT is the accurate one, as in Pillow.
+FFCV's `imdecode` ignores libjpeg's return code, so a corrupt image silently becomes old buffer contents, and it uses
+the fast, less accurate DCT. Here the same library is called directly: every error and warning is an error, and the
+DCT is the accurate one, as in Pillow.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ import ctypes
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_convnext.data.beton.ffcv_import import importing_ffcv
-from ffcv_convnext.data.codec.jit import call, jit
+from ffcv_convnext.data.codec.jit import Bytes, Ints, call, jit
+from ffcv_convnext.data.codec.turbojpeg import library_path
 
-with importing_ffcv():
-    import ffcv._libffcv
-
-# Status of a decoded sample; REASONS says it in words.
+# Status of a decoded sample; REASONS describes it.
 OK, OUTSIDE_FILE, NO_JPEG, WRONG_SIZE, CORRUPT, UNKNOWN_MODE = range(6)
 REASONS = {
     OUTSIDE_FILE: "its data lies outside the file",
@@ -31,15 +28,15 @@ REASONS = {
 _RGB = 0  # TJPF_RGB
 _ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT
 _STOP_ON_WARNING = 8192  # TJFLAG_STOPONWARNING
-_LIMIT_SCANS = 32768  # TJFLAG_LIMITSCANS: 500, which bounds the time that a made-up image can take
+_LIMIT_SCANS = 32768  # TJFLAG_LIMITSCANS: at most 500 scans, which bounds the time for a malicious image
 
-# Where the C functions are in this process, for `call`: numba's cached code must not hold them.
+# Indices into the result of `addresses`.
 _INIT, _DESTROY, _HEADER, _DECOMPRESS, MEMCHR, MEMCPY = range(6)
 
 
 def addresses() -> NDArray[np.int64]:
-    """(6,) int64: the functions that compiled code calls, in the order of the constants above."""
-    turbojpeg = ctypes.CDLL(ffcv._libffcv.__file__)
+    """Return (6,) int64: addresses of the C functions that compiled code calls, in the order of the constants above."""
+    turbojpeg = ctypes.CDLL(str(library_path()))
     functions = [
         *(turbojpeg[name] for name in ("tjInitDecompress", "tjDestroy", "tjDecompressHeader3", "tjDecompress2")),
         *(ctypes.CDLL(None)[name] for name in ("memchr", "memcpy")),
@@ -48,13 +45,13 @@ def addresses() -> NDArray[np.int64]:
 
 
 @jit
-def decode_jpeg(data, height, width, destination, functions):  # type: ignore[no-untyped-def]
+def decode_jpeg(data: Bytes, height: int, width: int, destination: Bytes, functions: Ints) -> int:
     """Decode a whole JPEG to RGB.
 
-    data: (n,) uint8, contiguous.   height, width: the size it must have.
+    data: (n,) uint8, contiguous.   height, width: expected size.
     destination: (>= height * width * 3,) uint8, receives rows of RGB pixels without padding.
     functions: from `addresses`.
-    Returns OK, NO_JPEG, WRONG_SIZE or CORRUPT; after CORRUPT the destination is partly written.
+    Returns OK, NO_JPEG, WRONG_SIZE or CORRUPT; with CORRUPT the destination is partly written.
     """
     if data.size == 0:
         return NO_JPEG
@@ -62,9 +59,9 @@ def decode_jpeg(data, height, width, destination, functions):  # type: ignore[no
     handle = call(functions[_INIT], ())
     found = np.zeros(4, np.int32)  # width, height, chroma subsampling, colour space
     source, num_bytes, at = np.int64(data.ctypes.data), np.int64(data.size), np.int64(found.ctypes.data)
-    if np.int32(call(functions[_HEADER], (handle, source, num_bytes, at, at + 4, at + 8, at + 12))) != 0:
-        status = NO_JPEG
-    elif found[0] == 0:  # a file of quantisation and Huffman tables only
+    if np.int32(call(functions[_HEADER], (handle, source, num_bytes, at, at + 4, at + 8, at + 12))) != 0 or (
+        found[0] == 0  # a file of quantisation and Huffman tables only
+    ):
         status = NO_JPEG
     elif found[0] != width or found[1] != height:
         status = WRONG_SIZE

@@ -1,11 +1,11 @@
-"""How this package's numba functions are compiled, and kept between processes.
+"""Compile numba functions, and cache the compiled code between processes.
 
-numba's cache looks only at the file that a function stands in, so a change in a file it calls into would go unseen.
-Therefore the cache is a folder named after a hash of all the sources and of numba's version: another version of
-anything is another folder, and a copy of the sources, such as a job's snapshot, finds what is compiled already. numba
-writes it with renames, so processes that start together do not disturb each other.
-It cannot keep functions that hold the address of a C function, which differs from process to process; those take
-addresses as an argument, see `call`.
+numba's cache checks only the file that contains a function, and would miss a change in a file that the function calls.
+So the cache is a folder named after a hash of all sources in data/ and of numba's version: a change of any of them
+gives another folder, and a copy of the sources, such as a job's snapshot, uses the code that is already compiled.
+numba writes it with renames, so processes that start together do not disturb each other. It cannot cache functions
+that contain the address of a C function, which differs between processes; they take addresses as an argument, see
+`call`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import llvmlite
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import caching, cgutils, event
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 from ffcv_convnext import rng
 
@@ -34,9 +37,9 @@ log = logging.getLogger(__name__)
 
 
 def _cache_folder() -> str:
-    """Where compiled code is kept: below numba's cache folder if one is set, the user's cache folder otherwise.
+    """Return the cache folder: below numba's cache folder if one is set, otherwise below the user's.
 
-    Where neither can be written, a folder of this process, which ends with it.
+    If neither is writable, a temporary folder that is removed when the process ends.
     """
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for source in sorted([*Path(__file__).parents[1].rglob("*.py"), Path(rng.__file__)]):
@@ -50,16 +53,17 @@ def _cache_folder() -> str:
         writable = False
     if writable:
         return str(folder)
-    private = tempfile.mkdtemp(prefix="ffcv_convnext-")  # nobody else's: the cache holds pickles
+    private = tempfile.mkdtemp(prefix="ffcv_convnext-")  # private: the cache contains pickles
     atexit.register(shutil.rmtree, private, ignore_errors=True)
     return private
 
 
-class Locator(caching.UserProvidedCacheLocator):  # type: ignore[misc]
-    """Names a function's place in the cache by its file's place in the package; numba would take the whole path."""
+class Locator(caching.UserProvidedCacheLocator):  # type: ignore[misc]  # numba is untyped
+    """Locates cached code by the file's path inside the package; numba uses the absolute path."""
 
     @classmethod
     def get_suitable_cache_subpath(cls, py_file: str) -> str:
+        """Return the name of the file's folder in the cache."""
         path, package = Path(py_file), Path(rng.__file__).parent
         if path.is_relative_to(package):
             return ".".join(path.relative_to(package).with_suffix("").parts)
@@ -69,33 +73,42 @@ class Locator(caching.UserProvidedCacheLocator):  # type: ignore[misc]
 numba.config.CACHE_DIR = _cache_folder()
 numba.config.CACHE_LOCATOR_CLASSES = f"{__name__}.{Locator.__name__}"
 
-jit = njit(nogil=True, error_model="numpy", cache=True)
+Bytes = NDArray[np.uint8]
+Ints = NDArray[np.int64]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class _FirstCompilation(event.Listener):  # type: ignore[misc]
-    """Says so when numba begins to compile one of our functions, once."""
+def jit(function: Function) -> Function:
+    """Compile a function at its first call: without the GIL, with numpy's errors, cached."""
+    compiled: Function = njit(nogil=True, error_model="numpy", cache=True)(function)
+    return compiled
+
+
+class _FirstCompilation(event.Listener):  # type: ignore[misc]  # numba is untyped
+    """Logs when numba starts to compile the first of our functions."""
 
     def __init__(self, what: str) -> None:
         self.what = what
         self.started: float | None = None
 
     def on_start(self, event: event.Event) -> None:
+        """Log the first compilation."""
         is_ours = event.data["dispatcher"].py_func.__module__.startswith(__name__.partition(".")[0])
         if is_ours and self.started is None:
             self.started = time.perf_counter()
             log.info(
-                "compiling %s for this processor, which takes some 10 to 30 s, once; kept in %s",
+                "compiling %s for this processor; takes 10 to 30 s, once; cached in %s",
                 self.what,
                 numba.config.CACHE_DIR,
             )
 
     def on_end(self, event: event.Event) -> None:
-        """The last one to end is not known before everything has ended."""
+        """Ignore: the end of the last compilation is not known here."""
 
 
 @contextmanager
 def announced_compilation(what: str) -> Iterator[None]:
-    """Log when something has to be compiled inside, and the seconds that it took; when all is kept, nothing."""
+    """Log if the body compiles something, and how long that took; log nothing if the code is cached."""
     listener = _FirstCompilation(what)
     with event.install_listener("numba:compile", listener):
         yield
@@ -104,13 +117,13 @@ def announced_compilation(what: str) -> Iterator[None]:
 
 
 @intrinsic
-def call(_context, address, arguments):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    """Call the C function at `address` with a tuple of int64 (numbers and addresses); its result as int64.
+def call(_context, address, arguments):  # type: ignore[no-untyped-def]  # numba's form  # noqa: ARG001
+    """Call the C function at `address` with a tuple of int64 (numbers and addresses); return its result as int64.
 
-    For a function that returns int, only the low 32 bits of the result count.
+    If the function returns int, only the low 32 bits of the result are valid.
     """
 
-    def codegen(_context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def codegen(_context: Any, builder: Any, signature: Any, values: Any) -> Any:
         word = ir.IntType(64)
         num = len(signature.args[1])
         function = ir.FunctionType(word, [word] * num).as_pointer()

@@ -1,8 +1,8 @@
-"""A JPEG encoded anew, perhaps smaller, without leaving Y, Cb and Cr.
+"""Encode a JPEG again, perhaps smaller, without leaving Y, Cb and Cr.
 
-Most pictures of a folder are JPEGs and become JPEGs. Going through RGB would enlarge their chroma, convert colours
-twice and shrink the chroma again: slower, and each step rounds. Here the planes are taken as they are stored, resized
-one by one where the picture is too large, and encoded.
+Most images of a data set are JPEGs and become JPEGs. Conversion through RGB would enlarge their chroma, convert colours
+twice and shrink the chroma again: slower, and each step rounds. Here the planes are decoded as they are stored, resized
+one by one if the image is too large, and encoded.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ffcv_convnext.data.codec.turbojpeg import (
     read_header,
 )
 
-_GAP = 1.2  # a picture is decoded at 1.2 times its final size or more; that costs 0.4 dB on average
+_GAP = 1.2  # decode at 1.2 times the final size or more; costs 0.4 dB on average against full size
 
 
 def shrunk_size(width: int, height: int, max_resolution: int | None) -> tuple[int, int]:
-    """Width and height after shrinking the longest side to max_resolution pixels, as FFCV's writer rounds them.
+    """Return width and height after shrinking the longest side to max_resolution pixels, rounded like FFCV.
 
-    Never larger; a side never gets shorter than one pixel, where FFCV's would become none.
+    Never larger, and at least one pixel (FFCV's writer rounds down to 0).
     """
     size = np.array([width, height])
     if max_resolution is None or size.max() <= max_resolution:
@@ -37,27 +37,27 @@ def shrunk_size(width: int, height: int, max_resolution: int | None) -> tuple[in
 
 
 def restart_interval(width: int, mcu_width: int = 16) -> int:
-    """MCUs between restart markers, such that none straddles two rows of MCUs.
+    """Return the MCUs between restart markers, so that no segment crosses a row of MCUs.
 
-    width: of the picture, pixels.   mcu_width: pixels; 16 in 4:2:0 and 4:2:2, 8 in 4:4:4 and grey, 32 in 4:1:1.
-    The least that is 32 to 64 pixels wide, else the widest from 16 pixels on, else (in a row of narrow MCUs that few
-    numbers divide) the least above: markers every 8 pixels would make a file 10 to 17 % larger, which is not worth it.
+    width: of the image, pixels.   mcu_width: pixels; 16 in 4:2:0 and 4:2:2, 8 in 4:4:4 and grey, 32 in 4:1:1.
+    The narrowest segment of 32 to 64 pixels; otherwise the widest from 16 pixels on; otherwise (a row of narrow MCUs
+    with few divisors) the narrowest above 64. Markers every 8 pixels would make a file 10 to 17 % larger.
     """
     mcus_a_row = -(-width // mcu_width)
-    least, most = 32 // mcu_width, 64 // mcu_width
-    below, above = range(least - 1, 16 // mcu_width - 1, -1), range(most + 1, mcus_a_row)
-    wanted = (interval for interval in (*range(least, most + 1), *below, *above) if mcus_a_row % interval == 0)
-    return next(wanted, mcus_a_row)
+    low, high = 32 // mcu_width, 64 // mcu_width
+    below, above = range(low - 1, 16 // mcu_width - 1, -1), range(high + 1, mcus_a_row)
+    divisors = (interval for interval in (*range(low, high + 1), *below, *above) if mcus_a_row % interval == 0)
+    return next(divisors, mcus_a_row)
 
 
 def reencode(
     jpeg: bytes, max_resolution: int | None, quality: int, subsampling: Subsampling
 ) -> tuple[int, int, bytes] | None:
-    """Width, height and bytes of the JPEG, encoded again with restart markers.
+    """Encode a JPEG again with restart markers; return width, height and bytes.
 
-    max_resolution: longest side, pixels; a larger picture is shrunk with an antialiased bicubic filter.
-    None for a JPEG that has to go through RGB (CMYK, RGB, a subsampling that nobody uses) or that libturbojpeg
-    complains of: then the caller's usual reader decides what it is.
+    max_resolution: longest side, pixels; a larger image is shrunk with an antialiased bicubic filter.
+    Returns None for a JPEG that must be converted through RGB (CMYK, RGB, a rare subsampling) or for which libturbojpeg
+    reports an error or a warning: then the caller reads it with Pillow.
     """
     header = read_header(jpeg)
     if header is None or header.width * header.height > (Image.MAX_IMAGE_PIXELS or 0):
@@ -68,7 +68,10 @@ def reencode(
     planes = decode_planes(jpeg, header, reduction)
     if planes is None:
         return None
-    covered = header.width / reduction, header.height / reduction  # what of the luma plane is picture, not padding
+    covered = (
+        header.width / reduction,
+        header.height / reduction,
+    )  # the part of the luma plane that is image, not padding
     sizes = plane_sizes(width, height, subsampling)
     across, down = factors(header.subsampling)
     out_across, out_down = factors(subsampling)
@@ -84,7 +87,7 @@ def reencode(
 
 
 def _resize(plane: Plane, covered: tuple[float, float], wanted: tuple[float, float], size: tuple[int, int]) -> Plane:
-    """Map the first `covered` columns and rows of a plane to `wanted` ones, in a plane of `size`.
+    """Resize the first `covered` columns and rows of a plane to `wanted` ones, in a plane of `size`.
 
     Both may end inside a sample, as the chroma of an odd width does; the last sample is repeated beyond the edge.
     """
@@ -95,20 +98,20 @@ def _resize(plane: Plane, covered: tuple[float, float], wanted: tuple[float, flo
     box = scale[0] * size[0], scale[1] * size[1]
     needed = int(np.ceil(box[0] - 1e-6)), int(np.ceil(box[1] - 1e-6))
     plane = _extend(plane[: min(height, needed[1]), : min(width, needed[0])], needed)
-    if scale in ((2, 1), (1, 2), (2, 2)):  # chroma subsampled further: the mean, as libjpeg does it
-        import cv2  # few JPEGs need it, and it would cost each worker's start
+    if scale in ((2, 1), (1, 2), (2, 2)):  # chroma subsampled further: the mean, as in libjpeg
+        import cv2  # imported late: few JPEGs need it, and it would slow down each worker's start
 
         small = cv2.resize(plane, size, interpolation=cv2.INTER_AREA)
     else:
         limits = (0, 0, min(box[0], needed[0]), min(box[1], needed[1]))
-        enlarging = min(scale) < 1  # chroma: the triangle filter is what decoders enlarge it with
+        enlarging = min(scale) < 1  # chroma: decoders enlarge it with the triangle filter
         kind = Image.Resampling.BILINEAR if enlarging else Image.Resampling.BICUBIC
         small = np.asarray(Image.fromarray(plane).resize(size, kind, limits))
     return np.ascontiguousarray(small, dtype=np.uint8)
 
 
 def _extend(plane: Plane, size: tuple[int, int]) -> Plane:
-    """The plane with its last column and row repeated up to `size` (width, height)."""
+    """Repeat a plane's last column and row up to `size` (width, height)."""
     height, width = plane.shape
     if (width, height) == size:
         return np.ascontiguousarray(plane)

@@ -1,10 +1,10 @@
-"""Antialiased resize of uint8 RGB images, with Pillow's own arithmetic.
+"""Resize uint8 RGB images with antialiasing, with Pillow's arithmetic.
 
-The recipe's pixels come from `PIL.Image.resize`; accuracy drops are reported wherever another filter takes its
-place. So this is Pillow's algorithm (libImaging/Resample.c): separable, the filter stretched by the scale so that
-it antialiases, 22-bit fixed-point weights, rounding to uint8 between the two passes. Each pass equals Pillow's bit
-for bit, and both together equal Pillow up to version 12. From version 13 on Pillow takes the vertical pass first where
-that is less work (python-pillow#9549), which moves some values.
+The paper's recipe resizes with `PIL.Image.resize`, and users of other filters report lower accuracy. So this is
+Pillow's algorithm (libImaging/Resample.c): separable, a filter scaled so that it antialiases, 22-bit fixed-point
+weights, rounding to uint8 between the two passes. Each pass equals Pillow's bit for bit, and both together equal
+Pillow up to version 12. Since version 13 Pillow computes the vertical pass first if that is less work
+(python-pillow#9549), which changes some values.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_convnext.data.codec.jit import jit
+from ffcv_convnext.data.codec.jit import Bytes, jit
 from ffcv_convnext.data.codec.simd import (
     LANES,
     PRECISION_BITS,
@@ -23,11 +23,12 @@ from ffcv_convnext.data.codec.simd import (
 )
 
 BILINEAR, BICUBIC = 0, 1
+Weights = NDArray[np.int32]
 
 
 @jit
-def _filter(x, kind):  # type: ignore[no-untyped-def]
-    """The filter's weight at distance x, in source pixels when enlarging; Pillow's bicubic has a = -0.5."""
+def _filter(x: float, kind: int) -> float:
+    """Return the filter's weight at distance x, in source pixels when enlarging; Pillow's bicubic has a = -0.5."""
     x = abs(x)
     if kind == BILINEAR:
         return 1.0 - x if x < 1.0 else 0.0
@@ -39,20 +40,20 @@ def _filter(x, kind):  # type: ignore[no-untyped-def]
 
 
 @jit
-def filter_weights(in_size, out_size, first, count, kind):  # type: ignore[no-untyped-def]
-    """Weights of output positions first .. first + count - 1 when in_size pixels become out_size.
+def filter_weights(in_size: int, out_size: int, first: int, count: int, kind: int) -> tuple[Weights, Weights, Weights]:
+    """Compute weights of output positions first .. first + count - 1 when in_size pixels become out_size.
 
-    Returns starts (count,) int32: the first source pixel of each output pixel; lengths (count,) int32: how many
-    it uses; weights (count, most) int32: fixed point with 22 fractional bits.
+    Returns starts (count,) int32: the first source pixel of each output pixel; lengths (count,) int32: the
+    number that it uses; weights (count, max) int32: fixed point with 22 fractional bits.
     """
     scale = in_size / out_size
     stretch = max(scale, 1.0)
     support = (1.0 if kind == BILINEAR else 2.0) * stretch
-    most = int(np.ceil(support)) * 2 + 1
+    max_length = int(np.ceil(support)) * 2 + 1
     starts = np.empty(count, np.int32)
     lengths = np.empty(count, np.int32)
-    weights = np.zeros((count, most), np.int32)
-    real = np.empty(most, np.float64)
+    weights = np.zeros((count, max_length), np.int32)
+    real = np.empty(max_length, np.float64)
     for i in range(count):
         center = (first + i + 0.5) * scale
         low = max(int(center - support + 0.5), 0)
@@ -71,8 +72,8 @@ def filter_weights(in_size, out_size, first, count, kind):  # type: ignore[no-un
 
 
 @jit
-def source_span(in_size, out_size, first, count, kind):  # type: ignore[no-untyped-def]
-    """The source pixels that output positions first .. first + count - 1 depend on: start and number."""
+def source_span(in_size: int, out_size: int, first: int, count: int, kind: int) -> tuple[int, int]:
+    """Return the source pixels that output positions first .. first + count - 1 depend on: start and number."""
     scale = in_size / out_size
     support = (1.0 if kind == BILINEAR else 2.0) * max(scale, 1.0)
     start = max(int((first + 0.5) * scale - support + 0.5), 0)
@@ -81,27 +82,35 @@ def source_span(in_size, out_size, first, count, kind):  # type: ignore[no-untyp
 
 
 @jit
-def _padded(num_bytes):  # type: ignore[no-untyped-def]
+def _padded(num_bytes: int) -> int:
     return (num_bytes + LANES - 1) // LANES * LANES
 
 
 @jit
-def scratch_size(height, width, window_width):  # type: ignore[no-untyped-def]
-    """Bytes of scratch that resize_window needs for a (height, width, 3) source and a window of that width."""
+def scratch_size(height: int, width: int, window_width: int) -> int:
+    """Return the bytes of scratch that resize_window needs for a (height, width, 3) source."""
     line = _padded(3 * window_width)
     return LANES * (2 * _padded(3 * width) + line) + (height + LANES) * line + 2 * LANES
 
 
 @jit
-def resize_window(  # type: ignore[no-untyped-def]
-    source, origin, in_size, out_size, corner, kind, flip, scratch, destination
-):
-    """Resize an image, of which only a part need be there, and keep one window of the result.
+def resize_window(
+    source: Bytes,
+    origin: tuple[int, int],
+    in_size: tuple[int, int],
+    out_size: tuple[int, int],
+    corner: tuple[int, int],
+    kind: int,
+    flip: bool,
+    scratch: Bytes,
+    destination: Bytes,
+) -> None:
+    """Resize an image, given completely or in part, and compute one window of the result.
 
-    source: (h, w, 3) uint8, the pixels of a row contiguous, at least 16 readable bytes behind the last one: the part
-    of an image of in_size = (height, width) that begins at origin = (top, left).
-    The whole image becomes out_size; of that, the window at `corner` of destination's size is computed, and only that.
-    The source must hold what the window depends on (source_span).
+    source: (h, w, 3) uint8, the pixels of a row contiguous, with at least 16 readable bytes after the last one: the
+    part of an image of in_size = (height, width) that begins at origin = (top, left).
+    The whole image becomes out_size; only the window at `corner`, of destination's size, is computed.
+    The source must contain the pixels that the window depends on (source_span).
     kind: BILINEAR or BICUBIC.   flip: mirror the window left to right.
     scratch: (>= scratch_size(in height, in width, window width),) uint8, overwritten.
     destination: (window height, window width, 3) uint8, contiguous.
@@ -120,8 +129,8 @@ def resize_window(  # type: ignore[no-untyped-def]
     rows = narrow + LANES * line  # all of it, as rows again
 
     pixels, stride, last_block = used.ctypes.data, used.strides[0], num_rows - LANES
-    if num_rows < LANES:  # too few for a block: copy them into one, in the scratch: numba frees an array after its last
-        stride, last_block = _padded(3 * num_columns), 0  # use by name, and an address is no use
+    if num_rows < LANES:  # too few for a block: copy them into one, in the scratch, because numba frees an
+        stride, last_block = _padded(3 * num_columns), 0  # array after its last use by name; an address is not a use
         start = rows + LANES * line - columns
         few = scratch[start : start + LANES * stride].reshape(LANES, stride)
         for y in range(num_rows):
@@ -157,7 +166,7 @@ def resize_window(  # type: ignore[no-untyped-def]
             weighted_sum_4(out + at, above + at, line, weights, num_taps)
             at += 4 * LANES
         while at < end and end >= LANES:
-            inside = min(at, end - LANES)  # the last vector overlaps the one before rather than the next row
+            inside = min(at, end - LANES)  # the last vector overlaps the previous one, not the next row
             weighted_sum_1(out + inside, above + inside, line, weights, num_taps)
             at += LANES
         if end < LANES:
@@ -176,7 +185,7 @@ def resize(
     window: tuple[int, int, int, int] | None = None,
     flip: bool = False,
 ) -> NDArray[np.uint8]:
-    """An (h, w, 3) uint8 image as (height, width, 3) uint8, or one window (top, left, height, width) of that.
+    """Resize an (h, w, 3) uint8 image to (height, width, 3), or compute one window (top, left, height, width) of that.
 
     flip: mirror the result left to right.
     """

@@ -1,15 +1,15 @@
-"""Give a JPEG file restart markers without decoding its pixels, so that crops can be cut from it and nothing is lost.
+"""Add restart markers to a JPEG file without decoding its pixels, so that crops can be cut from it without loss.
 
-A scan is one run of Huffman codes, block after block: the DC coefficient as a difference from the block before, then
-63 AC coefficients. After a restart marker data begins at a whole byte, and the first difference is from 0. So the codes
-are walked to find each block's DC coefficient and the place of its AC codes; then differences are coded anew and AC
-codes copied, bit for bit:
+A scan is one sequence of Huffman codes, block after block: the DC coefficient as a difference from the previous block,
+then 63 AC coefficients. After a restart marker the data begins at a whole byte, and the first difference is from 0. So
+the codes are read to find each block's DC coefficient and the position of its AC codes; then the differences are
+encoded again and the AC codes are copied, bit for bit:
 
     difference AC | difference AC | difference AC | difference AC ...                    the original
     difference AC | difference AC | 1s RST0 | DC AC | difference AC | 1s RST1 ...       what is stored
 
 Any decoder gives the same pixels for both. Source of the format: ITU-T T.81, Annexes B, C, F and K. Imports neither
-ffcv nor torch, since the worker processes of a conversion import this file.
+ffcv nor torch, because the worker processes of a conversion import this file.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_convnext.data.codec.jit import jit
+from ffcv_convnext.data.codec.jit import Bytes, Ints, jit
 from ffcv_convnext.data.codec.recompress import restart_interval
 from ffcv_convnext.data.codec.turbojpeg import MAX_JPEG_SIDE, library
 
-_MAX_PIXELS = 178_956_970  # as many as Pillow opens: a short file that claims more is a decompression bomb
+_MAX_PIXELS = 178_956_970  # Pillow's limit: a short file that claims more is a decompression bomb
 
 _TEM, _RST0, _RST7, _EOI, _SOS = 0x01, 0xD0, 0xD7, 0xD9, 0xDA
 _DHT, _DQT, _DRI, _APP0, _APP14 = 0xC4, 0xDB, 0xDD, 0xE0, 0xEE
@@ -39,9 +39,9 @@ _MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)  # any number of fill bytes
 _AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 _JFIF = b"JFIF\0\1\1\0\0\1\0\1\0\0"  # version 1.1, square pixels, no thumbnail
-_ADOBE = b"Adobe\0\x64\0\0\0\0"  # version 100; a byte follows that tells the colour space
+_ADOBE = b"Adobe\0\x64\0\0\0\0"  # version 100; the next byte is the colour transform
 
-# Sampling factors (across, down) of luma and of both chroma components: the ways libturbojpeg knows to write 4:4:4,
+# Sampling factors (across, down) of luma and of both chroma components: the ways in which libturbojpeg writes 4:4:4,
 # 4:2:2, 4:4:0, 4:2:0 and 4:1:1.
 _SAMPLINGS = {
     *(((h, v), (h, v)) for h, v in ((1, 1), (2, 1), (3, 1), (1, 2), (1, 3))),
@@ -57,19 +57,19 @@ _CHROMINANCE = bytes([0, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, *range(12)
 _MAX_CATEGORY = 11
 _MAX_DC = (1 << _MAX_CATEGORY) - 1
 
-# A lookup table's entry: the number of bits that belong to the symbol, and from bit 6 on a DC category, or by how many
-# coefficients an AC symbol goes forward. The first 512 entries are for codes of up to 9 bits; a 0 there means a longer
-# code, to be found by 16 bits behind them.
+# A lookup table's entry: the number of bits of the symbol, and from bit 6 on a DC category, or the number of
+# coefficients that an AC symbol advances. The first 512 entries are for codes of up to 9 bits; a 0 there means a longer
+# code, which the entries after them give for 16 bits.
 _SHORT, _SHORT_SIZE = 9, 512
 _TO_SHORT, _TO_LONG = np.uint64(64 - _SHORT), np.uint64(64 - 16)
 _TABLE_SIZE = _SHORT_SIZE + (1 << 16)
 _END_OF_BLOCK, _UNDEFINED = 128, 100
-_PADDING = 512  # bytes behind the data: a block of 64 * 31 bits may begin at its last bit
+_PADDING = 512  # bytes after the data: a block of 64 * 31 bits may begin at its last bit
 
 _OK, _CUT_OFF, _DAMAGED, _DC_RANGE, _MARKERS = range(5)
-_BAD_HEADER = "its JPEG header is cut off or damaged"
+_BAD_HEADER = "its JPEG header is truncated or damaged"
 _REASONS = {
-    _CUT_OFF: "its JPEG data is cut off",
+    _CUT_OFF: "its JPEG data is truncated",
     _DAMAGED: "its JPEG data is damaged: an undefined code",
     _DC_RANGE: "its JPEG data is damaged: a DC coefficient beyond 11 bits",
     _MARKERS: "its JPEG data is damaged: a restart marker out of order",
@@ -77,18 +77,18 @@ _REASONS = {
 
 
 class NotTranscodable(ValueError):
-    """A file that is no JPEG, is damaged, or of a kind our decoder does not read. The message is the reason."""
+    """A file is not a JPEG, is damaged, or of a kind that the loader does not decode. The message is the reason."""
 
 
 def add_restart_markers(jpeg: bytes) -> bytes:
-    """The same picture as a baseline JPEG of one scan, with the restart markers that `restart.cut_jpeg` needs.
+    """Return the image as a baseline JPEG of one scan with the restart markers that `crop.cut_jpeg` needs.
 
-    jpeg: a file's content. All DCT coefficients stay, so every decoder gives the original's pixels. Progressive,
-    arithmetic-coded and multi-scan JPEGs are made baseline by libturbojpeg first, which keeps coefficients too.
-    EXIF, ICC profiles, thumbnails and comments are dropped; JFIF's and Adobe's segments stay, since they tell the
-    colour space. Restart markers that are there are replaced, and a second call changes nothing more.
-    Raises NotTranscodable when the content is no whole JPEG of 8 bits, grey or of three components in a usual
-    subsampling. A missing end marker, and bytes behind the last block of a baseline JPEG, are no damage.
+    jpeg: a file's content. The DCT coefficients stay, so every decoder gives the original's pixels. Progressive,
+    arithmetic-coded and multi-scan JPEGs are first made baseline by libturbojpeg, which also keeps them.
+    EXIF, ICC profiles, thumbnails and comments are dropped; JFIF and Adobe segments stay, because they define the
+    colour space. Existing restart markers are replaced, and a second call changes nothing more.
+    Raises NotTranscodable if the content is not a complete JPEG of 8 bits, grey or with three components in a usual
+    subsampling. A missing end marker, or bytes after the last block of a baseline JPEG, are not damage.
     """
     headers = _read_headers(jpeg)
     if not headers.has_one_baseline_scan:
@@ -123,7 +123,7 @@ def add_restart_markers(jpeg: bytes) -> bytes:
     dc = _dc_tables(scan, used)
     codes = np.array([_codes(dc[table]) for table in scan.dc_ids])
     num_segments = -(-num_blocks // blocks_a_segment)
-    # A difference takes 27 bits at most, a segment 7 of padding; then every byte may need a stuffed one behind it.
+    # A difference takes 27 bits at most, a segment 7 of padding; then every byte may need a stuffed one after it.
     out = np.empty(2 * (bits.size + 4 * num_blocks + num_segments) + 2 * num_segments, np.uint8)
     size = _write_scan(bits, spans, values, components, codes, blocks_a_segment, out)
     return _assemble(headers, scan, dc, interval) + out[:size].tobytes() + bytes([0xFF, _EOI])
@@ -139,7 +139,7 @@ def _require(status: int) -> None:
 
 @dataclass(slots=True)
 class _Headers:
-    """What stands before a JPEG's first scan, and that scan's own header."""
+    """The segments before a JPEG's first scan, and that scan's header."""
 
     frame: int = 0  # its marker
     frame_content: bytes = b""
@@ -147,7 +147,7 @@ class _Headers:
     width: int = 0
     components: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # id -> factors across, down; DQT's id
     is_jfif: bool = False  # then it is YCbCr
-    adobe_transform: int | None = None  # 0: RGB; else it is YCbCr; none: the components' ids tell
+    adobe_transform: int | None = None  # 0: RGB; else YCbCr; None: the components' ids decide
     quantisation: dict[int, bytes] = field(default_factory=dict)  # id -> precision and id, 64 values
     huffman: dict[int, bytes] = field(default_factory=dict)  # class * 16 + id -> 16 numbers of codes, the symbols
     interval: int = 0  # MCUs between restart markers, 0: none
@@ -160,7 +160,7 @@ class _Headers:
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """Each marker segment: its marker, its content, where it ends. A scan's data is passed over."""
+    """Yield each marker segment: marker, content, position of its end. A scan's data is skipped."""
     if jpeg[:2] != b"\xff\xd8":
         raise NotTranscodable("not a JPEG")
     at = 2
@@ -186,7 +186,7 @@ def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes, int]]:
 
 
 def _read_headers(jpeg: bytes) -> _Headers:
-    """Raises NotTranscodable for what we, or the decoder, cannot read."""
+    """Read the headers. Raises NotTranscodable for a JPEG that cannot be transcoded or decoded."""
     headers = _Headers()
     try:
         for marker, content, end in _segments(jpeg):
@@ -219,7 +219,7 @@ def _read_headers(jpeg: bytes) -> _Headers:
                     raise NotTranscodable(_BAD_HEADER)
                 headers.scan_content, headers.data_at = content, end
                 return headers
-    except struct.error:  # a segment of another length than its kind has
+    except struct.error:  # a segment of the wrong length
         pass
     raise NotTranscodable(_BAD_HEADER)
 
@@ -240,7 +240,7 @@ def _read_frame(headers: _Headers, marker: int, content: bytes) -> None:
     if num_components not in (1, 3):
         raise NotTranscodable(f"a JPEG of {num_components} colour components (CMYK or YCCK), not 1 or 3")
     luma, *chroma = ((across, down) for across, down, _ in components.values())
-    is_grey = not chroma and all(1 <= factor <= 4 for factor in luma)  # they mean nothing
+    is_grey = not chroma and all(1 <= factor <= 4 for factor in luma)  # without effect on one component
     if not is_grey and not (chroma and chroma[0] == chroma[1] and (luma, chroma[0]) in _SAMPLINGS):
         shown = ", ".join(f"{across}x{down}" for across, down in (luma, *chroma))
         raise NotTranscodable(f"sampling factors {shown}: expected grey, 4:4:4, 4:2:2, 4:2:0, 4:4:0 or 4:1:1")
@@ -249,7 +249,7 @@ def _read_frame(headers: _Headers, marker: int, content: bytes) -> None:
 
 
 class _Scan(NamedTuple):
-    """How a baseline JPEG's only scan is laid out. Its components come in the frame's order (T.81, B.2.3)."""
+    """Layout of a baseline JPEG's only scan. Its components are in the frame's order (T.81, B.2.3)."""
 
     mcu_width: int  # pixels
     num_mcus: int
@@ -261,7 +261,7 @@ class _Scan(NamedTuple):
 
     @staticmethod
     def of(headers: _Headers) -> _Scan:
-        """Raises NotTranscodable when the scan names a component or a table that there is not."""
+        """Read the layout. Raises NotTranscodable if the scan refers to a missing component or table."""
         content = headers.scan_content
         ids, selectors = content[1:-3:2], content[2:-3:2]
         quantisation = {table for _, _, table in headers.components.values()}
@@ -272,10 +272,8 @@ class _Scan(NamedTuple):
             dc, ac = [headers.huffman[i] for i in dc_ids], [headers.huffman[16 + i] for i in ac_ids]
         except KeyError:
             raise NotTranscodable("it has no Huffman tables") from None
-        if len(ids) == 1:  # then an MCU is one block, whatever the factors
-            factors = [(1, 1)]
-        else:
-            factors = [headers.components[i][:2] for i in ids]
+        # An MCU of a single component is one block, whatever the factors.
+        factors = [(1, 1)] if len(ids) == 1 else [headers.components[i][:2] for i in ids]
         across, down = (8 * max(each) for each in zip(*factors, strict=True))
         num_mcus = -(-headers.width // across) * -(-headers.height // down)
         blocks = [i for i, (h, v) in enumerate(factors) for _ in range(h * v)]
@@ -287,7 +285,7 @@ def _segment(marker: int, content: bytes) -> bytes:
 
 
 def _assemble(headers: _Headers, scan: _Scan, dc: dict[int, bytes], interval: int) -> bytes:
-    """Everything before the scan's data. Tables that the scan does not use are left out."""
+    """Return everything before the scan's data, without unused tables."""
     tables = {table for _, _, table in headers.components.values()}
     colour = b""
     if headers.is_jfif:
@@ -310,9 +308,9 @@ def _assemble(headers: _Headers, scan: _Scan, dc: dict[int, bytes], interval: in
 
 
 def _dc_tables(scan: _Scan, used: NDArray[np.bool_]) -> dict[int, bytes]:
-    """The DC tables to write: the original's, but T.81's where a category is used that the original's lacks.
+    """Return the DC tables to write: the original's, or T.81's if the original's lacks a category that is used.
 
-    used: (components, 12), which categories a component's differences have.
+    used: (components, 12), whether a component's differences use a category.
     """
     tables = dict(zip(scan.dc_ids, scan.dc, strict=True))
     for i, table in enumerate(scan.dc_ids):
@@ -322,7 +320,7 @@ def _dc_tables(scan: _Scan, used: NDArray[np.bool_]) -> dict[int, bytes]:
 
 
 def _codes(table: bytes) -> list[int]:
-    """The code of each category, 0 to 11, as code * 32 + its number of bits; 0: it has none. Source: T.81, Annex C."""
+    """Return the code of each category, 0 to 11, as code * 32 + number of bits; 0: no code. Source: T.81, Annex C."""
     codes, code, at = [0] * (_MAX_CATEGORY + 1), 0, 16
     for num_bits in range(1, 17):
         for category in table[at : at + table[num_bits - 1]]:
@@ -338,12 +336,12 @@ def _codes(table: bytes) -> list[int]:
 
 
 @jit
-def _unstuff(data, at, bits, ends):  # type: ignore[no-untyped-def]
+def _unstuff(data: Bytes, at: int, bits: Bytes, ends: Ints) -> int:
     """Copy a scan's data without stuffed zeros and restart markers.
 
-    data: (n,) uint8, from `at` on.   bits: (n - at + _PADDING,) uint8, receives it; what is behind it is zero.
-    ends: (num_segments + 1,) int64, filled: where each segment begins in `bits`, and the last one ends.
-    Segments that are not there are empty. Returns _OK or _MARKERS.
+    data: (n,) uint8, read from `at` on.   bits: (n - at + _PADDING,) uint8, result; the rest of it is zero.
+    ends: (num_segments + 1,) int64, result: where each segment begins in `bits`, and where the last one ends.
+    Missing segments are empty. Returns _OK or _MARKERS.
     """
     size, found, num_segments = 0, 0, ends.size - 1
     ends[0] = 0
@@ -372,12 +370,12 @@ def _unstuff(data, at, bits, ends):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _fill_table(codes, is_ac, table):  # type: ignore[no-untyped-def]
-    """Turn a Huffman table into one that is looked up with the next 9, or 16, bits; its entries: see above.
+def _fill_table(codes: Bytes, is_ac: bool, table: NDArray[np.uint16]) -> int:
+    """Convert a Huffman table to a lookup table for the next 9, or 16, bits; for its entries see above.
 
-    codes: uint8, how many codes of 1 ... 16 bits there are, then their symbols.   table: (_TABLE_SIZE,) uint16, filled.
-    Returns the 16 bits that begin with the first code of more than 9 bits; -1 for tables that libjpeg refuses
-    too: with more codes than fit in, a code of ones only, or a DC category above 15.
+    codes: uint8, number of codes of 1 ... 16 bits, then their symbols.   table: (_TABLE_SIZE,) uint16, result.
+    Returns the 16 bits that begin with the first code of more than 9 bits; -1 for tables that libjpeg refuses as
+    well: too many codes, a code of ones only, or a DC category above 15.
     """
     code, at, start = 0, 16, 0
     for num_bits in range(1, 17):
@@ -411,8 +409,8 @@ def _fill_table(codes, is_ac, table):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _window(bits, at):  # type: ignore[no-untyped-def]
-    """The bits from bit `at` on, 57 or more of them, at the upper end of a uint64; the rest is zero."""
+def _window(bits: Bytes, at: int) -> np.uint64:
+    """Return the bits from bit `at` on, 57 or more, at the upper end of a uint64; the rest is zero."""
     i, word = np.uint64(at >> 3), np.uint64(0)
     for k in range(8):
         word = word << np.uint64(8) | np.uint64(bits[i + np.uint64(k)])
@@ -420,14 +418,23 @@ def _window(bits, at):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _read_blocks(bits, ends, interval, components, tables, starts_of_long, values, spans):  # type: ignore[no-untyped-def]
-    """Walk through all blocks. Source: T.81, F.2.2.
+def _read_blocks(
+    bits: Bytes,
+    ends: Ints,
+    interval: int,
+    components: Ints,
+    tables: NDArray[np.uint16],
+    starts_of_long: Ints,
+    values: Ints,
+    spans: Ints,
+) -> int:
+    """Read all blocks. Source: T.81, F.2.2.
 
     bits, ends: from _unstuff.   interval: MCUs a segment.   components: (blocks of an MCU,) int64.
     tables: (2 * num_components * _TABLE_SIZE,) uint16, one for each component's DC and then AC, filled by _fill_table.
-    starts_of_long: (2 * num_components,) int64, what it returned.
-    values: (num_blocks,) int64, receives the DC coefficients.
-    spans: (num_blocks, 2) int64, the bits of `bits` that hold a block's AC codes: first, and behind the last.
+    starts_of_long: (2 * num_components,) int64, its results.
+    values: (num_blocks,) int64, result: the DC coefficients.
+    spans: (num_blocks, 2) int64, result: the bits of `bits` with a block's AC codes: first, and after the last.
     Returns a status.
     """
     num_components = starts_of_long.size // 2
@@ -440,7 +447,7 @@ def _read_blocks(bits, ends, interval, components, tables, starts_of_long, value
         for block in range(first, min(first + blocks_a_segment, values.size)):
             component = components[mcu_block]
             mcu_block = mcu_block + 1 if mcu_block + 1 < components.size else 0
-            # Places in `tables`: slices of it, or a function that takes it, would cost numba's counting of references.
+            # Positions in `tables`: slices of it, or passing it to a function, would cost reference counting in numba.
             short = np.uint64(_TABLE_SIZE * component)
             long = short + np.uint64(_SHORT_SIZE - starts_of_long[component])
             window = _window(bits, at)
@@ -462,7 +469,7 @@ def _read_blocks(bits, ends, interval, components, tables, starts_of_long, value
             values[block] = before[component]
             at += num_bits + category
             spans[block, 0] = at
-            left = 57 - num_bits - category  # bits that the window still has
+            left = 57 - num_bits - category  # bits left in the window
             short = np.uint64(_TABLE_SIZE * (num_components + component))
             long = short + np.uint64(_SHORT_SIZE - starts_of_long[num_components + component])
             k = np.int64(1)
@@ -486,10 +493,10 @@ def _read_blocks(bits, ends, interval, components, tables, starts_of_long, value
 
 
 @jit
-def _to_differences(values, components, blocks_a_segment, used):  # type: ignore[no-untyped-def]
-    """Replace DC coefficients by the differences that a segment codes; note which categories a component has.
+def _to_differences(values: Ints, components: Ints, blocks_a_segment: int, used: NDArray[np.bool_]) -> int:
+    """Replace DC coefficients by their differences inside a segment, and mark the categories that a component uses.
 
-    Returns a status: blocks that were in segments of their own may differ by more than 11 bits.
+    Returns a status: blocks that were in different segments may differ by more than 11 bits.
     """
     before = np.zeros(used.shape[0], np.int64)
     for first in range(0, values.size, blocks_a_segment):
@@ -508,7 +515,7 @@ def _to_differences(values, components, blocks_a_segment, used):  # type: ignore
 
 
 @jit
-def _category(difference):  # type: ignore[no-untyped-def]
+def _category(difference: int) -> int:
     size, category = abs(difference), 0
     while size > 0:
         size >>= 1
@@ -517,11 +524,13 @@ def _category(difference):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _write_scan(bits, spans, differences, components, codes, blocks_a_segment, out):  # type: ignore[no-untyped-def]
-    """Code differences, copy AC codes, set restart markers.
+def _write_scan(
+    bits: Bytes, spans: Ints, differences: Ints, components: Ints, codes: Ints, blocks_a_segment: int, out: Bytes
+) -> int:
+    """Encode differences, copy AC codes, write restart markers.
 
-    codes: (num_components, 12) int64, from _codes.   out: uint8, receives the scan's data; large enough for the worst.
-    Returns how many bytes it has.
+    codes: (num_components, 12) int64, from _codes.   out: uint8, result: the scan's data, of the worst case's size.
+    Returns its number of bytes.
     """
     word, count, size = np.uint64(0), 0, 0  # bits not yet written: the lower `count` ones of the word
     for first in range(0, differences.size, blocks_a_segment):
@@ -548,7 +557,7 @@ def _write_scan(bits, spans, differences, components, codes, blocks_a_segment, o
                         out[size] = byte
                         size += 1
                         if byte == 0xFF:
-                            out[size] = 0  # stuffed, lest it looks like a marker
+                            out[size] = 0  # stuffed, so that it does not look like a marker
                             size += 1
                 if at >= end:
                     break
@@ -559,8 +568,8 @@ def _write_scan(bits, spans, differences, components, codes, blocks_a_segment, o
 
 
 @jit
-def _flush(word, count, out, size):  # type: ignore[no-untyped-def]
-    """Write the bits that are left over, the last byte filled up with ones. Returns how many bytes there are."""
+def _flush(word: np.uint64, count: int, out: Bytes, size: int) -> int:
+    """Write the remaining bits, the last byte filled with ones. Returns the number of bytes."""
     while count > 0:
         if count < 8:
             word, count = word << np.uint64(8 - count) | np.uint64((1 << (8 - count)) - 1), 8
@@ -574,14 +583,14 @@ def _flush(word, count, out, size):  # type: ignore[no-untyped-def]
     return size
 
 
-# --- libturbojpeg: what is not baseline ---------------------------------------------------------------------------
+# --- libturbojpeg: JPEGs that are not baseline -------------------------------------------------------------------
 
 _COPY_NO_MARKERS = 64  # TJXOPT_COPYNONE
 _STRICT = 8192 | 32768  # TJFLAG_STOPONWARNING, TJFLAG_LIMITSCANS
 
 
 class _Transform(ctypes.Structure):
-    """tjtransform: no rotation, no cropping."""
+    """libturbojpeg's tjtransform: no rotation, no cropping."""
 
     _fields_ = [
         *((name, ctypes.c_int) for name in ("x", "y", "width", "height", "operation", "options")),
@@ -590,7 +599,7 @@ class _Transform(ctypes.Structure):
 
 
 def _to_baseline(jpeg: bytes) -> bytes:
-    """The same coefficients in one baseline scan. Raises NotTranscodable with libturbojpeg's reason."""
+    """Return the same coefficients in one baseline scan. Raises NotTranscodable with the library's reason."""
     turbojpeg = library()
     handle = ctypes.c_void_p(turbojpeg.tjInitTransform())
     buffer, size, transform = ctypes.c_void_p(), ctypes.c_ulong(), _Transform(options=_COPY_NO_MARKERS)
@@ -605,7 +614,7 @@ def _to_baseline(jpeg: bytes) -> bytes:
 
 
 def _require_complete_scans(jpeg: bytes, headers: _Headers) -> None:
-    """Where scans are missing libjpeg's decoder smooths the picture, which no baseline JPEG could repeat."""
+    """Raise NotTranscodable if scans are missing: libjpeg then smooths the image, a baseline JPEG cannot."""
     unknown = {component: np.ones(64, np.bool_) for component in headers.components}
     for marker, content, _ in _segments(jpeg):
         if marker != _SOS:
@@ -618,4 +627,4 @@ def _require_complete_scans(jpeg: bytes, headers: _Headers) -> None:
         for component in content[1:-3:2]:
             unknown[component][first : last + 1] = low_bit > 0
     if any(each.any() for each in unknown.values()):
-        raise NotTranscodable("its progressive JPEG data is cut off: scans are missing")
+        raise NotTranscodable("its progressive JPEG data is truncated: scans are missing")

@@ -1,7 +1,7 @@
-"""Sixteen bytes at a time, for numba: what the resize needs and LLVM's own vectoriser does not find.
+"""Vector operations on sixteen bytes for numba code: those that the resize needs and LLVM does not vectorise itself.
 
-numba has no vector types, so these functions are written as LLVM IR over addresses. LLVM lowers the vectors to
-whatever the processor has (AVX-512, AVX2, SSE2, NEON), with the same results.
+numba has no vector types, so these functions are LLVM IR on addresses. LLVM translates the vectors to the instructions
+of the processor (AVX-512, AVX2, SSE2, NEON), with the same results.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def _broadcast(builder: Any, value: Any) -> Any:
 
 
 @intrinsic
-def transpose_16x16(_context, source, source_stride, target, target_stride):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def transpose_16x16(_context, source, source_stride, target, target_stride):  # type: ignore[no-untyped-def]  # numba's form  # noqa: ARG001
     """Transpose 16 rows of 16 bytes. All arguments are int64: addresses, and the distance between rows in bytes."""
 
-    def codegen(context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         source, source_stride, target, target_stride = arguments
         rows = [
             _load(builder, builder.add(source, builder.mul(source_stride, ir.Constant(_I64, i))), _BYTES)
@@ -68,16 +68,16 @@ def transpose_16x16(_context, source, source_stride, target, target_stride):  # 
 
 
 def _weighted_sum(num_vectors: int) -> Any:
-    """A function that sums `num_vectors` x 16 bytes over the taps of a filter."""
+    """Return a function that sums `num_vectors` x 16 bytes over the taps of a filter."""
 
     @intrinsic
-    def weighted_sum(_context, target, source, tap_stride, weights, num_taps):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    def weighted_sum(_context, target, source, tap_stride, weights, num_taps):  # type: ignore[no-untyped-def]  # numba's form  # noqa: ARG001
         """target[i] = clip((sum over k of weights[k] * source[k * tap_stride + i] + HALF) >> PRECISION_BITS, 0, 255).
 
         All arguments are int64: addresses of bytes (target, source) and of int32 (weights), a distance, a count.
         """
 
-        def codegen(context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
+        def codegen(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
             target, source, tap_stride, weights, num_taps = arguments
             totals = [cgutils.alloca_once(builder, _INTS) for _ in range(num_vectors)]
             for total in totals:
@@ -89,11 +89,11 @@ def _weighted_sum(num_vectors: int) -> Any:
                 for i, total in enumerate(totals):
                     pixels = builder.zext(_load(builder, _at(builder, start, LANES * i), _BYTES), _INTS)
                     builder.store(builder.add(builder.load(total), builder.mul(pixels, weight)), total)
-            zero, most = _constant(0), _constant(255)
+            zero, maximum = _constant(0), _constant(255)
             for i, total in enumerate(totals):
                 value = builder.ashr(builder.load(total), _constant(PRECISION_BITS))
                 value = builder.select(builder.icmp_signed("<", value, zero), zero, value)
-                value = builder.select(builder.icmp_signed(">", value, most), most, value)
+                value = builder.select(builder.icmp_signed(">", value, maximum), maximum, value)
                 _store(builder, builder.trunc(value, _BYTES), _at(builder, target, LANES * i))
             return context.get_dummy_value()
 

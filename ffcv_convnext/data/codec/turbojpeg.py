@@ -1,7 +1,7 @@
-"""libturbojpeg through ctypes, for the conversion's worker processes: JPEG <-> planes of Y, Cb and Cr.
+"""Call libturbojpeg through ctypes: JPEG <-> planes of Y, Cb and Cr, for the conversion's workers.
 
-It is the library that FFCV is linked with, found beside FFCV without importing it: that would cost every worker
-seconds. Decoders call the same library from numba code (jpeg.py).
+The library is the one that FFCV is linked with. It is found beside FFCV without importing FFCV, which would cost every
+worker seconds. The loader calls the same library from numba code (decode.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 Subsampling = Literal["420", "422", "444"]
 Plane = NDArray[np.uint8]
-MAX_JPEG_SIDE = 65500  # libjpeg's limit, just below the 65535 that FFCV's sample table can hold
+MAX_JPEG_SIDE = 65500  # libjpeg's limit; FFCV's sample table holds up to 65535
 
 # TJSAMP_*: how many pixels share a chroma sample, across and down.
 _FACTORS = {"444": (1, 1), "422": (2, 1), "420": (2, 2), "grey": (1, 1), "440": (1, 2), "411": (4, 1)}
@@ -32,7 +32,7 @@ _Pointers, _Strides = c_void_p * 3, c_int * 3
 
 
 class Header(NamedTuple):
-    """What a JPEG says of itself."""
+    """Size and chroma subsampling of a JPEG."""
 
     width: int  # pixels
     height: int
@@ -40,7 +40,7 @@ class Header(NamedTuple):
 
 
 def library_path() -> Path:
-    """FFCV's extension module, whose libturbojpeg is used. Raises FileNotFoundError where there is none."""
+    """Return the path of FFCV's extension module. Raises FileNotFoundError if FFCV is not installed."""
     spec = importlib.util.find_spec("ffcv")
     folders = spec.submodule_search_locations if spec is not None else None
     for folder in folders or ():
@@ -51,7 +51,7 @@ def library_path() -> Path:
 
 @cache
 def library() -> ctypes.CDLL:
-    """libturbojpeg, with the types of the functions that are called from Python."""
+    """Load libturbojpeg and declare the types of the functions that are called from Python."""
     turbojpeg = ctypes.CDLL(str(library_path()))
     for name in ("tjInitDecompress", "tjInitCompress", "tjInitTransform"):
         getattr(turbojpeg, name).restype = c_void_p
@@ -77,7 +77,7 @@ def _compressor() -> int:
 
 
 def plane_sizes(width: int, height: int, subsampling: str) -> list[tuple[int, int]]:
-    """Width and height of the planes of a picture: luma is padded to whole chroma samples."""
+    """Return width and height of each plane of an image; luma is padded to whole chroma samples."""
     across, down = _FACTORS[subsampling]
     columns, rows = -(-width // across), -(-height // down)
     luma = columns * across, rows * down
@@ -85,12 +85,12 @@ def plane_sizes(width: int, height: int, subsampling: str) -> list[tuple[int, in
 
 
 def factors(subsampling: str) -> tuple[int, int]:
-    """Pixels that share a chroma sample: across, down."""
+    """Return the number of pixels that share a chroma sample: across, down."""
     return _FACTORS[subsampling]
 
 
 def read_header(jpeg: bytes) -> Header | None:
-    """None for what is no JPEG of Y, Cb and Cr or grey, or has a subsampling that the library does not know."""
+    """Read a JPEG's header; None if it is not YCbCr or grey, or has a subsampling that the library does not support."""
     found = [c_int() for _ in range(4)]
     if library().tjDecompressHeader3(_decompressor(), jpeg, len(jpeg), *map(byref, found)) != 0:
         return None
@@ -101,11 +101,10 @@ def read_header(jpeg: bytes) -> Header | None:
 
 
 def decode_planes(jpeg: bytes, header: Header, reduction: int = 1) -> list[Plane] | None:
-    """The planes Y, Cb, Cr (grey: Y) in the JPEG's own subsampling, without colour conversion.
+    """Decode the planes Y, Cb, Cr (grey: Y) in the JPEG's subsampling, without colour conversion.
 
-    reduction: out of REDUCTIONS: decode at a half, a quarter, an eighth of the size, rounded up, by smaller inverse
-    DCTs.
-    None when the library has anything to complain of, and be it a warning.
+    reduction: one of REDUCTIONS: decode at 1/2, 1/4 or 1/8 of the size, rounded up, with smaller inverse DCTs.
+    Returns None if libjpeg-turbo reports an error or a warning.
     """
     width, height = -(-header.width // reduction), -(-header.height // reduction)
     sizes = plane_sizes(width, height, header.subsampling)
@@ -120,17 +119,17 @@ def decode_planes(jpeg: bytes, header: Header, reduction: int = 1) -> list[Plane
 def encode_planes(
     planes: Sequence[Plane], width: int, height: int, subsampling: Subsampling, quality: int, interval: int
 ) -> bytes:
-    """A baseline JPEG of a picture's planes, which have the sizes that `plane_sizes` states.
+    """Encode an image's planes, of the sizes given by `plane_sizes`, as a baseline JPEG.
 
     quality: 1 to 100, libjpeg's scale.   interval: MCUs between restart markers.
-    Raises RuntimeError with the library's words when it fails.
+    Raises RuntimeError with the library's message if it fails.
     """
     code = _NAMES.index(subsampling)
     room = int(library().tjBufSize(width, height, code))
     buffer = np.empty(room, np.uint8)
     place, size = c_void_p(buffer.ctypes.data), c_ulong(room)
     pointers, strides = _arguments(planes)
-    os.environ["TJ_RESTART"] = f"{interval}B"  # version 2 of the library has no other way to ask for markers
+    os.environ["TJ_RESTART"] = f"{interval}B"  # version 2 of the library has no other setting for markers
     status = library().tjCompressFromYUVPlanes(
         *(_compressor(), pointers, width, strides, height, code, byref(place), byref(size)),
         *(quality, _NO_REALLOC | _ACCURATE_DCT),
@@ -139,7 +138,7 @@ def encode_planes(
         raise RuntimeError(library().tjGetErrorStr2(_compressor()).decode(errors="replace"))
     jpeg = buffer[: size.value].tobytes()
     if jpeg.find(b"\xff\xdd\x00\x04", 0, jpeg.index(b"\xff\xda")) < 0:
-        raise RuntimeError("libturbojpeg wrote no restart markers; this version takes no notice of TJ_RESTART")
+        raise RuntimeError("libturbojpeg wrote no restart markers; this version ignores TJ_RESTART")
     return jpeg
 
 

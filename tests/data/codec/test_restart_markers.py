@@ -286,15 +286,15 @@ def put(at: int, value: bytes) -> Callable[[bytearray], None]:
     [
         (lambda _: b"", "not a JPEG"),
         (lambda _: b"\x89PNG\r\n\x1a\n" + bytes(99), "not a JPEG"),
-        (lambda jpeg: jpeg[:300], "header is cut off or damaged"),
-        (lambda _: b"\xff\xd8\xff\xd9", "header is cut off or damaged"),
-        (lambda jpeg: jpeg[:-400], "data is cut off"),
+        (lambda jpeg: jpeg[:300], "header is truncated or damaged"),
+        (lambda _: b"\xff\xd8\xff\xd9", "header is truncated or damaged"),
+        (lambda jpeg: jpeg[:-400], "data is truncated"),
         (lambda jpeg: with_frame(jpeg, put(0, b"\x0c"), 0xC1), "of 12 bits, not 8"),
         (lambda jpeg: with_frame(jpeg, put(1, b"\0\0")), "150 x 0 pixels"),
         (lambda jpeg: with_frame(jpeg, put(3, b"\xff\xff")), "65535 x 90 pixels: expected 1 to 65500"),
         (lambda jpeg: with_frame(jpeg, put(1, b"\xff\0\xff\0")), "65280 x 65280 pixels: expected 178956970 at most"),
-        (lambda jpeg: with_frame(jpeg, put(1, b"\x20\0\x20\0")), "data is cut off"),
-        (lambda jpeg: with_frame(jpeg, put(8, b"\3")), "header is cut off or damaged"),  # a table there is not
+        (lambda jpeg: with_frame(jpeg, put(1, b"\x20\0\x20\0")), "data is truncated"),
+        (lambda jpeg: with_frame(jpeg, put(8, b"\3")), "header is truncated or damaged"),  # a table there is not
         (lambda jpeg: with_frame(jpeg, bytearray.copy, 0xC3), "lossless or hierarchical"),
         (lambda jpeg: with_frame(jpeg, factors(0x21, 0x11, 0x12)), "sampling factors 2x1, 1x1, 1x2"),
         (lambda jpeg: with_frame(jpeg, factors(0x31, 0x11, 0x11)), "sampling factors 3x1, 1x1, 1x1"),
