@@ -1,98 +1,174 @@
-"""How much memory this process may fill with data: the machine's, and what control groups (containers, SLURM) leave."""
+"""This machine: processor, memory and page cache, as far as this process may use them.
+
+Limits of control groups (containers, Slurm) count: versions 1 and 2, of the process's own group and of all groups
+above it. `root` is the folder with proc/ and sys/.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ffcv_convnext.formatting import format_bytes
 
-_SHARE = 0.9  # of what is available; the rest is for the processes themselves
+PAGE = mmap.PAGESIZE
+_ROOT = Path("/")
+_MAX_SHARE = 0.9  # of available memory, for data; the rest is for the processes themselves
+_MEMORY_FILES = {  # version of control groups -> limit, usage, prefix of the names in memory.stat
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    2: ("memory.max", "memory.current", ""),
+}
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+# --- Processor --------------------------------------------------------------------------------------------
+
+
+def available_cores(root: Path = _ROOT) -> int:
+    """Return the number of processor cores this process may use: its affinity, at most the quota (rounded up)."""
+    cores = len(os.sched_getaffinity(0))
+    for group, version in _groups(root, "cpu"):
+        if version == 2:
+            quota, period = [*(_read(group / "cpu.max") or "").split(), "", ""][:2]
+        else:
+            quota, period = (_read(group / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period"))
+        if quota.isdigit() and period.isdigit():  # no limit: "max" or -1
+            cores = min(cores, max(1, -(-int(quota) // int(period))))
+    return cores
+
+
+def processor_name(root: Path = _ROOT) -> str:
+    """Return the processor's name, or its architecture if the system does not name it."""
+    for line in (_read(root / "proc/cpuinfo") or "").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+# --- Memory -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class AvailableMemory:
-    """Memory that can be filled without swapping, the page cache counted as free."""
+    """Memory that can be filled without swapping; the page cache counts as free."""
 
     num_bytes: int
     limited_by: str  # in words, for messages
-    locked: int  # bytes that processes have locked: files among them need no second place
+    locked: int  # bytes locked by processes: locked pages of a file need no additional memory
 
 
-def available_memory(root: Path = Path("/")) -> AvailableMemory:
-    """The least of /proc/meminfo's MemAvailable and of what each control group above this process leaves.
-
-    root: where proc/ and sys/ are. Control groups of both versions are read, as far as they are visible.
-    """
+def available_memory(root: Path = _ROOT) -> AvailableMemory:
+    """Return the minimum of /proc/meminfo's MemAvailable and the free memory of each control group."""
     meminfo = _numbers(root / "proc/meminfo")
-    least, limited_by = meminfo["MemAvailable:"] * 1024, "of this machine"
-    for group, limit_name, usage_name, prefix in _groups(root):
-        limit = _word(group / limit_name)
+    free, limited_by = meminfo["MemAvailable:"] * 1024, "of this machine"
+    for group, version in _groups(root, "memory"):
+        limit_name, usage_name, prefix = _MEMORY_FILES[version]
+        limit = _read(group / limit_name)
         if limit is None or not limit.isdigit():  # "max"
             continue
-        usage, counts = int(_word(group / usage_name) or 0), _numbers(group / "memory.stat")
+        usage, counts = int(_read(group / usage_name) or 0), _numbers(group / "memory.stat")
         cache = sum(counts.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
-        room = max(0, int(limit) - usage + cache)
-        if room < least:
-            least, limited_by = room, f"under the limit of {format_bytes(int(limit))} in {group / limit_name}"
-    return AvailableMemory(least, limited_by, meminfo.get("Mlocked:", 0) * 1024)
+        free_here = max(0, int(limit) - usage + cache)
+        if free_here < free:
+            free, limited_by = free_here, f"under the limit of {format_bytes(int(limit))} in {group / limit_name}"
+    return AvailableMemory(free, limited_by, meminfo.get("Mlocked:", 0) * 1024)
 
 
-def _groups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
-    """Folders of the memory control groups that hold this process, with the names of limit and usage in them.
+def describe_need(data_cache: str, files: Sequence[Path], num_in_memory: int, available: AvailableMemory) -> str:
+    """Describe in one line how much memory the files need to be read from disk only once, and how much there is.
 
-    Inside a container the path that the kernel states may not be visible; the container's own group is the mount then.
+    num_in_memory: bytes of the files that are in memory already.
+    Raises ValueError if data_cache is ram and they do not fit.
+    """
+    need = sum(file.stat().st_size for file in files)
+    free = available.num_bytes + min(num_in_memory, available.locked)
+    named = " and ".join(file.name for file in files)
+    there_is = f"{format_bytes(free)} are available {available.limited_by}"
+    if data_cache == "process":
+        return f"data_cache = process: {named}, {format_bytes(need)}, are read through buffers in memory; {there_is}"
+    line = f"data_cache = {data_cache}: {named} take {format_bytes(need)} of memory, {there_is}"
+    if need <= _MAX_SHARE * free:
+        return line
+    if data_cache == "ram":
+        raise ValueError(
+            f"{line}, {_MAX_SHARE:.0%} of it at most for data; use --data_cache os, with --order quasi_random if the "
+            "disk is slow at random reads"
+        )
+    return f"{line}: each epoch reads from the disk; --order quasi_random does so in large pieces"
+
+
+# --- Page cache -------------------------------------------------------------------------------------------
+
+
+def resident_pages(address: int, num_bytes: int) -> NDArray[np.bool_]:
+    """Return whether each page of a mapping is in the page cache.
+
+    address: of the mapping, at the start of a page.   Raises OSError if the system call mincore fails.
+    For files of other users mincore reports every page as resident.
+    """
+    pages = np.zeros(-(-num_bytes // PAGE), np.uint8)
+    if _libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), pages.ctypes.data_as(ctypes.c_void_p)):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return (pages & 1).astype(bool)
+
+
+def num_bytes_in_memory(path: Path) -> int:
+    """Return the bytes of `path` in the page cache, whole pages."""
+    if not path.stat().st_size:
+        return 0
+    mapping = np.memmap(path, dtype=np.uint8, mode="r")
+    return int(np.count_nonzero(resident_pages(mapping.ctypes.data, len(mapping)))) * PAGE
+
+
+def evict(path: Path) -> None:
+    """Remove a file from the page cache. Raises OSError if more than 2 % of it stays, as on a tmpfs."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(f" {path.resolve()}"):  # pages that this process has touched in a mapping would stay
+            first, last = (int(word, 16) for word in line.split()[0].split("-"))
+            _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(mmap.MADV_DONTNEED))
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if num_bytes_in_memory(path) > path.stat().st_size // 50:
+        raise OSError(f"{path} stays in memory: cannot measure cold reads on this file system")
+
+
+# --- Files of the kernel ----------------------------------------------------------------------------------
+
+
+def _groups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
+    """Yield the folders of the control groups that hold this process, innermost first, each with its version.
+
+    In a container the path in /proc may not be visible; then the mount itself is the container's group.
     """
     mount = root / "sys/fs/cgroup"
-    membership = root / "proc/self/cgroup"
-    for line in membership.read_text().splitlines() if membership.exists() else ():
+    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
-        if not controllers:
-            base, names = mount, ("memory.max", "memory.current", "")
-        elif "memory" in controllers.split(","):
-            base, names = mount / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-        else:
+        if controllers and controller not in controllers.split(","):
             continue
-        below = PurePosixPath(path.lstrip("/"))
-        for part in dict.fromkeys((below, *below.parents)):
-            yield (base / part, *names)
+        base, version = (mount / controller, 1) if controllers else (mount, 2)
+        own = PurePosixPath(path.lstrip("/"))
+        for part in dict.fromkeys((own, *own.parents)):
+            yield base / part, version
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """The lines 'name number ...' of a file; nothing where it is missing."""
-    if not path.exists():
-        return {}
-    words = [line.split() for line in path.read_text().splitlines()]
+    """Return the lines 'name number ...' of a file; empty if it is missing."""
+    words = [line.split() for line in (_read(path) or "").splitlines()]
     return {word[0]: int(word[1]) for word in words if len(word) > 1 and word[1].isdigit()}
 
 
-def _word(path: Path) -> str | None:
+def _read(path: Path) -> str | None:
+    """Return a file's text, or None if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:
         return None
-
-
-def describe_need(data_cache: str, files: Sequence[Path], num_in_memory: int, available: AvailableMemory) -> str:
-    """What files need of memory to be read from the disk once only, and what there is, in one line.
-
-    num_in_memory: their bytes that are in memory already.
-    Raises ValueError for data_cache ram when they do not fit.
-    """
-    need = sum(file.stat().st_size for file in files)
-    room = available.num_bytes + min(num_in_memory, available.locked)
-    fits = need <= _SHARE * room
-    named = " and ".join(file.name for file in files)
-    there_is = f"{format_bytes(room)} are available {available.limited_by}"
-    if data_cache == "process":
-        return f"data_cache = process: {named}, {format_bytes(need)}, are read through buffers in memory; {there_is}"
-    line = f"data_cache = {data_cache}: {named} take {format_bytes(need)} of memory, {there_is}"
-    if fits:
-        return line
-    if data_cache == "ram":
-        raise ValueError(
-            f"{line}, {_SHARE:.0%} of it at most for data; use --data_cache os, with --order quasi_random where the "
-            "disk is slow at scattered reads"
-        )
-    return f"{line}: each epoch reads from the disk; --order quasi_random does so in large pieces"

@@ -41,7 +41,7 @@ FLOOR_OF = {unit: height for height, units in enumerate(FLOORS) for unit in unit
 DOORS = {
     *("data.beton", "data.beton.tables", "data.beton.ffcv_import"),
     *("data.codec", "data.convert", "data.load", "data.check"),
-    *("bench.compare", "bench.stages", "bench.synthetic_data"),
+    *("bench.synthetic_data", "bench.timing"),
 }
 
 # Third parties that some places only may import.

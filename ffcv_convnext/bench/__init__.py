@@ -1,35 +1,48 @@
 """Side-by-side measurements.
 
-Names are imported when first used: a contestant that is measured must not pay for the others' imports.
+A benchmark is imported when it runs: the contestants' processes import this package too, and must not pay for it.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from ffcv_convnext.bench.augment import bench_augment as bench_augment
-    from ffcv_convnext.bench.cold_loader import bench_cold as bench_cold
-    from ffcv_convnext.bench.compare import Comparison as Comparison
-    from ffcv_convnext.bench.convert import bench_convert as bench_convert
-    from ffcv_convnext.bench.loader import bench_loader as bench_loader
-    from ffcv_convnext.bench.startup import bench_startup as bench_startup
-    from ffcv_convnext.bench.train_step import bench_step as bench_step
+from ffcv_convnext.bench.options import FolderOptions, StepOptions
 
-_HOMES = {
-    "Comparison": "compare",
-    "bench_augment": "augment",
-    "bench_cold": "cold_loader",
-    "bench_convert": "convert",
-    "bench_loader": "loader",
-    "bench_startup": "startup",
-    "bench_step": "train_step",
-}
-__all__ = sorted(_HOMES)
+__all__ = ["FolderOptions", "Result", "StepOptions", "bench_folder", "bench_training"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+class Result(Protocol):
+    """A finished measurement."""
+
+    def format(self) -> str:
+        """Return Markdown."""
+
+    def to_json(self) -> str:
+        """Return all figures as JSON."""
+
+
+def bench_folder(name: str, options: FolderOptions) -> Result:
+    """Run the benchmark 'loader', 'cold', 'convert' or 'startup'."""
+    if name == "startup":
+        from ffcv_convnext.bench.startup import bench_startup
+
+        return bench_startup(options)
+    if name == "loader":
+        from ffcv_convnext.bench.loader import bench_loader as bench
+    elif name == "cold":
+        from ffcv_convnext.bench.cold_loader import bench_cold as bench
+    else:
+        from ffcv_convnext.bench.convert import bench_convert as bench
+    return bench(options)
+
+
+def bench_training(name: str, options: StepOptions) -> Result:
+    """Run the benchmark 'augment' or 'step'."""
+    if name == "augment":
+        from ffcv_convnext.bench.augment import bench_augment
+
+        return bench_augment(options)
+    from ffcv_convnext.bench.train_step import bench_step
+
+    return bench_step(options)

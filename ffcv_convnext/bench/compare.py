@@ -1,8 +1,8 @@
-"""Contestants in processes of their own, run in turn.
+"""Contestants in separate processes that take turns.
 
-A shared machine's speed drifts by 20-30 % within minutes, so only ratios of runs that alternate mean anything. Every
-contestant lives in a process of its own, since loaders set process-wide thread counts and numba options; the parent
-lets one at a time work, round after round. Memory is watched in one more round, which is not timed.
+The speed of a shared machine drifts by 20-30 % within minutes, so only ratios of runs that alternate are meaningful.
+Every contestant has its own process, since loaders set process-wide thread counts and numba options; the parent lets
+one at a time work, round after round. Memory is watched in one more round, which is not timed.
 """
 
 from __future__ import annotations
@@ -18,42 +18,52 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from ffcv_convnext.bench.memory import MemoryWatch, family, memory_of
+from ffcv_convnext.bench.options import Options
+from ffcv_convnext.formatting import format_number, markdown_table
+from ffcv_convnext.host import available_cores, processor_name
 
 
 class Timed(NamedTuple):
-    """A round's work that took its own time, since not all of it counts."""
+    """Result of a round that measures its own time, because not all of it counts."""
 
     images: int
     seconds: float
 
 
-Work = Callable[[], int | Timed]  # does a round's work and returns how many images that were
-Contestant = tuple[Work, Callable[[], Any] | None]  # the work, and what gives a first result; None: the work itself
+Work = Callable[[], int | Timed]  # does the work of a round and returns the number of images
+Contestant = tuple[Work, Callable[[], Any] | None]  # work, and a function that gives the first result; None: the work
+Entry = tuple[str, str, dict[str, Any]]  # name of the row, "module:function", keyword arguments
 
-SAMPLE_SECONDS = 0.02  # between two looks at the memory
-PATIENCE_SECONDS = 300.0  # for a start or a round, unless told
+TIMEOUT_S = 300.0  # default for a start or a round
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One contestant's result. Rates are images/s over all cores used."""
+    """Result of one contestant. Rates are images/s over all cores used."""
 
     name: str
     median: float
-    least: float
-    most: float
+    min: float
+    max: float
     ratio: float | None  # median of the ratios to the reference, round by round
-    ratio_least: float | None
-    ratio_most: float | None
+    ratio_min: float | None
+    ratio_max: float | None
     first_s: float  # from process start to the first result
-    peak_mb: float  # largest memory of all its processes together, shared pages and mapped files counted once
-    work_mb: float | None  # of it: what is its own (no mapped files), less what it was once the imports were done
+    peak_mb: float  # maximum memory of all its processes, shared pages and mapped files counted once
+    work_mb: float | None  # maximum memory without mapped files, minus the same right after the imports
     error: str | None = None
+
+    def format_ratio(self) -> tuple[str, str]:
+        """Return the cells of the ratio and its range."""
+        if self.ratio is None:
+            return "-", "-"
+        return f"{self.ratio:.2f}", f"{self.ratio_min:.2f}-{self.ratio_max:.2f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,88 +75,90 @@ class Comparison:
     result: str  # what a contestant makes: batch, file
     facts: dict[str, Any]
     rows: list[Row]
-    columns: dict[str, dict[str, float]] = field(default_factory=dict)  # further ones: heading -> row's name -> value
-    notes: dict[str, dict[str, Any]] = field(default_factory=dict)  # row's name -> what it noted, see note()
+    columns: dict[str, dict[str, float]] = field(default_factory=dict)  # more columns: heading -> row's name -> value
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)  # row's name -> figures it noted, see note()
 
     def to_json(self) -> str:
+        """Return all figures as JSON."""
         return json.dumps(asdict(self), indent=2)
 
     def format(self) -> str:
-        """A Markdown table, the facts above it."""
-        facts = ", ".join(f"{key} {value}" for key, value in self.facts.items())
+        """Return a Markdown table with the facts above it."""
         cores = self.facts["cores"]
-        heads = [
-            *(self.title, "images/s", "min-max", "a core", f"times {self.reference}", "min-max"),
-            *(f"first {self.result} s", "peak MB", "work's MB", *self.columns),
-        ]
-        lines = [f"{self.title}: {facts}", "", _line(heads), "|---|" + "---:|" * (len(heads) - 1)]
-        for row in self.rows:
-            if row.error:
-                lines.append(_line([row.name, f"failed: {row.error}", *[""] * (len(heads) - 2)]))
-                continue
-            further = [f"{values[row.name]:.1f}" if row.name in values else "-" for values in self.columns.values()]
-            cells = [
-                *(row.name, f"{row.median:.0f}", f"{row.least:.0f}-{row.most:.0f}", f"{row.median / cores:.0f}"),
-                *(
-                    ("-", "-")
-                    if row.ratio is None
-                    else (f"{row.ratio:.2f}", f"{row.ratio_least:.2f}-{row.ratio_most:.2f}")
-                ),
-                *(f"{row.first_s:.1f}", f"{row.peak_mb:.0f}", "-" if row.work_mb is None else f"{row.work_mb:.0f}"),
+        header = ["images/s", "min-max", "per core", f"ratio to {self.reference}", "min-max"]
+        header += [f"first {self.result} s", "peak MB", "work MB", *self.columns]
+
+        def cells(row: Row) -> list[str]:
+            return [
+                *(f"{row.median:.0f}", f"{row.min:.0f}-{row.max:.0f}", f"{row.median / cores:.0f}"),
+                *row.format_ratio(),
+                *(f"{row.first_s:.1f}", f"{row.peak_mb:.0f}", format_number(row.work_mb, ".0f")),
+                *(format_number(values.get(row.name), ".1f") for values in self.columns.values()),
             ]
-            lines.append(_line([*cells, *further]))
-        return "\n".join(lines)
+
+        return format_rows(self, self.title, header, cells)
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def format_rows(
+    compared: Comparison, first_column: str, header: Sequence[str], cells: Callable[[Row], Sequence[str]]
+) -> str:
+    """Return a comparison's facts, its table and the errors of the rows that failed.
+
+    header, cells: all columns but the first one, which is the row's name.
+    """
+    rows = [[row.name, *(["failed", *["-"] * (len(header) - 1)] if row.error else cells(row))] for row in compared.rows]
+    table = markdown_table([first_column, *header], rows, "<" + ">" * len(header))
+    errors = [f"\n{row.name} failed: {row.error}" for row in compared.rows if row.error]
+    return "\n".join([format_facts(compared.title, compared.facts), "", table, *errors])
 
 
-def patience(num_images: int) -> float:
-    """Seconds for a round, for compare(): whoever needs more than half a second an image hangs, as stock FFCV may."""
-    return PATIENCE_SECONDS + 0.5 * num_images
+def format_facts(title: str, facts: Mapping[str, Any]) -> str:
+    """Return one line with all facts."""
+    return f"{title}: {', '.join(f'{key} {value}' for key, value in facts.items())}"
+
+
+def timeout_for(num_images: int) -> float:
+    """Return the timeout of a round in seconds; half a second per image means that a loader hangs, as FFCV's can."""
+    return TIMEOUT_S + 0.5 * num_images
 
 
 def use_cores(cores: int | None) -> int:
-    """Keep this process, and those it starts, to so many processor cores (None: all it may use); return how many."""
-    available = sorted(os.sched_getaffinity(0))
-    if cores is not None:
-        if not 1 <= cores <= len(available):
-            raise ValueError(f"cores = {cores}: this process may use {len(available)}")
-        os.sched_setaffinity(0, available[:cores])
-    return cores or len(available)
+    """Limit this process and its children to a number of cores (None: all available) and return the number."""
+    available = available_cores()
+    if cores is None:
+        return available
+    if not 1 <= cores <= available:
+        raise ValueError(f"cores = {cores}: expected 1 to {available}, the cores this process may use")
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    return cores
 
 
 def compare(
     title: str,
-    contestants: Sequence[tuple[str, str, dict[str, Any]]],
+    contestants: Sequence[Entry],
+    options: Options,
     *,
     reference: str,
-    rounds: int,
     facts: dict[str, Any],
-    say: Callable[[str], None],
     result: str = "batch",
-    patience_s: float = PATIENCE_SECONDS,
+    timeout_s: float = TIMEOUT_S,
 ) -> Comparison:
-    """Run contestants in turn, `rounds` times each after one round of warm-up, and once more to watch the memory.
+    """Run contestants in turn: one round of warm-up, `options.rounds` measured rounds, one more to watch the memory.
 
-    contestants: (name, "module:function", arguments); the function takes the arguments as keywords, calls
-    imports_done() once it has imported what it needs, and returns a Contestant. One that fails, or that gives no
-    answer for patience_s, becomes a row with its error; the others go on.
-    result: what they make, for the table's head.
+    contestants: the functions take their arguments as keywords, call imports_done() after their imports, and return a
+    Contestant. One that fails, or gives no answer for timeout_s, becomes a row with its error; the others continue.
+    result: what they make, for the table's header.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds = {rounds}: expected at least 1")
     processes: dict[str, _Process] = {}
     try:
         for name, function, arguments in contestants:
-            say(f"starting {name}")
-            processes[name] = _Process(name, function, arguments, patience_s)
-        for number in range(rounds):
+            options.progress(f"starting {name}")
+            processes[name] = _Process(name, function, arguments, timeout_s)
+        for number in range(options.rounds):
             for process in processes.values():
                 process.round()
             rates = ", ".join(f"{c.name} {c.rates[-1]:.0f}" for c in processes.values() if not c.error)
-            say(f"round {number + 1}/{rounds}: {rates} images/s")
+            options.progress(f"round {number + 1}/{options.rounds}: {rates} images/s")
         for process in processes.values():
             process.watch_memory()
     finally:
@@ -154,8 +166,8 @@ def compare(
             process.stop()
     base = processes[reference].rates if reference in processes else []
     facts = {
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": processor(),
+        "cores": available_cores(),
+        "processor": processor_name(),
         "python": platform.python_version(),
         **facts,
     }
@@ -164,26 +176,19 @@ def compare(
     return Comparison(title, reference, result, facts, rows, notes=notes)
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 class _Process:
     """The parent's side of a contestant: one line of JSON in, one out, for each round."""
 
-    def __init__(self, name: str, function: str, arguments: dict[str, Any], patience_s: float) -> None:
+    def __init__(self, name: str, function: str, arguments: dict[str, Any], timeout_s: float) -> None:
         self.name = name
-        self.patience_s = patience_s
+        self.timeout_s = timeout_s
         self.rates: list[float] = []
         self.notes: dict[str, Any] = {}
         self.error: str | None = None
-        self.given_up = False
+        self.timed_out = False
         self.peak_mb = 0.0
         self.work_mb: float | None = None
-        self.stderr = tempfile.TemporaryFile("w+", errors="replace")  # progress bars; read when the process dies
+        self.stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  stop() closes it
         self.process = subprocess.Popen(
             [sys.executable, "-c", _SERVE, function, json.dumps(arguments), str(time.time())],
             stdin=subprocess.PIPE,
@@ -202,41 +207,27 @@ class _Process:
             self.rates.append(answer["images"] / answer["seconds"])
 
     def watch_memory(self) -> None:
-        """Let it work once more while another thread looks at its memory."""
-        seen: list[_Memory] = []
-        over = threading.Event()
-
-        def watch() -> None:
-            while not over.wait(SAMPLE_SECONDS):
-                seen.append(_memory(self.process.pid))
-
-        watching = threading.Thread(target=watch)
-        watching.start()
-        try:
+        """Let it work once more while a thread samples its memory."""
+        with MemoryWatch(self.process.pid) as watch:
             self._ask()
-        finally:
-            over.set()
-            watching.join()
-        if self.error:
-            return
-        seen.append(_memory(self.process.pid))
-        self.peak_mb = max(memory.all_mb for memory in seen)
-        if self.imports_mb is not None:
-            self.work_mb = max(memory.own_mb for memory in seen) - self.imports_mb
+        if not self.error:
+            self.peak_mb = watch.peak.all_mb
+            if self.imports_mb is not None:
+                self.work_mb = watch.peak.own_mb - self.imports_mb
 
     def _ask(self) -> dict[str, Any]:
         if self.error:
             return {}
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it has died since; the answer tells
+        with suppress(BrokenPipeError):  # it has ended; _answer() finds out why
             self.process.stdin.write("go\n")
             self.process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
-        patience = threading.Timer(self.patience_s, self._give_up)
-        patience.start()
+        timer = threading.Timer(self.timeout_s, self._time_out)
+        timer.start()
         try:
             for line in self.process.stdout:
                 if line.startswith("{"):  # a library may print to stdout as well
@@ -245,26 +236,27 @@ class _Process:
                     self.notes |= answer.get("notes", {})
                     return answer
         finally:
-            patience.cancel()
-        self.error = f"no answer for {self.patience_s:.0f} s" if self.given_up else self._epitaph()
+            timer.cancel()
+        self.error = f"timeout: no answer for {self.timeout_s:.0f} s" if self.timed_out else self._exit_message()
         return {}
 
-    def _give_up(self) -> None:
-        self.given_up = True
+    def _time_out(self) -> None:
+        self.timed_out = True
         self._kill()
 
-    def _epitaph(self) -> str:
+    def _exit_message(self) -> str:
         status = self.process.wait()
         self.stderr.seek(0)
         last = self.stderr.read().split("\n")[-2:]
         return f"its process ended with status {status}: {' '.join(' '.join(last).split())[:200]}"
 
     def _kill(self) -> None:
-        for pid in _family(self.process.pid):
+        for pid in family(self.process.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def stop(self) -> None:
+        """End the process and close its files."""
         if self.process.stdin is not None:
             with suppress(BrokenPipeError):
                 self.process.stdin.close()
@@ -278,51 +270,22 @@ class _Process:
         self.stderr.close()
 
     def row(self, base: Sequence[float]) -> Row:
+        """Return the result; base: the reference's rates, round by round."""
         if self.error:
             return Row(self.name, 0, 0, 0, None, None, None, self.first_s, 0, None, self.error)
         ratios = [ours / theirs for ours, theirs in zip(self.rates, base, strict=False)]
         return Row(
             name=self.name,
             median=statistics.median(self.rates),
-            least=min(self.rates),
-            most=max(self.rates),
+            min=min(self.rates),
+            max=max(self.rates),
             ratio=statistics.median(ratios) if ratios else None,
-            ratio_least=min(ratios) if ratios else None,
-            ratio_most=max(ratios) if ratios else None,
+            ratio_min=min(ratios, default=None),
+            ratio_max=max(ratios, default=None),
             first_s=self.first_s,
             peak_mb=self.peak_mb,
             work_mb=self.work_mb,
         )
-
-
-# --- Memory -----------------------------------------------------------------------------------------------
-
-
-class _Memory(NamedTuple):
-    """Memory of a process and its children at one moment, a page that n of them share counted once (1/n each)."""
-
-    all_mb: float  # resident, with the pages of mapped files (libraries, a .beton)
-    own_mb: float  # without those: heap, stacks, pinned and shared memory, compiled code
-
-
-def _memory(pid: int) -> _Memory:
-    pages = {"Pss:": 0, "Pss_Anon:": 0, "Pss_Shmem:": 0}  # KiB
-    for member in _family(pid):
-        with suppress(OSError):  # it has ended since
-            for line in Path(f"/proc/{member}/smaps_rollup").read_text().splitlines():
-                name, value = line.split()[:2]
-                if name in pages:
-                    pages[name] += int(value)
-    return _Memory(pages["Pss:"] / 1024, (pages["Pss_Anon:"] + pages["Pss_Shmem:"]) / 1024)
-
-
-def _family(pid: int) -> list[int]:
-    """A process and its children, theirs too; whoever has ended is left out."""
-    children: list[int] = []
-    with suppress(OSError):
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            children += map(int, (thread / "children").read_text().split())
-    return [pid, *(member for child in children for member in _family(child))]
 
 
 # --- The contestant's side --------------------------------------------------------------------------------
@@ -334,24 +297,24 @@ _notes: dict[str, Any] = {}
 
 
 def imports_done() -> None:
-    """Called by a contestant between its imports and its work: memory is counted from here on (Row.work_mb)."""
+    """Mark the end of a contestant's imports: Row.work_mb counts memory from here on."""
     global _imports_mb
-    _imports_mb = _memory(os.getpid()).own_mb
+    _imports_mb = memory_of(os.getpid()).own_mb
 
 
 def first_result() -> None:
-    """Called by a work that must not be left early whenever it has a result; the first time counts (Row.first_s)."""
+    """Mark a result, in work that must run to its end; the first call counts (Row.first_s)."""
     global _first_at
     _first_at = _first_at or time.time()
 
 
 def note(**facts: Any) -> None:
-    """Called by a contestant with figures of its own, as JSON can hold them (Comparison.notes); the last ones count."""
+    """Add figures of a contestant to Comparison.notes; JSON values. A later call replaces earlier figures."""
     _notes.update(facts)
 
 
 def serve(function: str, arguments: str, started_at: str) -> None:
-    """Build, warm up, then one round for each line read. Arguments as the parent writes them."""
+    """Build the contestant, warm up, then do one round for each line read. The parent writes the arguments."""
 
     def answer(**content: Any) -> None:
         sys.stdout.write(json.dumps(content) + "\n")
@@ -370,14 +333,16 @@ def serve(function: str, arguments: str, started_at: str) -> None:
             started = time.perf_counter()
             done = work()
             timed = done if isinstance(done, Timed) else Timed(done, time.perf_counter() - started)
+            if not timed.images:
+                raise ValueError("no images in a round: there are fewer than one batch")
             _settle()
             answer(**timed._asdict(), notes=_notes)
-    except Exception as error:  # the parent reports it as this contestant's row
+    except Exception as error:  # the parent reports it in this contestant's row
         answer(error=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def _settle() -> None:
-    """Wait, a few seconds at most, until threads that work ahead have stopped: the next one's turn is its own."""
+    """Wait up to 3 s until threads that work ahead have stopped, so that they don't use the next one's turn."""
     for _ in range(60):
         before = time.process_time()
         time.sleep(0.05)

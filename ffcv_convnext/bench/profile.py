@@ -1,4 +1,4 @@
-"""What a step's time goes into, and what the device could do at most."""
+"""Time of a step by part, and the limits of the device."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ffcv_convnext.bench.stages import timed_work, waiting_for
+from ffcv_convnext.bench.timing import repeat, synchronizer
 
-AUGMENTATION, UPDATE = "augmentation", "optimiser and EMA"  # ranges that a step is marked with, see marked()
+AUGMENTATION, UPDATE = "augmentation", "optimiser and EMA"  # ranges in a step, see marked()
 STEP = "whole step"
 OF_DEPTHWISE = ("depthwise", "_convolve", "_weight_gradient")  # names of kernels, PyTorch's and ours
 CONVOLUTION, DEPTHWISE, REST = "convolution", "depthwise convolution", "rest"
-# In this order: a kernel that fuses several operations counts for the first part that its name tells.
+# In this order: a kernel that fuses several operations counts for the first part whose word is in its name.
 WORDS = {
     "communication": ("nccl", "allreduce", "c10d", "gloo"),
     CONVOLUTION: ("conv", "depthwise", "fprop", "dgrad", "wgrad", "_weight_gradient"),
     "matrix products": ("::mm", "addmm", "bmm", "matmul", "linear", "gemm", "nvjet", "cutlass"),
     "norm": ("norm", "welford"),
     "activation": ("gelu", "relu", "threshold"),
-    "compiled, not told apart": ("torch-compiled", "compiledfunction", "inductor"),  # on a CPU
+    "compiled, parts unknown": ("torch-compiled", "compiledfunction", "inductor"),  # on a CPU
 }
 
 
 def marked(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose time counts for `part` whatever it computes."""
+    """Return the function wrapped so that all of its time counts for `part`."""
 
     def with_mark(*arguments: Any, **named: Any) -> Any:
         with record_function(part):
@@ -40,12 +40,12 @@ def marked(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return with_mark
 
 
-def shares(step: Callable[[], object], device: torch.device, *, num_steps: int = 3) -> dict[str, float]:
-    """Percent of the step's time for each part, largest first; together 100.
+def profile_step(step: Callable[[], object], device: torch.device, *, num_steps: int = 3) -> dict[str, float]:
+    """Return each part's percentage of the step's time, largest first; the sum is 100.
 
-    On a GPU of the time its kernels take, on a CPU of the host's, what Python does between operations included.
+    On a GPU it is the time of its kernels, on a CPU the host's time, including Python's between operations.
     """
-    wait = waiting_for(device)
+    wait = synchronizer(device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     wait()
     with profile(activities=activities, record_shapes=True) as profiler:
@@ -68,7 +68,7 @@ def _host_times(events: Iterable[Any]) -> Counter[str]:
 
 
 def _kernel_times(events: Iterable[Any]) -> Counter[str]:
-    """Each kernel counts for the operation that launched it, or by its own name where the profiler knows none."""
+    """Count each kernel for the operation that launched it, or by its own name if the profiler has no operation."""
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
     annotations = {event.name for event in on_host if event.is_user_annotation} | {STEP, AUGMENTATION, UPDATE}
     times: Counter[str] = Counter()
@@ -104,13 +104,13 @@ def _part(name: str, event: Any) -> str:
 
 
 def _is_depthwise(event: Any) -> bool:
-    """Whether an operation's weights (C, 1, k, k) are among its arguments; the first one may be an image's gradient."""
+    """Check for depthwise weights (C, 1, k, k) in the arguments, without the first: it may be an image's gradient."""
     shapes = [] if event is None else [shape for shape in event.input_shapes[1:] if len(shape) == 4]
     return any(shape[1] == 1 and shape[2] > 1 for shape in shapes)
 
 
 class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the bytes of every tensor that an operation reads or writes; views cost nothing."""
+    """Sum of the bytes of every tensor that an operation reads or writes; views are free."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -137,8 +137,8 @@ def _num_bytes(values: Any) -> int:
     return total
 
 
-def traffic(step: Callable[[], object]) -> int:
-    """Bytes that the operations of an eager step read and write, as if none stayed in a cache between two of them."""
+def step_bytes(step: Callable[[], object]) -> int:
+    """Return the bytes that the operations of an eager step read and write, without any cache between two of them."""
     counted = _Traffic()
     with counted:
         step()
@@ -146,8 +146,8 @@ def traffic(step: Callable[[], object]) -> int:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> dict[str, float]:
-    """flops_per_s of a large matrix product in `dtype`, bytes_per_s (read and written) of a copy."""
-    wait = waiting_for(device)
+    """Measure flops_per_s of a large matrix product in `dtype`, and bytes_per_s (read and written) of a copy."""
+    wait = synchronizer(device)
     side, num = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 28)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.ones(num, dtype=torch.uint8, device=device)
@@ -164,6 +164,6 @@ def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> 
     found = {}
     for name, work in (("flops_per_s", product), ("bytes_per_s", copy)):
         work()
-        timed = timed_work(work, seconds, wait)
+        timed = repeat(work, seconds, wait)
         found[name] = timed.images / timed.seconds
     return found

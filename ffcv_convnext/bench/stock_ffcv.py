@@ -1,4 +1,4 @@
-"""FFCV as it comes: the peer that the benchmarks measure against."""
+"""Stock FFCV: the unchanged package that the benchmarks compare with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_stock_beton(
 
 
 def stock_train_loader(path: Path, *, size: int, batch_size: int, num_workers: int) -> Any:
-    """FFCV's own Loader with its random resized crop (INTER_AREA) and flip: iterable of (images, labels)."""
+    """Return FFCV's own Loader with its random resized crop (INTER_AREA) and flip: iterable of (images, labels)."""
     image = [RandomResizedCropRGBImageDecoder((size, size)), RandomHorizontalFlip(), ToTensor(), ToTorchImage()]
     return Loader(
         str(path),

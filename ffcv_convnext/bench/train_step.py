@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,68 +14,60 @@ from typing import Any
 
 import torch
 
-from ffcv_convnext.bench.compare import Comparison, Row, compare
-from ffcv_convnext.bench.loader import choose
-from ffcv_convnext.bench.synthetic_data import write_photo_folder
+from ffcv_convnext.bench.compare import Comparison, Row, compare, format_rows
+from ffcv_convnext.bench.options import StepOptions
+from ffcv_convnext.bench.synthetic_data import write_synthetic_folder
 from ffcv_convnext.config import Config, load_config
+from ffcv_convnext.formatting import markdown_table
+from ffcv_convnext.host import available_cores
 from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.run import compiles
 
 REFERENCE = "timm convnext_tiny"
-NUM_PHOTOGRAPHS = 512
-PATIENCE_SECONDS = 900.0  # torch.compile searches for minutes
+NUM_IMAGES = 512  # synthetic ones, for the row that decodes
+TIMEOUT_S = 900.0  # torch.compile searches for minutes
 
-Contestants = dict[str, tuple[str, dict[str, Any]]]  # name of the row -> function of steppers.py, its arguments
+Contestants = dict[str, tuple[str, dict[str, Any]]]  # row -> function in contestants/steps.py, its arguments
 
 
 @dataclass(frozen=True, slots=True)
-class StepReport:
-    """A finished comparison of steps, and what one of them was made of."""
+class StepComparison:
+    """A finished comparison of steps, and the profile of one of them."""
 
     comparison: Comparison
     batch_size: int
 
     def to_json(self) -> str:
+        """Return all figures as JSON."""
         return json.dumps({**asdict(self.comparison), "batch_size": self.batch_size}, indent=2)
 
     def format(self) -> str:
-        """Markdown: the rows, then the parts of the step that was profiled, beside the device's ceilings."""
+        """Return Markdown: the rows, then the profiled step's parts and the device's limits."""
         compared = self.comparison
-        lines = [
-            f"{compared.title}: {', '.join(f'{key} {value}' for key, value in compared.facts.items())}",
-            "",
-            f"| step | GMACs | images/s | min-max | ms | times {compared.reference} | min-max | peak GB | TFLOP/s "
-            "| first step s |",
-            "|---|" + "---:|" * 9,
-            *map(self._line, compared.rows),
-        ]
+        header = ["GMACs", "images/s", "min-max", "ms", f"ratio to {compared.reference}", "min-max", "peak GB"]
+        lines = [format_rows(compared, "step", [*header, "TFLOP/s", "first step s"], self._cells)]
         for name, notes in compared.notes.items():
             if "shares" in notes:
-                lines += ["", f"| part of: {name} | % |", "|---|---:|"]
-                lines += [f"| {part} | {share:.1f} |" for part, share in notes["shares"].items()]
-                lines += ["", *self._beside_ceilings(notes["ceilings"])]
+                shares = [(part, f"{share:.1f}") for part, share in notes["shares"].items()]
+                lines += ["", markdown_table((f"part of: {name}", "%"), shares, "<>")]
+                lines += ["", *self._relative_to_limits(notes["ceilings"])]
         return "\n".join(lines)
 
-    def _line(self, row: Row) -> str:
-        if row.error:
-            return f"| {row.name} | failed: {row.error} |" + " |" * 8
+    def _cells(self, row: Row) -> Sequence[str]:
         notes = self.comparison.notes[row.name]
-        memory = notes.get("peak_gb", row.peak_mb / 1e3)
-        cells = [
-            row.name,
+        return [
             f"{notes['gmacs']:.3f}",
             f"{row.median:.4g}",
-            f"{row.least:.4g}-{row.most:.4g}",
+            f"{row.min:.4g}-{row.max:.4g}",
             f"{1000 * self.batch_size / row.median:.4g}",
-            *(("-", "-") if row.ratio is None else (f"{row.ratio:.2f}", f"{row.ratio_least:.2f}-{row.ratio_most:.2f}")),
-            f"{memory:.2f}",
+            *row.format_ratio(),
+            f"{notes.get('peak_gb', row.peak_mb / 1e3):.2f}",
             f"{flops_per_s(row, notes) / 1e12:.3g}",
             f"{row.first_s:.1f}",
         ]
-        return f"| {' | '.join(cells)} |"
 
-    def _beside_ceilings(self, ceilings: Mapping[str, float]) -> list[str]:
-        flops, traffic = ceilings["flops_per_s"], ceilings["bytes_per_s"]
+    def _relative_to_limits(self, limits: Mapping[str, float]) -> list[str]:
+        flops, traffic = limits["flops_per_s"], limits["bytes_per_s"]
         lines = [f"Ceilings: {flops / 1e12:.3g} TFLOP/s (a matrix product), {traffic / 1e9:.4g} GB/s (a copy).", ""]
         for row in self.comparison.rows:
             if row.error:
@@ -91,67 +82,60 @@ class StepReport:
 
 
 def flops_per_s(row: Row, notes: Mapping[str, Any]) -> float:
-    """Of forward and backward: three times the forward's multiplications and additions."""
+    """Return the rate of forward and backward: three times the forward's multiplications and additions."""
     return float(3 * 2 * notes["gmacs"] * 1e9 * row.median)
 
 
-def bench_step(
-    config: Config,
-    *,
-    ladder: Path | None,
-    flags: Mapping[str, Any],
-    photographs: Path | None,
-    rounds: int,
-    seconds: float,
-    peers: Sequence[str] | None,
-    say: Callable[[str], None],
-) -> StepReport:
+def bench_step(options: StepOptions) -> StepComparison:
     """Measure steps of one micro-batch of batch_size.
 
-    ladder: a folder of steps' YAML files; each of them with `flags` (settings) on top, instead of the peers.
-    photographs: a folder of them, else those at hand, for the row that decodes, unless the config has a data_path.
-    seconds: of a round, each contestant.   peers: how names of rows begin that are wanted beside timm's (None: all).
-    Raises ValueError when nothing is called so, or there is no ladder in the folder.
+    options.ladder: measure each step's YAML file in that folder, with options.flags on top, instead of the peers.
+    The row that decodes reads the config's data_path, or synthetic images.   Raises ValueError for unknown peers, or
+    if the folder has no steps.
     """
+    config = options.config
     device = Processes.from_environment(config.run.device).device
     with tempfile.TemporaryDirectory(prefix="bench-step-") as temporary:
-        if ladder is not None:
-            contestants = ladder_contestants(ladder, flags, device)
+        if options.ladder is not None:
+            contestants = ladder_contestants(options.ladder, options.flags, device)
             reference = next(iter(contestants))
         else:
             contestants, reference = peer_contestants(config, device), REFERENCE
-        chosen = choose(list(contestants), peers, reference)
+        chosen = options.choose(list(contestants), reference)
         if any(contestants[name][1].get("images") == "loaded" for name in chosen):
-            beton = _beton(config, photographs, Path(temporary), say)
+            beton = _beton(options, Path(temporary))
         for _, arguments in contestants.values():
-            arguments["seconds"] = seconds
+            arguments["seconds"] = options.seconds
             if arguments.get("images") == "loaded":
-                arguments |= {"beton": str(beton), "num_workers": _num_workers(config)}
+                num_workers = min(config.data.num_workers, available_cores())
+                arguments |= {"beton": str(beton), "num_workers": num_workers}
         facts = {
             "batch": config.data.batch_size,
             "pixels": config.data.input_size,
             "amp": config.run.amp,
             "optimiser": config.optim.opt,
             "averaged weights": str(config.run.model_ema).lower(),
-            **machine_facts(device),
+            **device_facts(device),
         }
         comparison = compare(
             "training step",
-            [(name, f"{__package__}.steppers:{contestants[name][0]}", contestants[name][1]) for name in chosen],
+            [
+                (name, f"{__package__}.contestants.steps:{contestants[name][0]}", contestants[name][1])
+                for name in chosen
+            ],
+            options,
             reference=reference,
-            rounds=rounds,
             facts=facts,
-            say=say,
             result="step",
-            patience_s=PATIENCE_SECONDS,
+            timeout_s=TIMEOUT_S,
         )
-    return StepReport(comparison, config.data.batch_size)
+    return StepComparison(comparison, config.data.batch_size)
 
 
 def peer_contestants(config: Config, device: torch.device) -> Contestants:
-    """timm's and torchvision's networks, and ours: eager, compiled where the config compiles, augmented, loaded.
+    """Return timm's and torchvision's networks, and ours: eager, compiled if the config compiles, augmented, loaded.
 
-    On a GPU with either kernels; the last two rows, one of which is profiled, with the config's.
+    On a GPU also with Triton kernels; the last two rows have the config's kernels, and one of them is profiled.
     """
     compiled = compiles(config, device)
     endings = {"": False, ", compiled": True} if compiled else {"": False}
@@ -178,10 +162,10 @@ def peer_contestants(config: Config, device: torch.device) -> Contestants:
 
 
 def ladder_contestants(folder: Path, flags: Mapping[str, Any], device: torch.device) -> Contestants:
-    """Every numbered step in the folder, then convnext_tiny."""
+    """Return every numbered step in the folder, then convnext_tiny."""
     files = [*sorted(folder.glob("[0-9]*.yaml")), *folder.glob("convnext_tiny.yaml")]
     if not files:
-        raise ValueError(f"--ladder {folder}: there is no step in it (00_NAME.yaml); give the folder rn_configs")
+        raise ValueError(f"--ladder {folder}: no step found (00_NAME.yaml); give the folder rn_configs")
     contestants: Contestants = {}
     for file in files:
         config = load_config(file, overrides={**flags, "update_freq": 1})
@@ -190,27 +174,24 @@ def ladder_contestants(folder: Path, flags: Mapping[str, Any], device: torch.dev
     return contestants
 
 
-def _num_workers(config: Config) -> int:
-    return min(config.data.num_workers, len(os.sched_getaffinity(0)))
-
-
-def _beton(config: Config, photographs: Path | None, work: Path, say: Callable[[str], None]) -> Path:
-    """The config's training file, or one of photographs."""
-    if config.data.data_path is not None:
-        beton = config.data.data_path / "train.beton"
+def _beton(options: StepOptions, work: Path) -> Path:
+    """Return the config's training file, or one of synthetic images, written to `work`."""
+    data_path = options.config.data.data_path
+    if data_path is not None:
+        beton = data_path / "train.beton"
         if not beton.exists():
-            raise FileNotFoundError(f"data_path = {config.data.data_path}: {beton} does not exist")
+            raise FileNotFoundError(f"data_path = {data_path}: {beton} not found")
         return beton
     from ffcv_convnext.data.convert import ConversionOptions, convert
 
-    say(f"converting {NUM_PHOTOGRAPHS} photographs")
-    folder = write_photo_folder(work / "images", NUM_PHOTOGRAPHS, photographs=photographs)
+    options.progress(f"converting {NUM_IMAGES} synthetic images")
+    folder = write_synthetic_folder(work / "images", NUM_IMAGES, photographs=options.photographs)
     convert(ConversionOptions(data_path=folder, out_dir=work, split="train"))
     return work / "train.beton"
 
 
-def machine_facts(device: torch.device) -> dict[str, Any]:
-    """Versions, and for a GPU what it is and may do: name, driver, clocks, power limit."""
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Return package versions, and a GPU's name, driver, clocks and power limit."""
     facts: dict[str, Any] = {}
     for name in ("torch", "torchvision", "timm", "triton"):
         try:

@@ -20,7 +20,7 @@ from ffcv_convnext.formatting import format_count
 from ffcv_convnext.run_folder import check_same_config, lock_holder, read_facts, read_scores
 from ffcv_convnext.snapshot import source_commit, take_snapshot
 from ffcv_convnext.training import run_config
-from ffcv_convnext.training.preflight import Plan
+from ffcv_convnext.training.preflight import Plan, check_config
 
 Say = Callable[[str], None]
 CODE = "code"  # in job_dir: snapshots

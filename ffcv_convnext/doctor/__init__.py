@@ -1,5 +1,6 @@
-"""Storage, decode, transfer, augmentation and step measured apart, and what they mean for a run on a node."""
+"""Measure storage, decode, transfer, augmentation and step separately, and predict a run on a node."""
 
 from ffcv_convnext.doctor.diagnosis import Diagnosis, diagnose
+from ffcv_convnext.doctor.page import format_page
 
-__all__ = ["Diagnosis", "diagnose"]
+__all__ = ["Diagnosis", "diagnose", "format_page"]

@@ -1,8 +1,8 @@
-"""How fast a .beton comes from storage when it is not in memory: in order, and sample by sample as an epoch reads it.
+"""Read rate of a .beton from storage when it is not in memory: in order, and sample by sample as in an epoch.
 
-Only what is about to be read, and 2 MB around it, is evicted from the page cache (posix_fadvise), and only pages that
-were seen to be gone (mincore) count. So a file that somebody else holds in memory, or that lies there (tmpfs), gives
-no rate instead of memory's. A disk's or a file server's own cache is out of reach: such a rate is an upper limit.
+Only the parts that are read next, and 2 MB around them, are evicted from the page cache (posix_fadvise), and only pages
+that are then absent (mincore) count. So a file that another process keeps in memory, or a file on a tmpfs, has no rate
+instead of the memory's. The cache of a disk or file server cannot be emptied: such a rate is an upper limit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -21,31 +21,34 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-PAGE = mmap.PAGESIZE
-FOLIO = 2 << 20  # bytes that Linux may hold as one unit, which goes as a whole or stays
+from ffcv_convnext.host import PAGE, resident_pages
+
+FOLIO = 2 << 20  # bytes that Linux may cache, and evict, as one unit
 PIECE = 64 << 20  # bytes of a stretch that is read in order
 READ = 8 << 20  # bytes of one read in it
-LEAST_COLD = 0.5  # a rate needs this share of what was read to have come from storage
-
-_libc = ctypes.CDLL(None, use_errno=True)
+MIN_COLD = 0.5  # minimum share of the bytes that came from storage; below it there is no rate
 
 
 @dataclass(frozen=True, slots=True)
 class StorageRate:
-    """What came from storage, and how long that took."""
+    """Amount read from storage, and the time it took."""
 
     megabytes: float  # 1e6 bytes that were not in memory before
     seconds: float
-    cold: float  # share of the bytes read that these are
+    cold: float  # their share of all bytes read
 
     @property
     def megabytes_per_s(self) -> float | None:
-        """None where too little was cold to tell."""
-        return self.megabytes / self.seconds if self.cold >= LEAST_COLD and self.seconds > 0 else None
+        """The rate, or None if too little was cold."""
+        return self.megabytes / self.seconds if self.cold >= MIN_COLD and self.seconds > 0 else None
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Return the fields and the rate."""
+        return {**asdict(self), "megabytes_per_s": self.megabytes_per_s}
 
 
 class ColdFile:
-    """A file to be read as if for the first time. Use in `with`; its content is left in the page cache."""
+    """A file whose parts are read from storage. Use in `with`; afterwards its content is in the page cache."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -58,28 +61,28 @@ class ColdFile:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.bytes = None  # it holds on to the map
+        self.bytes = None  # it keeps the map open
         self.map.close()
         os.close(self.descriptor)
 
     def evict(self, parts: Iterable[tuple[int, int]]) -> int:
-        """Drop parts (first byte, end) from memory, and return how many bytes of their pages are gone."""
+        """Evict parts (first byte, end) from memory, and return how many bytes of their pages are absent then."""
         parts = [_whole(part, PAGE) for part in parts]
-        self.map.madvise(mmap.MADV_DONTNEED)  # what is mapped here would stay
+        self.map.madvise(mmap.MADV_DONTNEED)  # mapped pages would stay
         for start, end in (_whole(part, FOLIO) for part in parts):
             os.posix_fadvise(self.descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
         return sum(self._absent(start, min(end, self.num_bytes)) for start, end in parts)
 
     def _absent(self, start: int, end: int) -> int:
-        """Bytes of pages between start, at a page's begin, and end that are not in memory."""
-        pages = np.zeros(-(-(end - start) // PAGE), np.uint8)
-        address, length = ctypes.c_void_p(self.address + start), ctypes.c_size_t(end - start)
-        if _libc.mincore(address, length, pages.ctypes.data_as(ctypes.c_void_p)):
-            return 0  # it does not tell, so nothing is known to be cold
-        return int(((pages & 1) == 0).sum()) * PAGE
+        """Return the bytes of pages from start, a page's first byte, to end that are not in memory."""
+        try:
+            resident = resident_pages(self.address + start, end - start)
+        except OSError:
+            return 0  # unknown, so nothing counts as cold
+        return int(np.count_nonzero(~resident)) * PAGE
 
     def in_order(self, seconds: float) -> StorageRate:
-        """Read stretches, spread over the file, each from begin to end in one thread; for about `seconds`."""
+        """Read stretches, spread over the file, each from start to end in one thread; for about `seconds`."""
         starts = list(range(0, self.num_bytes, PIECE))
         buffer = bytearray(min(READ, self.num_bytes))
         cold = total = 0
@@ -93,19 +96,17 @@ class ColdFile:
             while at < end and time.perf_counter() - began < 2 * seconds:
                 at += os.preadv(self.descriptor, [memoryview(buffer)[: end - at]], at)
             spent += time.perf_counter() - started
-            if at < end:  # a disk so slow that the stretch was left: count what came
+            if at < end:  # the disk is slow: count only the bytes read
                 cold -= end - at
                 total -= end - at
             if time.perf_counter() - began >= seconds:
                 break
         return StorageRate(max(cold, 0) / 1e6, spent, min(max(cold, 0) / max(total, 1), 1.0))
 
-    def at_random(
-        self, parts: Sequence[tuple[int, int]], seconds: float, *, num_readers: int, announced: bool = False
-    ) -> StorageRate:
-        """Read samples (first byte, end) in the order given, through a mapping as training does.
+    def at_random(self, parts: Sequence[tuple[int, int]], seconds: float, *, num_readers: int) -> StorageRate:
+        """Read samples (first byte, end) in the given order, through a mapping and with read-ahead, as training does.
 
-        num_readers: threads that read at a time.   announced: the kernel is told first what comes next.
+        num_readers: threads that read at the same time.
         """
         cold = total = 0
         spent, began = 0.0, time.perf_counter()
@@ -114,7 +115,7 @@ class ColdFile:
                 cold += self.evict(group)
                 total += sum(end - start for start, end in (_whole(part, PAGE) for part in group))
                 started = time.perf_counter()
-                for start, end in group if announced else ():
+                for start, end in group:
                     os.posix_fadvise(self.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
                 list(pool.map(self._touch, group))
                 spent += time.perf_counter() - started
@@ -125,16 +126,16 @@ class ColdFile:
     def _touch(self, part: tuple[int, int]) -> None:
         start, end = part
         buffer = ctypes.create_string_buffer(end - start)
-        ctypes.memmove(buffer, self.address + start, end - start)  # lets other threads run, unlike a slice
+        ctypes.memmove(buffer, self.address + start, end - start)  # releases the GIL, unlike a slice
 
 
 def _whole(part: tuple[int, int], unit: int) -> tuple[int, int]:
-    """A part (first byte, end), extended to whole units."""
+    """Return a part (first byte, end) extended to whole units."""
     return part[0] // unit * unit, -(-part[1] // unit) * unit
 
 
 def _spread(starts: list[int]) -> Iterator[int]:
-    """All of them, each as far from the ones before as a golden section makes it."""
+    """Return all of them in golden-section order: each far from those before."""
     num, step = len(starts), max(1, round(len(starts) * 0.618))
     while np.gcd(step, num) != 1:
         step += 1
@@ -145,36 +146,3 @@ def _grouped(parts: Sequence[tuple[int, int]], size: int) -> Iterator[list[tuple
     iterator = iter(parts)
     while group := list(islice(iterator, size)):
         yield group
-
-
-def room_for_cache() -> int:
-    """Bytes of memory that could hold cached files: what is free or already cache, within a container's limit."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    room = int(fields["MemAvailable"].split()[0]) * 1024
-    group = _control_group()
-    try:
-        limit = int((group / "memory.max").read_text())
-        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(cached["file"])
-    except (OSError, ValueError):  # no such group, or "max": no limit
-        return room
-    return max(0, min(room, limit - used))
-
-
-def available_cores() -> int:
-    """Processor cores this process may use: its affinity, within a container's quota (rounded up)."""
-    num = len(os.sched_getaffinity(0))
-    try:
-        quota, period = (_control_group() / "cpu.max").read_text().split()
-        return max(1, min(num, -(-int(quota) // int(period))))
-    except (OSError, ValueError):
-        return num
-
-
-def _control_group() -> Path:
-    """This process's control group (version 2), or one that does not exist."""
-    try:
-        line = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return Path("/sys/fs/cgroup/none")
-    return Path("/sys/fs/cgroup") / line.removeprefix("0::/")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ffcv_convnext.config import Config, ModelConfig, steps_per_epoch
 from ffcv_convnext.data.beton import Manifest
+from ffcv_convnext.run_folder import check_same_config
 from ffcv_convnext.training.schedule import build_schedules
 
 ADAM_LIKE = ("adam", "adamw", "lamb")  # optimisers with two betas and an epsilon, without momentum

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import Failure, Interrupted
 from ffcv_convnext.files import read_lines, write_atomically
+from ffcv_convnext.host import processor_name
 from ffcv_convnext.run_folder import CONFIG, DONE, EPOCHS, FACTS, LOG_FORMAT, STEPS, log_of_rank, read_facts
 from ffcv_convnext.snapshot import source_commit
 from ffcv_convnext.training.distributed import Processes
@@ -83,21 +84,12 @@ def describe_machine(processes: Processes) -> dict[str, Any]:
         "host": socket.gethostname(),
         "processes": processes.world,
         "device_type": device.type,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor_name()} CPU",
         "cpu_cores": os.cpu_count(),
         "git": source_commit(),
         "versions": versions,
         "command": sys.argv,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]} CPU" if names else platform.machine()
 
 
 class RunLog:

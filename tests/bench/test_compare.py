@@ -1,4 +1,4 @@
-"""Benchmarks run and report; no claim about speed is made here."""
+"""Contestants take turns, and `bench loader` and `bench convert` report them; no test is about speed."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ import os
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ffcv_convnext.bench import loader
 from ffcv_convnext.bench.compare import Comparison, Timed, compare, first_result, imports_done, note
-from ffcv_convnext.bench.synthetic_data import find_photographs, image_folder
+from ffcv_convnext.bench.options import Options
+from ffcv_convnext.bench.synthetic_data import image_folder
 from ffcv_convnext.cli import run_command
+
+OPTIONS = Options(photographs=None, rounds=2, peers=None, progress=lambda _: None)
 
 
 def slow_to_end() -> Any:
-    """Its first result comes a second before its end."""
+    """Give the first result a second before the end."""
 
     def work() -> int:
         first_result()
@@ -35,15 +38,6 @@ def slow_to_end() -> Any:
 
 def counting(images: int) -> Any:
     return (lambda: images), (lambda: None)
-
-
-def longest_sides(folder: Path) -> list[int]:
-    """Of every JPEG below, in ascending order."""
-    sides = []
-    for file in folder.rglob("*.jpg"):
-        with Image.open(file) as image:
-            sides.append(max(image.size))
-    return sorted(sides)
 
 
 def failing(images: int) -> Any:
@@ -68,7 +62,7 @@ def timing_itself(images: int) -> Any:
 
 
 def holding(own_mb: int, file: str) -> Any:
-    """Memory of its own before and after its imports, that of a child, and a file mapped."""
+    """Allocate memory before and after the imports, in a child, and map a file."""
     before = np.ones(64 << 20, np.uint8)
     imports_done()
     mapped = mmap.mmap(os.open(file, os.O_RDONLY), 0, prot=mmap.PROT_READ)
@@ -77,7 +71,7 @@ def holding(own_mb: int, file: str) -> Any:
     def work() -> int:
         sum(mapped[:: mmap.PAGESIZE])
         kept.append(np.ones(own_mb << 20, np.uint8))
-        if (child := os.fork()) == 0:  # shares all that, and adds as much again
+        if (child := os.fork()) == 0:  # shares all of it, and allocates as much again
             kept.append(np.ones(own_mb << 20, np.uint8))
             time.sleep(0.5)
             os._exit(0)
@@ -89,9 +83,9 @@ def holding(own_mb: int, file: str) -> Any:
 
 
 def compared(contestants: dict[str, tuple[str, dict[str, Any]]], **options: Any) -> Comparison:
-    """The result of functions in this file."""
+    """Compare functions of this file."""
     listed = [(name, f"{__name__}:{function}", arguments) for name, (function, arguments) in contestants.items()]
-    return compare("test", listed, rounds=2, facts={}, say=lambda _: None, **{"reference": "steady", **options})
+    return compare("test", listed, OPTIONS, facts={}, **{"reference": "steady", **options})
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +94,7 @@ def contestants_find_this_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{root.parent}{os.pathsep}{root}")
 
 
-def test_a_contestant_that_fails_is_a_row_and_the_others_go_on() -> None:
+def test_a_contestant_that_fails_is_a_row_and_the_others_continue() -> None:
     result = compared(
         {
             "steady": ("counting", {"images": 10}),
@@ -112,12 +106,12 @@ def test_a_contestant_that_fails_is_a_row_and_the_others_go_on() -> None:
     assert steady.ratio == 1
     assert broken.error == "OSError: no 10 images here"
     assert dead.error == "its process ended with status 3: out of luck"
-    assert "failed: OSError" in result.format()
+    assert "broken failed: OSError" in result.format()
 
 
-def test_a_contestant_that_hangs_is_given_up() -> None:
-    (stuck,) = compared({"stuck": ("hanging", {})}, patience_s=3).rows
-    assert stuck.error == "no answer for 3 s"
+def test_a_contestant_that_hangs_times_out() -> None:
+    (stuck,) = compared({"stuck": ("hanging", {})}, timeout_s=3).rows
+    assert stuck.error == "timeout: no answer for 3 s"
 
 
 def test_memory_counts_children_and_leaves_out_imports_and_files(tmp_path: Path) -> None:
@@ -129,7 +123,12 @@ def test_memory_counts_children_and_leaves_out_imports_and_files(tmp_path: Path)
     assert row.peak_mb > 64 + 96 + 32
 
 
-def test_the_first_result_counts_where_a_work_must_be_done_to_its_end() -> None:
+def test_a_contestant_without_images_is_an_error() -> None:
+    (empty,) = compared({"empty": ("counting", {"images": 0})}).rows
+    assert empty.error == "ValueError: no images in a round: there are fewer than one batch"
+
+
+def test_the_first_result_counts_in_work_that_must_run_to_its_end() -> None:
     started = time.monotonic()
     (row,) = compared({"slow": ("slow_to_end", {})}).rows
     assert row.error is None
@@ -146,23 +145,30 @@ def test_a_contestant_may_time_itself_and_note_figures() -> None:
 def test_a_comparison_without_its_reference_has_no_ratios() -> None:
     result = compared({"steady": ("counting", {"images": 10})}, reference="absent")
     assert result.rows[0].ratio is None
-    assert result.rows[0].work_mb is None, "it never said that its imports were done"
-    assert "| - | - |" in result.format()
+    assert result.rows[0].work_mb is None, "it did not call imports_done()"
+    assert row_cells(result.format())["steady"][3:5] == ["-", "-"]
+
+
+def row_cells(table: str) -> dict[str, list[str]]:
+    """Return the cells of each line of the tables in a text, by the first one."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:2] == "| "]
+    return {first: others for first, *others in lines}
 
 
 def consistent(capsys: pytest.CaptureFixture[str], arguments: list[str], out: Path) -> dict[str, Any]:
-    """Run a benchmark; its JSON, once its table was found to say the same."""
+    """Run a benchmark and return its JSON, after a check that the table has the same figures."""
     assert run_command("bench", [*arguments, "--rounds", "1", "--json", str(out)]) == 0
-    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    (_, header), *table = row_cells(capsys.readouterr().out).items()
     result: dict[str, Any] = json.loads(out.read_text())
-    assert [line[0].removeprefix("| ") for line in table[1:]] == [row["name"] for row in result["rows"]]
-    for line, row in zip(table[1:], result["rows"], strict=True):
+    assert [name for name, _ in table] == [row["name"] for row in result["rows"]]
+    for (_, cells), row in zip(table, result["rows"], strict=True):
         assert row["error"] is None
         assert row["median"] > 0
         assert row["first_s"] > 0
         assert row["peak_mb"] > row["work_mb"] > 0
-        assert line[1] == f"{row['median']:.0f}"
-        assert len(line) == len(table[0]) == 9 + len(result["columns"])
+        assert cells[0] == f"{row['median']:.0f}"
+        assert cells[1] == f"{row['min']:.0f}-{row['max']:.0f}"
+        assert len(cells) == len(header) == 8 + len(result["columns"])
     assert result["rows"][0]["ratio"] == 1
     return result
 
@@ -173,11 +179,11 @@ def test_bench_loader_measures_every_peer_that_is_installed(
 ) -> None:
     names = ["stock FFCV (area)", "ours (bicubic)", "torchvision (PIL bicubic)", "timm (PIL bicubic)"]
     peers = {name: loader.PEERS[name] for name in names}
-    monkeypatch.setattr(loader, "PEERS", {**peers, "Nobody": ("nobody", "folder", "a_package.of_nobody")})
+    monkeypatch.setattr(loader, "PEERS", {**peers, "Missing": loader.Peer("missing", "folder", "missing_package.part")})
     result = consistent(capsys, ["loader", "--num_images", "256"], tmp_path / "figures.json")
     assert [row["name"] for row in result["rows"]] == names
     assert result["facts"]["images"] == 256
-    assert result["facts"]["not installed"] == "Nobody"
+    assert result["facts"]["not installed"] == "Missing"
 
 
 @pytest.mark.slow
@@ -193,10 +199,10 @@ def test_bench_convert_measures_both_writers_on_a_part_of_a_folder(
     assert sizes["ours"] == pytest.approx(sizes["stock FFCV"], rel=0.5)
 
 
-def test_rows_are_chosen_by_how_their_names_begin() -> None:
+def test_rows_are_chosen_by_the_beginning_of_their_names() -> None:
     names = ["stock FFCV", "ours (bicubic)", "ours (bilinear)", "timm"]
-    assert loader.choose(names, ["OURS"], "stock FFCV") == names[:3]
-    assert loader.choose(names, None, "stock FFCV") == names
+    assert replace(OPTIONS, peers=["OURS"]).choose(names, "stock FFCV") == names[:3]
+    assert OPTIONS.choose(names, "stock FFCV") == names
 
 
 @pytest.mark.parametrize(
@@ -205,53 +211,27 @@ def test_rows_are_chosen_by_how_their_names_begin() -> None:
         (["loader", "--peers", "DALLI"], "stock FFCV"),
         (["convert", "--peers", "DALI"], "stock FFCV"),
         (["loader", "--cores", "0"], "cores = 0"),
+        (["loader", "--rounds", "0"], "rounds = 0"),
+        (["loader", "--num_images", "64"], "num_images = 64: expected at least 128"),
+        (["cold", "--num_images", "64"], "num_images = 64: expected at least 128"),
         (["convert", "--num_images", "0"], "num_images = 0"),
-        (["loader", "--data_path", "nowhere"], "nowhere/train does not exist"),
+        (["loader", "--data_path", "nowhere"], "nowhere/train not found"),
         (["convert", "--data_path", "here", "--photographs", "there"], "not both"),
         (["convert", "--photographs", str(Path(__file__).parent)], "no photographs found"),
         (["loader", "--json", "nowhere/figures.json"], "expected a file in a folder that exists"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments: list[str], answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_usage_errors(
+    arguments: list[str], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_command("bench", arguments) == 2
     assert answer in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("webdataset") is not None, reason="webdataset is installed")
-def test_a_peer_asked_for_by_name_must_be_installed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_peer_given_by_name_must_be_installed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("bench", ["loader", "--peers", "web"]) == 2
     assert "pip install -e '.[bench]'" in capsys.readouterr().err
-
-
-def test_photographs_become_an_imagenet_like_folder(tmp_path: Path) -> None:
-    folder = image_folder(tmp_path / "photos", 20, data_path=None, photographs=None, originals=False)
-    assert longest_sides(folder / "train") == [500] * 20
-    assert len(list((folder / "train").iterdir())) == 10
-    pictures = find_photographs(folder)
-    assert len(pictures) == 20
-    again = image_folder(tmp_path / "again", 3, data_path=None, photographs=folder, originals=False)
-    assert len(list(again.rglob("*.jpg"))) == 3, "made of the pictures in a folder that is named"
-    with pytest.raises(ValueError, match="no photographs found"):
-        find_photographs(tmp_path / "nothing")
-    (folder / "train" / "broken.jpg").write_bytes(b"no JPEG")
-    with pytest.raises(ValueError, match=r"broken\.jpg is no picture"):
-        find_photographs(folder)
-
-
-def test_a_tenth_of_the_originals_is_large(tmp_path: Path) -> None:
-    folder = image_folder(tmp_path, 100, data_path=None, photographs=None, originals=True)
-    large = [side for side in longest_sides(folder) if side > 500]
-    assert 4 <= len(large) <= 20
-    assert 1200 <= large[0] <= large[-1] <= 2000
-
-
-def test_links_spread_over_the_classes_of_a_folder(tmp_path: Path) -> None:
-    source = image_folder(tmp_path / "data", 40, data_path=None, photographs=None, originals=False)
-    part = image_folder(tmp_path / "part", 20, data_path=source, photographs=None, originals=False)
-    links = list(part.rglob("*.jpg"))
-    assert len(links) == 20
-    assert len({link.parent for link in links}) == 10
-    assert all(link.is_symlink() and link.resolve().is_relative_to(source) for link in links)
 
 
 def test_shards_hold_every_image_once_with_its_class(tmp_path: Path) -> None:
@@ -266,25 +246,3 @@ def test_shards_hold_every_image_once_with_its_class(tmp_path: Path) -> None:
     found = {by_content[members[name]]: members[name[:-3] + "cls"] for name in members if name.endswith("jpg")}
     assert len(members) == 60
     assert found == {f"class{n}": str(n).encode() for n in range(10)}
-
-
-@pytest.mark.slow
-def test_bench_startup_times_first_and_second_starts_of_ours_and_stock_ffcv(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "figures.json"
-    assert run_command("bench", ["startup", "--num_images", "128", "--rounds", "1", "--json", str(out)]) == 0
-    table = capsys.readouterr().out
-    assert "| ours | first |" in table
-    rows = json.loads(out.read_text())["rows"]
-    assert [(row["name"], row["start"]) for row in rows] == [
-        (name, start)
-        for name in ("ours", "ours, as train.py imports it", "stock FFCV")
-        for start in ("first", "second")
-    ]
-    assert all(0 < row["torch_s"] < row["first_batch_s"] and row["cpu_s"] > 0 for row in rows)
-
-
-def test_bench_startup_refuses_less_than_a_batch(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command("bench", ["startup", "--num_images", "10"]) == 2
-    assert "at least a batch of 128" in capsys.readouterr().err

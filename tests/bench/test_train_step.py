@@ -1,4 +1,4 @@
-"""bench step and bench augment: what they count is right, and their tables tell it."""
+"""`bench step` and `bench augment`: their counts are right, and their tables have them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch._C._autograd import DeviceType
 
-from ffcv_convnext.bench import profile as parts
+from ffcv_convnext.bench import profile
 from ffcv_convnext.cli import run_command
 
 CPU = torch.device("cpu")
 
 
-def test_the_parts_of_a_step_sum_to_all_of_it() -> None:
+def test_the_shares_of_a_step_sum_to_100_percent() -> None:
     depthwise, pointwise = nn.Conv2d(8, 8, 7, groups=8, padding=3), nn.Conv2d(8, 32, 1)
     norm, optimizer = nn.LayerNorm(16), torch.optim.SGD(depthwise.parameters(), 0.1)
-    optimizer.step = parts.marked(parts.UPDATE, optimizer.step)  # type: ignore[method-assign]
-    augment = parts.marked(parts.AUGMENTATION, lambda x: x.sin().relu())
+    optimizer.step = profile.marked(profile.UPDATE, optimizer.step)  # type: ignore[method-assign]
+    augment = profile.marked(profile.AUGMENTATION, lambda x: x.sin().relu())
 
     def step() -> None:
         images = augment(torch.randn(8, 8, 16, 16))
@@ -31,11 +31,11 @@ def test_the_parts_of_a_step_sum_to_all_of_it() -> None:
         optimizer.step()
 
     step()
-    shares = parts.shares(step, CPU)
+    shares = profile.profile_step(step, CPU)
     assert sum(shares.values()) == pytest.approx(100)
     assert shares.keys() == {
         "convolution", "depthwise convolution", "matrix products", "norm", "activation",
-        parts.AUGMENTATION, parts.UPDATE, parts.REST,
+        profile.AUGMENTATION, profile.UPDATE, profile.REST,
     }  # fmt: skip
     assert list(shares.values()) == sorted(shares.values(), reverse=True)
 
@@ -43,7 +43,7 @@ def test_the_parts_of_a_step_sum_to_all_of_it() -> None:
 def event(name: str, kernels: dict[str, float], shapes: Any = (), parent: Any = None) -> SimpleNamespace:
     launched = [SimpleNamespace(name=kernel, duration=duration) for kernel, duration in kernels.items()]
     return SimpleNamespace(
-        name=name, device_type=DeviceType.CPU, is_user_annotation=name == parts.STEP, cpu_parent=parent,
+        name=name, device_type=DeviceType.CPU, is_user_annotation=name == profile.STEP, cpu_parent=parent,
         kernels=launched, input_shapes=shapes,
     )  # fmt: skip
 
@@ -55,13 +55,13 @@ def kernel(name: str, duration: float) -> SimpleNamespace:
 
 
 def test_kernels_count_once_by_the_operation_that_launched_them() -> None:
-    """As torch's profiler lists them: every kernel by itself, and at its operation where that is known."""
-    update = event(parts.UPDATE, {})
+    """The profiler lists every kernel by itself, and at its operation if that is known."""
+    update = event(profile.UPDATE, {})
     depthwise_shapes = [[2, 8, 4, 4], [2, 8, 4, 4], [8, 1, 7, 7]]  # of a gradient, the images, the weights
-    times = parts._kernel_times(
+    times = profile._kernel_times(
         [
-            event(parts.STEP, {parts.STEP: 100.0}),
-            kernel(parts.STEP, 100.0),  # the range's image on the device is no kernel
+            event(profile.STEP, {profile.STEP: 100.0}),
+            kernel(profile.STEP, 100.0),  # the range's copy on the device is not a kernel
             event("aten::convolution_backward", {"cutlass_a": 8.0, "cutlass_b": 4.0}, depthwise_shapes),
             kernel("cutlass_a", 8.0),
             kernel("cutlass_b", 4.0),
@@ -75,32 +75,33 @@ def test_kernels_count_once_by_the_operation_that_launched_them() -> None:
         ]
     )
     assert {part: time for part, time in times.items() if time} == {
-        "depthwise convolution": 12, "matrix products": 16, parts.UPDATE: 32, "norm": 64, "communication": 128,
-        parts.REST: 256,
+        "depthwise convolution": 12, "matrix products": 16, profile.UPDATE: 32, "norm": 64, "communication": 128,
+        profile.REST: 256,
     }  # fmt: skip
 
 
 def test_traffic_counts_what_operations_read_and_write() -> None:
     a, b = torch.ones(10), torch.ones(10)
     size = 40
-    assert parts.traffic(lambda: a + b) == 3 * size
-    assert parts.traffic(lambda: a.view(2, 5).t()) == 0
-    assert parts.traffic(lambda: a.add_(b)) == 3 * size
-    assert parts.traffic(lambda: torch._foreach_lerp_([a, b], [b, a], 0.5)) == 6 * size
-    assert parts.traffic(lambda: torch.empty(10)) == 0
+    assert profile.step_bytes(lambda: a + b) == 3 * size
+    assert profile.step_bytes(lambda: a.view(2, 5).t()) == 0
+    assert profile.step_bytes(lambda: a.add_(b)) == 3 * size
+    assert profile.step_bytes(lambda: torch._foreach_lerp_([a, b], [b, a], 0.5)) == 6 * size
+    assert profile.step_bytes(lambda: torch.empty(10)) == 0
 
 
 def table(
     capsys: pytest.CaptureFixture[str], arguments: list[str], out: Path
 ) -> tuple[list[list[str]], dict[str, Any]]:
-    """The lines of the first table as words, and the JSON."""
+    """Run a benchmark and return the cells of its first table, and the JSON."""
     assert run_command("bench", [*arguments, "--rounds", "1", "--json", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    first = [line.strip("| ").split(" | ") for line in lines[2 : lines.index("", 2) if "" in lines[2:] else None]]
-    return [first[0], *first[2:]], json.loads(out.read_text())
+    lines = lines[2 : lines.index("", 2) if "" in lines[2:] else None]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [header, *rows], json.loads(out.read_text())
 
 
-SMALL = "--device cpu --batch_size 4 --input_size 32 --seconds 0.1 --amp off".split()
+SMALL = ["--device", "cpu", "--amp", "off", "--batch_size", "4", "--input_size", "32", "--seconds", "0.1"]
 
 
 @pytest.mark.slow
@@ -119,7 +120,7 @@ def test_bench_step_measures_ours_beside_a_peer(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
-def test_bench_step_puts_a_ladder_into_one_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_bench_step_shows_a_ladder_in_one_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for name, layers in (("00_first", "1-1-1-1"), ("01_second", "1-1-2-1")):
         (tmp_path / f"{name}.yaml").write_text(f"resnet_layers: {layers}\nresnet_embed_dim: 8\n")
     rows, found = table(capsys, ["step", *SMALL, "--ladder", str(tmp_path)], tmp_path / "figures.json")
@@ -139,7 +140,7 @@ def test_bench_augment_measures_every_peer(capsys: pytest.CaptureFixture[str], t
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
-        (["step", "--ladder", "nowhere"], "no step in it"),
+        (["step", "--ladder", "nowhere"], "no step found"),
         (["step", "--peers", "keras"], "timm convnext_tiny"),
         (["step", "--batch_sise", "4"], "did you mean --batch_size?"),
         (["augment", "--aa", "augmix-m3"], "augmix"),
@@ -149,6 +150,8 @@ def test_bench_augment_measures_every_peer(capsys: pytest.CaptureFixture[str], t
         ([], "required"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments: list[str], answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_usage_errors(
+    arguments: list[str], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_command("bench", [*arguments, *(["--device", "cpu"] if arguments else [])]) == 2
     assert answer in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The doctor's arithmetic on given rates, its reading of cold files, and one real diagnosis. No claim about speed."""
+"""The doctor's arithmetic on given rates, its reads of cold files, and one real diagnosis. No test is about speed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from ffcv_convnext.bench.stages import Decoding, Stepping, StepTimes, TransferRate
+from ffcv_convnext.bench.timing import RepeatedDecoding
 from ffcv_convnext.cli import run_command
-from ffcv_convnext.config import SETTINGS, Config
+from ffcv_convnext.config import Config
+from ffcv_convnext.doctor import Diagnosis, format_page
 from ffcv_convnext.doctor import diagnosis as doctor
-from ffcv_convnext.doctor.cold_read import PAGE, ColdFile, StorageRate, _spread, available_cores, room_for_cache
-from ffcv_convnext.doctor.diagnosis import Diagnosis
-from ffcv_convnext.doctor.predict import File, Machine, Node, Rates, advise, foresee, in_turn, predict_whole
+from ffcv_convnext.doctor.advice import advise
+from ffcv_convnext.doctor.cold_read import ColdFile, StorageRate, _spread
+from ffcv_convnext.doctor.measure import StepTimer, StepTimes
+from ffcv_convnext.doctor.predict import File, Machine, Node, Prediction, Rates, predict, predict_whole, serial_rate
+from ffcv_convnext.host import PAGE
 
 MACHINE = Machine(
     processor="a processor", cores=16, device="a GPU", cuda=True, memory_room_gb=100.0, load=0.2, torch="2",
@@ -40,195 +43,195 @@ ON_CPU = replace(MACHINE, cuda=False, device="none", device_memory_gb=None, step
 DEVICE = 1 / (1 / 30_000 + 1 / 3_000)  # images/s of a GPU that augments and steps in turn
 
 
-def outlook(**changes: Any) -> Any:
-    parts = {"rates": RATES, "machine": MACHINE, "file": FILE, "config": CONFIG, "node": NODE, **changes}
-    return foresee(**parts)
+def inputs(**changes: Any) -> dict[str, Any]:
+    return {"rates": RATES, "machine": MACHINE, "file": FILE, "config": CONFIG, "node": NODE, **changes}
+
+
+def predicted(**changes: Any) -> Prediction:
+    return predict(**inputs(**changes))
 
 
 def advice(**changes: Any) -> str:
-    parts = {"rates": RATES, "machine": MACHINE, "file": FILE, "config": CONFIG, "node": NODE, **changes}
-    return "\n".join(advise(**parts))
+    given = inputs(**changes)
+    return "\n".join(advise(**given, prediction=predict(**given)))
 
 
-# --- What bounds ------------------------------------------------------------------------------------------
+# --- Bottlenecks ------------------------------------------------------------------------------------------
 
 
-def test_the_gpus_bound_where_the_host_feeds_more_than_they_train() -> None:
-    found = outlook()
+def test_the_gpus_are_the_bottleneck_if_the_host_can_feed_more() -> None:
+    found = predicted()
     assert found.bound == "step"
     assert found.stages["decode"] == pytest.approx(88_000)  # 96 - 8 cores at 1,000
     assert found.stages["transfer"] == 480_000
     assert found.host_images_per_s == pytest.approx(88_000), "the file fits in memory, so storage does not count"
     assert found.images_per_s == pytest.approx(8 * DEVICE)
-    assert found.cores_a_gpu == pytest.approx(1 + DEVICE / 1_000)
+    assert found.cores_per_gpu == pytest.approx(1 + DEVICE / 1_000)
     first, later = 1_281_167 / 20_000, 1_281_167 / (8 * DEVICE)
     assert found.hours == pytest.approx((first + 299 * later) / 3600)
 
 
-def test_few_cores_let_decoding_bound() -> None:
-    found = outlook(node=replace(NODE, cores=16))
+def test_decoding_is_the_bottleneck_with_few_cores() -> None:
+    found = predicted(node=replace(NODE, cores=16))
     assert (found.bound, found.decoding_cores) == ("decode", 8)
     assert found.images_per_s == pytest.approx(8_000)
 
 
-def test_no_more_cores_decode_than_there_are_workers() -> None:
-    found = outlook(config=CONFIG.replace(num_workers=2))
+def test_the_workers_limit_the_cores_that_decode() -> None:
+    found = predicted(config=CONFIG.replace(num_workers=2))
     assert found.decoding_cores == 16
     assert found.bound == "decode"
 
 
-def test_storage_bounds_a_file_that_memory_does_not_hold() -> None:
-    found = outlook(machine=replace(MACHINE, memory_room_gb=60.0))
+def test_storage_is_the_bottleneck_of_a_file_larger_than_memory() -> None:
+    found = predicted(machine=replace(MACHINE, memory_room_gb=60.0))
     assert found.bound == "storage"
     assert found.images_per_s == found.first_epoch_images_per_s == 20_000
 
 
-def test_storage_slows_the_first_epoch_of_a_file_that_fits() -> None:
-    found = outlook(rates=replace(RATES, storage=500.0))
+def test_storage_slows_the_first_epoch_of_a_file_that_fits_in_memory() -> None:
+    found = predicted(rates=replace(RATES, storage=500.0))
     assert found.bound == "step"
     assert found.first_epoch_images_per_s == 500
 
 
-def test_storage_that_was_not_measured_bounds_nothing() -> None:
-    found = outlook(rates=replace(RATES, storage=None), machine=replace(MACHINE, memory_room_gb=1.0))
+def test_storage_that_was_not_measured_is_never_the_bottleneck() -> None:
+    found = predicted(rates=replace(RATES, storage=None), machine=replace(MACHINE, memory_room_gb=1.0))
     assert (found.bound, found.first_epoch_images_per_s) == ("step", found.images_per_s)
 
 
-def test_transfer_and_augmentation_can_bound() -> None:
-    assert outlook(rates=replace(RATES, transfer=100.0)).bound == "transfer"
-    assert outlook(rates=replace(RATES, augmentation=1_000.0)).bound == "augmentation"
+def test_transfer_and_augmentation_can_be_the_bottleneck() -> None:
+    assert predicted(rates=replace(RATES, transfer=100.0)).bound == "transfer"
+    assert predicted(rates=replace(RATES, augmentation=1_000.0)).bound == "augmentation"
 
 
-def test_without_a_gpu_here_only_the_host_of_gpus_is_foreseen() -> None:
-    found = outlook(machine=ON_CPU, rates=replace(RATES, transfer=None))
-    assert found.stages["step"] is found.images_per_s is found.hours is found.cores_a_gpu is None
+def test_without_a_gpu_here_only_the_host_is_predicted() -> None:
+    found = predicted(machine=ON_CPU, rates=replace(RATES, transfer=None))
+    assert found.stages["step"] is found.images_per_s is found.hours is found.cores_per_gpu is None
     assert (found.bound, found.host_images_per_s) == ("decode", pytest.approx(88_000))
 
 
-def test_a_gpus_rate_from_elsewhere_completes_the_outlook() -> None:
-    found = outlook(machine=ON_CPU, rates=replace(RATES, transfer=None), node=replace(NODE, gpu_images_per_s=1500.0))
+def test_a_given_gpu_rate_completes_the_prediction() -> None:
+    found = predicted(machine=ON_CPU, rates=replace(RATES, transfer=None), node=replace(NODE, gpu_images_per_s=1500.0))
     assert (found.bound, found.images_per_s) == ("step", 12_000)
-    assert found.cores_a_gpu == pytest.approx(2.5)
+    assert found.cores_per_gpu == pytest.approx(2.5)
 
 
 def test_on_the_processor_the_stages_share_the_cores() -> None:
     rates = replace(RATES, transfer=None, decode=300, augmentation=200, step=60, storage=None)
-    found = outlook(machine=ON_CPU, rates=rates, node=PROCESSOR_ONLY)
-    assert in_turn(300, 200, 60) == pytest.approx(40)  # 2 + 3 + 10 of 600
+    found = predicted(machine=ON_CPU, rates=rates, node=PROCESSOR_ONLY)
+    assert serial_rate(300, 200, 60) == pytest.approx(40)  # 2 + 3 + 10 of 600
     assert (found.bound, found.images_per_s) == ("step", pytest.approx(40))
-    twice = outlook(machine=ON_CPU, rates=rates, node=replace(PROCESSOR_ONLY, cores=32))
+    twice = predicted(machine=ON_CPU, rates=rates, node=replace(PROCESSOR_ONLY, cores=32))
     assert twice.images_per_s == pytest.approx(80)
 
 
 def test_the_loader_works_beside_a_gpu_but_shares_the_processor() -> None:
     rates = replace(RATES, transfer=None, decode=300, augmentation=200, step_as_run=60)
     assert predict_whole(rates, ON_CPU, CONFIG) == pytest.approx(40)
-    assert predict_whole(rates, MACHINE, CONFIG) == pytest.approx(in_turn(200, 60))
+    assert predict_whole(rates, MACHINE, CONFIG) == pytest.approx(serial_rate(200, 60))
     assert predict_whole(rates, MACHINE, CONFIG.replace(num_workers=1)) == pytest.approx(300 / 16)
 
 
-def test_the_update_is_shared_by_a_steps_images() -> None:
+def test_the_update_time_is_divided_by_the_images_of_a_step() -> None:
     times = StepTimes(num_images=4, micro_batch_s=2.0, update_s=1.0, peak_memory_gb=None)
     assert times.images_per_s(batch_size=4, update_freq=1) == pytest.approx(4 / 3)
     assert times.images_per_s(batch_size=4, update_freq=5) == pytest.approx(20 / 11)
     assert times.images_per_s(batch_size=8, update_freq=1) == pytest.approx(8 / 5)
 
 
-# --- What to change ---------------------------------------------------------------------------------------
+# --- Advice -----------------------------------------------------------------------------------------------
 
 
-def test_a_node_whose_gpus_are_the_bound_needs_no_change() -> None:
-    assert re.fullmatch(r"the GPUs are the bound, as it should be: the host could feed 4\.0 times .*", advice())
+def test_a_node_whose_gpus_are_the_bottleneck_needs_no_change() -> None:
+    assert re.fullmatch(r"the GPUs are the bottleneck, as intended: the host can feed 4\.0 times .*", advice())
 
 
 def test_idle_cores_are_a_reason_for_more_workers() -> None:
-    told = advice(config=CONFIG.replace(num_workers=2))
-    assert "--num_workers 11 decodes 88,000 images/s instead of 16,000" in told
+    text = advice(config=CONFIG.replace(num_workers=2))
+    assert "--num_workers 11 decodes 88,000 images/s instead of 16,000" in text
 
 
 def test_more_threads_than_cores_are_not_needed() -> None:
-    assert "--num_workers 1 does the same" in advice(node=replace(NODE, cores=16))
-    assert "does the same" not in advice()
+    assert "--num_workers 1 is as fast" in advice(node=replace(NODE, cores=16))
+    assert "is as fast" not in advice()
 
 
-def test_decoding_that_bounds_asks_for_restart_markers_cores_and_smaller_images() -> None:
-    told = advice(node=replace(NODE, cores=16), file=replace(FILE, crop_alone=0.0))
-    assert "none of the stored images have restart markers" in told
-    assert "needs 3.7 cores (one of them feeds it) and has 2.0" in told
-    assert "--train_interpolation bilinear decodes 18,000 images/s here, bicubic 16,000" in told
-    assert "--max_resolution 358" in told
-    assert "restart markers" not in advice(file=replace(FILE, crop_alone=0.0)), "decoding does not bound there"
+def test_advice_for_slow_decoding_is_restart_markers_cores_and_smaller_images() -> None:
+    text = advice(node=replace(NODE, cores=16), file=replace(FILE, crop_alone=0.0))
+    assert "none of the stored images have restart markers" in text
+    assert "needs 3.7 cores (one of them feeds it) and has 2.0" in text
+    assert "--train_interpolation bilinear decodes 18,000 images/s here, bicubic 16,000" in text
+    assert "--max_resolution 358" in text
+    assert "restart markers" not in advice(file=replace(FILE, crop_alone=0.0)), "decoding is not the bottleneck there"
 
 
 def test_an_unknown_gpu_is_no_reason_to_change_the_images() -> None:
-    told = advice(machine=ON_CPU, rates=replace(RATES, transfer=None))
-    assert "--max_resolution" not in told
-    assert "bilinear" not in told
+    text = advice(machine=ON_CPU, rates=replace(RATES, transfer=None))
+    assert "--max_resolution" not in text
+    assert "bilinear" not in text
 
 
-def test_storage_that_bounds_asks_for_memory() -> None:
-    told = advice(machine=replace(MACHINE, memory_room_gb=60.0))
-    assert "20,000 images/s, and the file (65.0 GB) does not fit into 60.0 GB of memory" in told
+def test_advice_for_slow_storage_is_more_memory_and_sequential_reads() -> None:
+    text = advice(machine=replace(MACHINE, memory_room_gb=60.0))
+    assert "20,000 images/s, and the file (65.0 GB) does not fit in 60.0 GB of memory" in text
+    assert "60,000 images/s, 3.0 times the rate of random reads" in text
+    quasi_random = CONFIG.replace(order="quasi_random")
+    assert "--order" not in advice(machine=replace(MACHINE, memory_room_gb=60.0), config=quasi_random)
 
 
-def test_settings_for_slow_storage_are_named_where_they_exist() -> None:
-    told = advice(machine=replace(MACHINE, memory_room_gb=60.0))
-    assert ("60,000 images/s, 3.0 times as many as at random" in told) == ("order" in SETTINGS)
-    assert ("--data_cache ram" in advice(rates=replace(RATES, storage=500.0))) == ("data_cache" in SETTINGS)
+def test_a_file_with_a_slow_first_epoch_can_be_read_sequentially_first() -> None:
+    text = advice(rates=replace(RATES, storage=500.0))
+    assert "43 minutes with random reads (500 images/s) instead of 1" in text
+    assert "in 0.4 minutes: --data_cache ram, or cat train.beton > /dev/null" in text
 
 
-def test_a_slow_first_epoch_is_read_in_order_before() -> None:
-    told = advice(rates=replace(RATES, storage=500.0))
-    assert "500 images/s at random take 43 minutes instead of 1" in told
-    assert "in 0.4 minutes: cat train.beton > /dev/null" in told
+def test_settings_for_another_global_batch_are_named() -> None:
+    text = advice(config=CONFIG.replace(update_freq=1))
+    assert "128 x 1 x 8 = 1,024, but lr = 0.004 is meant for 4,096: use --update_freq 4" in text
+    text = advice(config=CONFIG.replace(batch_size=1000, update_freq=1))
+    assert "scale lr (linearly: 0.00781) and set recipe_batch to 8000" in text
 
 
-def test_settings_that_belong_to_another_global_batch_are_told() -> None:
-    told = advice(config=CONFIG.replace(update_freq=1))
-    assert "128 x 1 x 8 = 1,024, but lr = 0.004 is meant for 4,096: --update_freq 4" in told
-    told = advice(config=CONFIG.replace(batch_size=1000, update_freq=1))
-    assert "scale lr (linearly: 0.00781) and set recipe_batch to 8000" in told
-
-
-def test_a_step_in_float32_or_with_memory_to_spare_can_be_faster() -> None:
+def test_a_step_in_float32_or_with_free_memory_can_be_faster() -> None:
     assert "in float32; measure --amp bf16" in advice(config=CONFIG.replace(amp="off"))
     assert "measure --channels_last true" in advice(config=CONFIG.replace(channels_last=False))
     spare = replace(MACHINE, step_memory_gb=20.0)
     assert "--batch_size 256 --update_freq 2" in advice(machine=spare)
 
 
-def test_a_prediction_that_fails_and_poor_scaling_are_told_unless_the_machine_is_busy() -> None:
+def test_a_wrong_prediction_and_poor_scaling_are_reported_unless_the_machine_is_busy() -> None:
     rates = replace(RATES, whole=1_000.0, decode_one_worker=3_000.0)
-    told = advice(rates=rates)
-    assert "all together reached 1,000 images/s where its parts promise 2,727" in told
-    assert "16 cores decode only 5.3 times as fast as one" in told
+    text = advice(rates=rates)
+    assert "all stages together reached 1,000 images/s; 2,727 are predicted" in text
+    assert "16 cores decode only 5.3 times as fast as one" in text
     busy = advice(rates=rates, machine=replace(MACHINE, load=12.0))
-    assert "all together" not in busy
+    assert "all stages together" not in busy
     assert "as fast as one" not in busy
 
 
-def test_a_file_that_training_refuses_is_told_first() -> None:
-    told = advice(file=replace(FILE, remarks=("train.py refuses this file: has no manifest",)))
-    assert told.startswith("train.py refuses this file")
+def test_a_file_that_training_cannot_use_comes_first() -> None:
+    text = advice(file=replace(FILE, remarks=("train.py cannot use this file: has no manifest",)))
+    assert text.startswith("train.py cannot use this file")
 
 
 # --- The page ---------------------------------------------------------------------------------------------
 
 
 def diagnosis(**changes: Any) -> Diagnosis:
-    parts = {"rates": RATES, "machine": MACHINE, "file": FILE, "config": CONFIG, "node": NODE, **changes}
-    cuda = parts["machine"].cuda
+    given = inputs(**changes)
+    prediction = predict(**given)
+    cuda = given["machine"].cuda
     cold = StorageRate(megabytes=2_000.0, seconds=2.0, cold=1.0)
     return Diagnosis(
-        **parts,
+        **given,
         config_names=("a.yaml",),
-        outlook=foresee(**parts),
-        advice=tuple(advise(**parts)),
+        prediction=prediction,
+        advice=tuple(advise(**given, prediction=prediction)),
         num_parameters=25_000_000,
         num_readers=88,
         storage=cold,
         storage_in_order=cold,
-        transfer=TransferRate(60_000, 9.0) if cuda else None,
         step=StepTimes(128 if cuda else 4, 0.1, 0.01, 40.0 if cuda else None),
     )
 
@@ -244,28 +247,28 @@ def diagnosis(**changes: Any) -> Diagnosis:
         {"machine": ON_CPU, "rates": replace(RATES, transfer=None), "node": PROCESSOR_ONLY},
     ],
 )  # fmt: skip
-def test_the_page_marks_one_bound_and_agrees_with_the_json(changes: dict[str, Any]) -> None:
+def test_the_page_marks_one_bottleneck_and_agrees_with_the_json(changes: dict[str, Any]) -> None:
     found = diagnosis(**changes)
-    page, content = found.format(), json.loads(found.to_json())
+    page, content = format_page(found), json.loads(found.to_json())
     marked = [line for line in page.splitlines() if "<-" in line]
     assert len(marked) == 1
-    assert marked[0].startswith(f"| {content['outlook']['bound']}")
+    assert marked[0].startswith(f"| {content['prediction']['bound']}")
     table = [line for line in page.splitlines() if line.startswith("|")]
-    assert len({len(line) for line in table}) == 1, "the columns stand below each other"
+    assert len({len(line) for line in table}) == 1, "the columns are aligned"
     assert all(len(line) <= 120 for line in page.splitlines() if line not in table)
-    expected = content["outlook"]["images_per_s"]
+    expected = content["prediction"]["images_per_s"]
     assert expected is None or f"  {expected:,.0f} images/s" in page
     assert all(text[:30] in page for text in content["advice"])
 
 
-def test_the_page_says_when_the_machine_was_busy() -> None:
-    assert "12.0 processes were running on 16 cores" in diagnosis(machine=replace(MACHINE, load=12.0)).format()
-    assert "were running" not in diagnosis().format()
+def test_the_page_warns_if_the_machine_was_busy() -> None:
+    assert "12.0 processes were running on 16 cores" in format_page(diagnosis(machine=replace(MACHINE, load=12.0)))
+    assert "were running" not in format_page(diagnosis())
 
 
-def test_what_could_not_be_made_cold_has_no_storage_rate() -> None:
+def test_a_file_that_stays_in_memory_has_no_storage_rate() -> None:
     found = replace(diagnosis(rates=replace(RATES, storage=None)), storage=StorageRate(0.0, 1.0, cold=0.0))
-    row = next(line for line in found.format().splitlines() if line.startswith("| storage, at random"))
+    row = next(line for line in format_page(found).splitlines() if line.startswith("| storage, at random"))
     assert "stays in memory" in row
     assert "not known" in row
 
@@ -284,16 +287,15 @@ def big_file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("announced", [False, True])
-def test_only_what_was_evicted_counts_as_read_from_storage(big_file: Path, announced: bool) -> None:
+def test_only_evicted_pages_count_as_read_from_storage(big_file: Path) -> None:
     size = big_file.stat().st_size
     with ColdFile(big_file) as file:
         gone = file.evict([(0, size)])
         if not gone:
-            pytest.skip("the temporary folder lies in memory")
+            pytest.skip("the temporary folder is in memory")
         assert gone == -(-size // PAGE) * PAGE
         parts = [(start, start + 50_000) for start in range(0, 8 << 20, 100_000)]
-        found = file.at_random(parts, 10.0, num_readers=4, announced=announced)
+        found = file.at_random(parts, 10.0, num_readers=4)
         assert 0 < found.megabytes <= sum(-(-end // PAGE) - start // PAGE for start, end in parts) * PAGE / 1e6
         assert 0 < found.cold <= 1
         assert found.seconds > 0
@@ -302,7 +304,7 @@ def test_only_what_was_evicted_counts_as_read_from_storage(big_file: Path, annou
         assert whole.megabytes_per_s == pytest.approx(whole.megabytes / whole.seconds)
 
 
-def test_a_file_that_somebody_holds_in_memory_has_no_rate(big_file: Path) -> None:
+def test_a_file_that_a_process_keeps_in_memory_has_no_rate(big_file: Path) -> None:
     with open(big_file, "rb") as held, mmap.mmap(held.fileno(), 0, prot=mmap.PROT_READ) as memory:
         assert sum(memory[::PAGE]) > 0  # touches every page
         with ColdFile(big_file) as file:
@@ -311,15 +313,9 @@ def test_a_file_that_somebody_holds_in_memory_has_no_rate(big_file: Path) -> Non
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 10, 97])
-def test_stretches_are_spread_and_each_comes_once(num: int) -> None:
+def test_stretches_are_spread_and_each_is_read_once(num: int) -> None:
     spread = list(_spread(list(range(num))))
     assert sorted(spread) == list(range(num))
-
-
-def test_memory_and_cores_are_those_of_this_process() -> None:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 <= room_for_cache() <= total
-    assert 1 <= available_cores() <= len(os.sched_getaffinity(0))
 
 
 # --- Real stages ------------------------------------------------------------------------------------------
@@ -327,28 +323,28 @@ def test_memory_and_cores_are_those_of_this_process() -> None:
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_step_measured_is_the_training_step(small_settings: dict[str, Any]) -> None:
-    stepping = Stepping(Config.from_flat(small_settings), torch.device("cpu"), num_classes=4)
-    before = [p.detach().clone() for p in stepping.learner.network.parameters()]
-    times = stepping.times(0.05)
-    assert stepping.learner.augment is stepping.augment, "the loader's batches are augmented again"
+    step_timer = StepTimer(Config.from_flat(small_settings), torch.device("cpu"), num_classes=4)
+    before = [p.detach().clone() for p in step_timer.learner.network.parameters()]
+    times = step_timer.times(0.05)
+    assert step_timer.learner.augment is step_timer.augment, "the loader's batches are augmented again"
     assert times.num_images in (8, 4, 2)
-    steps = stepping.learner.state.step
+    steps = step_timer.learner.state.step
     config = Config.from_flat(small_settings).data
-    decoding = Decoding(config.data_path / "train.beton", config, torch.device("cpu"), num_workers=2)
+    decoding = RepeatedDecoding(config.data_path / "train.beton", config, torch.device("cpu"), num_workers=2)
     try:
         decoding.warm(5.0)
         assert len(decoding.samples) == 80
-        assert stepping.whole_images_per_s(decoding, 0.05) > 0
+        assert step_timer.whole_images_per_s(decoding, 0.05) > 0
     finally:
         decoding.close()
-    assert stepping.learner.state.step > steps
-    after = stepping.learner.network.parameters()
+    assert step_timer.learner.state.step > steps
+    after = step_timer.learner.network.parameters()
     assert any((a != b).any() for a, b in zip(before, after, strict=True)), "the optimiser took steps"
 
 
-def test_batches_are_as_large_as_asked_though_the_file_is_small(small_settings: dict[str, Any]) -> None:
+def test_batches_have_the_given_size_even_if_the_file_is_small(small_settings: dict[str, Any]) -> None:
     config = Config.from_flat({**small_settings, "batch_size": 128}).data
-    decoding = Decoding(config.data_path / "train.beton", config, torch.device("cpu"), num_workers=1)
+    decoding = RepeatedDecoding(config.data_path / "train.beton", config, torch.device("cpu"), num_workers=1)
     try:
         decoding.warm(5.0)
         images, labels = next(decoding.batches())
@@ -371,44 +367,46 @@ def test_a_diagnosis_of_a_real_file(
     assert run_command("doctor", arguments) == 0
     page, content = capsys.readouterr().out, json.loads(out.read_text())
     assert "80 images" in page
-    assert "To expect on 8 GPUs and 96 cores" in page
+    assert "Prediction for 8 GPUs and 96 cores" in page
     rates = content["images_per_s"]
     assert rates["transfer"] is None
     assert all(rates[name] > 0 for name in ("decode", "decode_one_worker", "augmentation", "step", "whole"))
     assert content["file"]["crop_alone"] == 1
     assert content["node"] == {"gpus": 8, "cores": 96, "gpu_images_per_s": None}
     a_core = rates["decode"] / content["machine"]["cores"]
-    assert content["outlook"]["stages_images_per_s"]["decode"] == pytest.approx(16 * a_core)  # 8 x num_workers 2
+    assert content["prediction"]["stages_images_per_s"]["decode"] == pytest.approx(16 * a_core)  # 8 x num_workers 2
 
 
 @pytest.mark.slow
-def test_without_data_photographs_are_measured(
+def test_without_data_synthetic_images_are_measured(
     small_settings: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("sklearn")
-    monkeypatch.setattr(doctor, "NUM_PHOTOGRAPHS", 20)
+    monkeypatch.setattr(doctor, "NUM_SYNTHETIC", 20)
     settings = {name: value for name, value in small_settings.items() if name != "data_path"}
     assert run_command("doctor", [*flags(settings), "--seconds", "0.05"]) == 0
     page = capsys.readouterr().out
-    assert "20 photographs, for want of --data_path BETON_DIR; they stand for ImageNet's 1,281,167" in page
+    assert "20 synthetic images (no --data_path BETON_DIR), in place of ImageNet's 1,281,167" in page
     assert "not measured: give --data_path" in page
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "answer"),
     [
         (["--gpus", "0"], "gpus = 0"),
         (["--gpu_images_per_s", "1000"], "needs --gpus"),
         (["--gpus", "8", "--gpu_images_per_s", "-1"], "gpu_images_per_s = -1"),
         (["--seconds", "0"], "seconds = 0"),
-        (["--data_path", "nowhere"], "nowhere/train.beton does not exist"),
+        (["--data_path", "nowhere"], "nowhere/train.beton not found"),
         (["--json", "."], "expected a file"),
         (["--core", "96"], "did you mean --cores?"),
         (["--device", "cpu", "--amp", "fp16"], "fp16"),
     ],
 )
-def test_wrong_usage_is_told_before_work(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_an_error_before_the_work(
+    arguments: list[str], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_command("doctor", arguments) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert answer in error
     assert error.count("\n") == 1

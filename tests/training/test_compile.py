@@ -12,7 +12,7 @@ from support.nursery import Nursery
 from support.runs import config_from, log_without_timings, train_here
 from torch import Tensor, nn
 
-from ffcv_convnext.bench.stages import some_images
+from ffcv_convnext.bench.timing import random_batch
 from ffcv_convnext.training import engine
 from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.engine import train_step
@@ -121,7 +121,7 @@ def test_a_step_never_waits_for_the_gpu(small_settings: dict[str, Any], amp: str
     config, device = config_from(settings), torch.device("cuda", 0)
     learner = build_learner(config, Processes(0, 1, 0, device), num_classes=4, steps_per_epoch=10)
     learner.model.train()
-    batch = some_images(config, config.data.batch_size, device, num_classes=4)
+    batch = random_batch(config, config.data.batch_size, device, num_classes=4)
     for _ in range(3):  # compilation waits
         train_step(learner, iter([batch]))
     torch.cuda.set_sync_debug_mode("error")

@@ -1,1 +1,4 @@
-"""What is measured side by side: a function each, which its own process imports by name."""
+"""The contestants of the benchmarks: one function each, which the contestant's own process imports by name.
+
+Each function is for bench.compare: it imports what it needs, calls imports_done() and returns a Contestant.
+"""

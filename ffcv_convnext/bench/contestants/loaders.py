@@ -1,8 +1,8 @@
-"""The contestants of `bench loader`, each with its own documented way of loading training batches.
+"""The contestants of `bench loader` and `bench cold`: each loads training batches in its own documented way.
 
-The same work for all: random resized crop to 224 (8 to 100 % of the area, aspect 3:4 to 4:3), horizontal flip of
-every other image, batches of 128 uint8 images in memory. The resize is the recipe's, antialiased bicubic, or a
-contestant's nearest to it, which its name tells. Each function is one for `rounds.compare`.
+The work is the same for all: random resized crop to 224 (8 to 100 % of the area, aspect 3:4 to 4:3), horizontal flip
+of every other image, batches of 128 uint8 images in memory. The resize is the recipe's, antialiased bicubic, or the
+contestant's nearest one, which the name of its row gives.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
-from ffcv_convnext.bench.compare import Contestant, first_result, imports_done
+from ffcv_convnext.bench.compare import Contestant, Timed, first_result, imports_done
+from ffcv_convnext.host import evict
 
 SIZE, BATCH = 224, 128
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -24,7 +25,7 @@ def _all_batches(loader: Any) -> Contestant:
 
 
 def _counted(batches: Iterable[Sized]) -> int:
-    """How many images they are, for a loader that cannot be left after its first batch."""
+    """Return the number of images, for a loader that cannot be left after its first batch."""
     images = 0
     for batch in batches:
         first_result()
@@ -35,7 +36,8 @@ def _counted(batches: Iterable[Sized]) -> int:
 # --- .beton files -----------------------------------------------------------------------------------------
 
 
-def _ours(beton: str, num_workers: int, interpolation: str) -> Contestant:
+def ours(beton: str, num_workers: int, interpolation: str) -> Contestant:
+    """Load with our loader, without the manifest that TrainLoader needs: from stock FFCV's file too."""
     import torch
 
     from ffcv_convnext.config import Config
@@ -46,38 +48,74 @@ def _ours(beton: str, num_workers: int, interpolation: str) -> Contestant:
     loader = BatchDecoder(
         Path(beton), random_crop_kernel(config), num_workers=num_workers, batches_ahead=3, device=torch.device("cpu")
     )
-    shares = GlobalBatchSampler(BATCH, 1, 1)
+    sampler = GlobalBatchSampler(BATCH, 1, 1)
     epochs = iter(range(1 << 30))
 
     def work() -> int:
         epoch = next(epochs)
         return sum(
-            len(images) for images, _ in loader.batches(shares.micro_batches(len(loader), 0, epoch, 0), 0, epoch)
+            len(images) for images, _ in loader.batches(sampler.micro_batches(len(loader), 0, epoch, 0), 0, epoch)
         )
 
-    return work, lambda: next(iter(loader.batches(shares.micro_batches(len(loader), 0, 0, 0), 0, 0)))
+    return work, lambda: next(iter(loader.batches(sampler.micro_batches(len(loader), 0, 0, 0), 0, 0)))
 
 
-def ours(ours: str, num_workers: int) -> Contestant:
-    return _ours(ours, num_workers, "bicubic")
-
-
-def ours_bilinear(ours: str, num_workers: int) -> Contestant:
-    return _ours(ours, num_workers, "bilinear")
-
-
-def ours_on_stock(stock: str, num_workers: int) -> Contestant:
-    return _ours(stock, num_workers, "bicubic")
-
-
-def stock_ffcv(stock: str, num_workers: int) -> Contestant:
+def stock_ffcv(beton: str, num_workers: int) -> Contestant:
+    """Load with FFCV's own Loader."""
     from ffcv_convnext.bench.stock_ffcv import stock_train_loader
 
     imports_done()
-    loader = stock_train_loader(Path(stock), size=SIZE, batch_size=BATCH, num_workers=num_workers)
+    loader = stock_train_loader(Path(beton), size=SIZE, batch_size=BATCH, num_workers=num_workers)
 
     # An epoch that is left early leaks a thread and its memory.
     return lambda: _counted(images for images, _ in loader), None
+
+
+# --- .beton files that are not in memory ------------------------------------------------------------------
+
+
+def cold_stock(beton: str, num_workers: int) -> Contestant:
+    """Evict the file, then load an epoch with FFCV's own Loader."""
+    work, _ = stock_ffcv(beton, num_workers)
+
+    def cold() -> int | Timed:
+        evict(Path(beton))
+        return work()
+
+    return cold, None
+
+
+def cold_ours(
+    folder: str, num_workers: int, data_cache: Any = "os", order: Any = "random", warm: bool = False
+) -> Contestant:
+    """Evict the file unless `warm`, then load an epoch; with order quasi_random in four windows."""
+    import torch
+
+    from ffcv_convnext.config import Config
+    from ffcv_convnext.data.load import TrainLoader
+
+    imports_done()
+    beton = Path(folder) / "train.beton"
+    config = Config.from_flat(
+        {
+            "data_path": folder,
+            "input_size": SIZE,
+            "batch_size": BATCH,
+            "num_workers": num_workers,
+            "data_cache": data_cache,
+            "order": order,
+            "shuffle_window_mb": max(1, beton.stat().st_size // 1_000_000 // 4),
+        }
+    ).data
+    loader = TrainLoader(config, torch.device("cpu"), seed=0)
+    epochs = iter(range(1 << 30))
+
+    def work() -> int:
+        if not warm:
+            evict(beton)
+        return sum(len(images) for step in loader.steps(next(epochs)) for images, _ in step)
+
+    return work, lambda: next(batch for step in loader.steps(0) for batch in step)
 
 
 # --- Folders and tar files of JPEGs -----------------------------------------------------------------------
@@ -96,6 +134,7 @@ def _pil_transform() -> Any:
 
 
 def torchvision_pil(folder: str, num_workers: int) -> Contestant:
+    """Load with torch's DataLoader and torchvision's transforms of PIL images."""
     from torch.utils.data import DataLoader
     from torchvision import datasets
 
@@ -108,6 +147,7 @@ def torchvision_pil(folder: str, num_workers: int) -> Contestant:
 
 
 def timm_loader(folder: str, num_workers: int) -> Contestant:
+    """Load with timm's loader, without its prefetcher: that normalises, on the device."""
     import torch
     from timm.data import create_dataset, create_loader
 
@@ -128,13 +168,13 @@ def timm_loader(folder: str, num_workers: int) -> Contestant:
         device=torch.device("cpu"),
         persistent_workers=True,
     )
-    return _all_batches(loader.loader)  # what the prefetcher adds is normalising, on the device
+    return _all_batches(loader.loader)
 
 
 def dali(folder: str, num_workers: int) -> Contestant:
-    """NVIDIA DALI without a GPU: decoding fused with the crop, its resize antialiased.
+    """Load with NVIDIA DALI without a GPU: decoding fused with the crop, antialiased resize.
 
-    It goes on decoding after an epoch's end: the next one's first batches, made in nobody's time, do not count.
+    DALI continues to decode after the end of an epoch; these first batches of the next epoch do not count.
     """
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.pytorch import DALIClassificationIterator, LastBatchPolicy
@@ -164,7 +204,7 @@ def dali(folder: str, num_workers: int) -> Contestant:
 
 
 def webdataset(shards: str, num_workers: int) -> Contestant:
-    """Tar files read in turn by DataLoader workers, shuffled among 1000 images, decoded by Pillow."""
+    """Read tar files in turn with DataLoader workers, shuffle among 1000 images, decode with Pillow."""
     import webdataset
     from torch.utils.data import DataLoader
 
@@ -182,7 +222,7 @@ def webdataset(shards: str, num_workers: int) -> Contestant:
 
 
 def spdl(folder: str, num_workers: int) -> Contestant:
-    """SPDL's threads around FFmpeg: decode, then crop, scale and flip as one filter graph an image."""
+    """Load with SPDL's threads around FFmpeg: decode, then crop, scale and flip as one filter graph per image."""
     import spdl.io
     import torch
     from spdl.pipeline import PipelineBuilder

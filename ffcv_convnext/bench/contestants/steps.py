@@ -1,7 +1,7 @@
-"""The contestants of `bench step`: optimiser steps of ours, and of timm's and torchvision's networks in timm's way.
+"""The contestants of `bench step`: our optimiser steps, and those of timm's and torchvision's networks in timm's way.
 
-All of them on micro-batches of one size, one a step: forward, loss with soft targets, backward, AdamW, averaged weights
-where the config has them. Each function is one for `rounds.compare`.
+All steps have one micro-batch of the same size: forward, loss with soft targets, backward, AdamW, averaged weights if
+the config has them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import nn
 
 from ffcv_convnext.augment import normalise, soft_targets
 from ffcv_convnext.bench.compare import Contestant, Timed, imports_done, note
-from ffcv_convnext.bench.profile import AUGMENTATION, UPDATE, ceilings, marked, shares, traffic
-from ffcv_convnext.bench.stages import Batch, Decoding, repeating, some_images
+from ffcv_convnext.bench.profile import AUGMENTATION, UPDATE, ceilings, marked, profile_step, step_bytes
+from ffcv_convnext.bench.timing import Batch, RepeatedDecoding, random_batch, repeated_round
 from ffcv_convnext.config import Config
 from ffcv_convnext.models import build_model, count_gmacs
 from ffcv_convnext.training.distributed import Processes
@@ -31,10 +31,10 @@ Images = Literal["ready", "augmented", "loaded"]
 def ours(
     config: dict[str, Any], seconds: float, images: Images, beton: str = "", num_workers: int = 1, profile: bool = False
 ) -> Contestant:
-    """train.py's own step.
+    """Take train.py's own steps.
 
-    images: the same ready inputs again and again; the same uint8 crops, augmented; crops that are decoded from `beton`
-    and augmented.   profile: before the first round, note the shares of the step's parts and the device's ceilings.
+    images: ready: the same inputs in every step; augmented: the same uint8 crops, augmented; loaded: crops decoded from
+    `beton` and augmented.   profile: before the first round, note the shares of the parts and the device's limits.
     """
     imports_done()
     settings = Config.from_flat(config)
@@ -42,13 +42,13 @@ def ours(
     device = processes.device
     learner = build_learner(settings, processes, num_classes=NUM_CLASSES, steps_per_epoch=1000)
     learner.model.train()
-    crops = some_images(settings, settings.data.batch_size, device, num_classes=NUM_CLASSES)
+    crops = random_batch(settings, settings.data.batch_size, device, num_classes=NUM_CLASSES)
     batches: Iterator[Batch] = repeat(crops)
     if images == "ready":
         ready = learner.augment(*crops, step=0, micro_batch=0)
         learner.augment = lambda *_, **__: ready  # type: ignore[assignment]
     elif images == "loaded":
-        decoding = Decoding(Path(beton), settings.data, device, num_workers=num_workers)
+        decoding = RepeatedDecoding(Path(beton), settings.data, device, num_workers=num_workers)
         decoding.warm(10.0)
         batches = decoding.batches()
 
@@ -68,7 +68,7 @@ def ours(
         learner.optimizer.step = marked(UPDATE, update)  # type: ignore[method-assign]
         if learner.ema is not None:
             learner.ema.update = marked(UPDATE, learner.ema.update)
-        note(shares=shares(step, device), ceilings=ceilings(device, input_dtype(settings)))
+        note(shares=profile_step(step, device), ceilings=ceilings(device, input_dtype(settings)))
         learner.augment, learner.optimizer.step = augment, update  # type: ignore[method-assign]
         if learner.ema is not None:
             del learner.ema.update
@@ -82,7 +82,7 @@ def ours(
 
 
 def peer(config: dict[str, Any], seconds: float, library: Literal["timm", "torchvision"], name: str) -> Contestant:
-    """A network of timm's or torchvision's, trained as timm's train.py does with --channels-last --amp."""
+    """Train timm's or torchvision's network as timm's train.py does with --channels-last --amp."""
     import timm
     from timm.loss import SoftTargetCrossEntropy
     from timm.optim import create_optimizer_v2
@@ -107,7 +107,7 @@ def peer(config: dict[str, Any], seconds: float, library: Literal["timm", "torch
     ema = ModelEmaV3(network, decay=0.9999) if settings.run.model_ema else None
     model: nn.Module = torch.compile(network) if settings.run.compile == "true" else network  # type: ignore[assignment]
     criterion = SoftTargetCrossEntropy()
-    pixels, labels = some_images(settings, size, device, num_classes=NUM_CLASSES)
+    pixels, labels = random_batch(settings, size, device, num_classes=NUM_CLASSES)
     inputs, targets = normalise(pixels), soft_targets(labels, NUM_CLASSES, 0.1)
     num_steps = 0
 
@@ -136,16 +136,16 @@ def _rounds(
     count_traffic: bool,
     flush: Callable[[], None] = lambda: None,
 ) -> Callable[[], Timed]:
-    """Rounds of that step, which note the peak of a GPU's memory.
+    """Return rounds of that step, which note the peak of a GPU's memory.
 
-    count_traffic: also, once, the bytes a step moves.   flush: after each round, so that nothing piles up.
+    count_traffic: note once the bytes that a step moves.   flush: is called after each round, or results accumulate.
     """
-    repeated, counted = repeating(step, seconds, device), not count_traffic
+    repeated, counted = repeated_round(step, seconds, device), not count_traffic
 
     def work() -> Timed:
         nonlocal counted
         if not counted:
-            note(step_bytes=traffic(step))
+            note(step_bytes=step_bytes(step))
             counted = True
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

@@ -5,7 +5,7 @@ from ffcv_convnext.data.load.decoder import BatchDecoder, SampleError
 from ffcv_convnext.data.load.device import Batch
 from ffcv_convnext.data.load.loader import EvalLoader, TrainLoader
 from ffcv_convnext.data.load.sampler import GlobalBatchSampler, Samples
-from ffcv_convnext.data.load.sources import ReadError, num_bytes_in_memory
+from ffcv_convnext.data.load.sources import ReadError
 
 __all__ = [
     "Batch",
@@ -18,6 +18,5 @@ __all__ = [
     "Samples",
     "TrainLoader",
     "center_crop_kernel",
-    "num_bytes_in_memory",
     "random_crop_kernel",
 ]

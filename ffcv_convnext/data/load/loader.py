@@ -17,9 +17,9 @@ from ffcv_convnext.data.load.crops import CropKernel, center_crop_kernel, random
 from ffcv_convnext.data.load.decoder import BatchDecoder
 from ffcv_convnext.data.load.device import Batch
 from ffcv_convnext.data.load.sampler import GlobalBatchSampler, PageShuffle, Samples, eval_batches, is_shuffled
-from ffcv_convnext.data.load.sources import Mmap, num_bytes_in_memory
+from ffcv_convnext.data.load.sources import Mmap
 from ffcv_convnext.formatting import format_bytes
-from ffcv_convnext.host import available_memory, describe_need
+from ffcv_convnext.host import available_memory, describe_need, num_bytes_in_memory
 
 log = logging.getLogger(__name__)
 

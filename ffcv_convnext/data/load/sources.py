@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import mmap
 import os
 import time
 import weakref
@@ -351,16 +350,3 @@ def read_or_explain(file: SampleSource, starts: Any, lengths: Any, places: Any, 
             )
         content[places[done] : places[done] + length] = np.frombuffer(again, np.uint8)
         done += 1
-
-
-def num_bytes_in_memory(path: Path) -> int:
-    """Return the bytes of `path` in the page cache. For other users' files mincore reports every page as resident."""
-    if not path.stat().st_size:
-        return 0
-    mapping = np.memmap(path, dtype=np.uint8, mode="r")
-    pages = np.zeros(-(-len(mapping) // mmap.PAGESIZE), np.uint8)
-    mincore = ctypes.CDLL(None, use_errno=True).mincore
-    arguments = (mapping.ctypes.data, len(mapping), pages.ctypes.data)
-    if mincore(*(ctypes.c_void_p(argument) for argument in arguments)):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
-    return int(np.count_nonzero(pages & 1)) * mmap.PAGESIZE

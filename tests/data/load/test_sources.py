@@ -21,7 +21,6 @@ from torch import Tensor
 
 pytest.importorskip("ffcv.reader")
 
-from ffcv_convnext.bench.cold_loader import evict
 from ffcv_convnext.config import DataConfig
 from ffcv_convnext.data.beton import EncodedImage
 from ffcv_convnext.data.beton.manifest import Manifest, tables_digest
@@ -31,8 +30,8 @@ from ffcv_convnext.data.load import loader
 from ffcv_convnext.data.load.decoder import SampleError
 from ffcv_convnext.data.load.loader import EvalLoader, TrainLoader
 from ffcv_convnext.data.load.sampler import GlobalBatchSampler, Samples
-from ffcv_convnext.data.load.sources import Buffered, Mmap, ReadError, merge, num_bytes_in_memory
-from ffcv_convnext.host import AvailableMemory, available_memory, describe_need
+from ffcv_convnext.data.load.sources import Buffered, Mmap, ReadError, merge
+from ffcv_convnext.host import AvailableMemory, evict, num_bytes_in_memory
 
 CPU = torch.device("cpu")
 MB = 1 << 20
@@ -356,62 +355,6 @@ def test_a_file_that_cannot_be_read_any_more_is_an_error_with_the_reason(own_dir
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(content)
-    return root
-
-
-MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\nMlocked:      500 kB\nHugePages_Total:  0\n"}
-V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, 8000 * 1024),
-        ({"proc/self/cgroup": "0::/a/b\n", f"{V2}/a/memory.max": "max\n"}, 8000 * 1024),
-        (  # the parent's limit binds, and what it caches can be given up
-            {
-                "proc/self/cgroup": "0::/a/b\n",
-                f"{V2}/a/b/memory.max": "max\n",
-                f"{V2}/a/memory.max": "5000000\n",
-                f"{V2}/a/memory.current": "3000000\n",
-                f"{V2}/a/memory.stat": "anon 7\nfile 900\nactive_file 100000\ninactive_file 200000\n",
-            },
-            2_300_000,
-        ),
-        (  # a container sees its own group as the mount
-            {"proc/self/cgroup": "0::/docker/x\n", f"{V2}/memory.max": "4000000", f"{V2}/memory.current": "1000000"},
-            3_000_000,
-        ),
-        (
-            {
-                "proc/self/cgroup": "9:cpu:/\n4:cpuset,memory:/slurm/job\n0::/\n",
-                f"{V1}/slurm/job/memory.limit_in_bytes": "2000000\n",
-                f"{V1}/slurm/job/memory.usage_in_bytes": "1500000\n",
-                f"{V1}/slurm/job/memory.stat": "active_file 9\ntotal_active_file 100000\ntotal_inactive_file 50000\n",
-                f"{V1}/memory.limit_in_bytes": "9223372036854771712\n",
-                f"{V1}/memory.usage_in_bytes": "700\n",
-            },
-            650_000,
-        ),
-    ],
-)
-def test_available_memory_is_the_machine_s_or_what_a_control_group_leaves(
-    tmp_path: Path, files: dict[str, str], expected: int
-) -> None:
-    found = available_memory(write(tmp_path, {**MEMINFO, **files}))
-    assert found.num_bytes == expected
-    assert found.locked == 500 * 1024
-    assert ("limit of" in found.limited_by) == (expected != 8000 * 1024)
-
-
-def test_this_machine_s_available_memory_is_less_than_all_it_has() -> None:
-    assert 0 < available_memory().num_bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def test_memory_that_does_not_suffice_is_told_before_the_start(
     beton_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -431,14 +374,6 @@ def test_memory_that_does_not_suffice_is_told_before_the_start(
         TrainLoader(settings(beton_dir, data_cache="process"), CPU, seed=0)
     assert "each epoch reads from the disk; --order quasi_random does so in large pieces" in caplog.text
     assert "are read through buffers in memory; 100.0 kB are available" in caplog.text
-
-
-def test_what_another_process_has_locked_needs_no_second_place(beton_dir: Path) -> None:
-    files = [beton_dir / "train.beton"]
-    size = files[0].stat().st_size
-    assert describe_need("ram", files, size, AvailableMemory(size, "", locked=size // 2))
-    with pytest.raises(ValueError, match="take"):
-        describe_need("ram", files, 0, AvailableMemory(size, "", locked=size // 2))
 
 
 def locked_kb() -> int:

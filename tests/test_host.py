@@ -1,0 +1,166 @@
+"""What this process may use of the machine, and the page cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ffcv_convnext.config import Config
+from ffcv_convnext.formatting import format_bytes
+from ffcv_convnext.host import (
+    AvailableMemory,
+    available_cores,
+    available_memory,
+    describe_need,
+    evict,
+    num_bytes_in_memory,
+    processor_name,
+)
+
+MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\nMlocked:      500 kB\nHugePages_Total:  0\n"}
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+NESTED_V2 = {  # the limit of the parent is the lower one; its page cache can be given up
+    "proc/self/cgroup": "0::/a/b\n",
+    f"{V2}/a/b/memory.max": "6000000\n",
+    f"{V2}/a/memory.max": "5000000\n",
+    f"{V2}/a/memory.current": "3000000\n",
+    f"{V2}/a/memory.stat": "anon 7\nfile 900\nactive_file 100000\ninactive_file 200000\n",
+}
+NESTED_V1 = {
+    "proc/self/cgroup": "9:cpu:/\n4:cpuset,memory:/slurm/job\n0::/\n",
+    f"{V1}/slurm/job/memory.limit_in_bytes": "2000000\n",
+    f"{V1}/slurm/job/memory.usage_in_bytes": "1500000\n",
+    f"{V1}/slurm/job/memory.stat": "active_file 9\ntotal_active_file 100000\ntotal_inactive_file 50000\n",
+    f"{V1}/memory.limit_in_bytes": "9223372036854771712\n",
+    f"{V1}/memory.usage_in_bytes": "700\n",
+}
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8000 * 1024),
+        ({"proc/self/cgroup": "0::/a/b\n", f"{V2}/a/memory.max": "max\n"}, 8000 * 1024),
+        (NESTED_V2, 2_300_000),
+        (  # a container sees its own group as the mount
+            {"proc/self/cgroup": "0::/docker/x\n", f"{V2}/memory.max": "4000000", f"{V2}/memory.current": "1000000"},
+            3_000_000,
+        ),
+        (NESTED_V1, 650_000),
+    ],
+)
+def test_available_memory_is_the_minimum_over_the_machine_and_all_control_groups(
+    tmp_path: Path, files: dict[str, str], expected: int
+) -> None:
+    found = available_memory(write(tmp_path, {**MEMINFO, **files}))
+    assert found.num_bytes == expected
+    assert found.locked == 500 * 1024
+    assert ("limit of" in found.limited_by) == (expected != 8000 * 1024)
+
+
+@pytest.mark.parametrize(("files", "expected"), [(NESTED_V2, 2_300_000), (NESTED_V1, 650_000)])
+def test_doctor_and_train_agree_on_available_memory(
+    tmp_path: Path,
+    small_settings: dict[str, Any],
+    files: dict[str, str],
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pytest.importorskip("ffcv.reader")
+    from ffcv_convnext.data.load import TrainLoader
+    from ffcv_convnext.doctor.diagnosis import describe_machine
+
+    monkeypatch.setattr(available_memory, "__defaults__", (write(tmp_path, {**MEMINFO, **files}),))
+    cpu = torch.device("cpu")
+    assert describe_machine(cpu, load=0.0, step_memory_gb=None).memory_room_gb == expected / 1e9
+    with caplog.at_level("INFO"):
+        TrainLoader(Config.from_flat(small_settings).data, cpu, seed=0)
+    assert f"{format_bytes(expected)} are available under the limit" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"proc/self/cgroup": "0::/a/b\n", f"{V2}/a/b/cpu.max": "max 100000\n"}, None),
+        ({"proc/self/cgroup": "0::/a/b\n", f"{V2}/a/cpu.max": "20000 100000\n"}, 1),
+        (
+            {
+                "proc/self/cgroup": "3:cpu,cpuacct:/slurm/job\n",
+                f"{V2}/cpu/slurm/job/cpu.cfs_quota_us": "-1\n",
+                f"{V2}/cpu/slurm/job/cpu.cfs_period_us": "100000\n",
+                f"{V2}/cpu/slurm/cpu.cfs_quota_us": "90000\n",
+                f"{V2}/cpu/slurm/cpu.cfs_period_us": "100000\n",
+            },
+            1,
+        ),
+    ],
+)
+def test_available_cores_are_limited_by_affinity_and_every_quota(
+    tmp_path: Path, files: dict[str, str], expected: int | None
+) -> None:
+    assert available_cores(write(tmp_path, files)) == (expected or len(os.sched_getaffinity(0)))
+
+
+def test_this_machine_has_memory_cores_and_a_name() -> None:
+    assert 0 < available_memory().num_bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 1 <= available_cores() <= len(os.sched_getaffinity(0))
+    assert processor_name()
+
+
+def test_a_processor_without_a_name_has_its_architecture(tmp_path: Path) -> None:
+    assert processor_name(tmp_path) == os.uname().machine
+    assert processor_name(write(tmp_path, {"proc/cpuinfo": "processor: 0\nmodel name\t: One 9000\n"})) == "One 9000"
+
+
+def test_locked_pages_of_a_file_need_no_additional_memory(tmp_path: Path) -> None:
+    files = [tmp_path / "train.beton"]
+    size = 1000
+    files[0].write_bytes(bytes(size))
+    assert describe_need("ram", files, size, AvailableMemory(size, "", locked=size // 2))
+    with pytest.raises(ValueError, match="take"):
+        describe_need("ram", files, 0, AvailableMemory(size, "", locked=size // 2))
+
+
+# --- Page cache -------------------------------------------------------------------------------------------
+
+
+def test_an_evicted_file_is_not_in_memory_even_if_it_is_mapped_and_was_touched(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(3 << 20))
+    mapping = np.memmap(path, dtype=np.uint8, mode="r")
+    total = int(mapping[::4096].sum())
+    assert num_bytes_in_memory(path) == 3 << 20
+    try:
+        evict(path)
+    except OSError as error:
+        pytest.skip(str(error))
+    assert num_bytes_in_memory(path) == 0
+    assert int(mapping[::4096].sum()) == total
+    assert num_bytes_in_memory(path) > 0
+
+
+def test_a_file_that_stays_in_memory_is_an_error() -> None:
+    folder = Path("/dev/shm")
+    if not os.access(folder, os.W_OK):
+        pytest.skip("no file system in memory")
+    path = folder / f"test-cold-{os.getpid()}"
+    try:
+        path.write_bytes(bytes(1 << 20))
+        with pytest.raises(OSError, match="stays in memory: cannot measure cold reads"):
+            evict(path)
+    finally:
+        path.unlink()
