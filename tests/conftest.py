@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# Before torch is imported: the workers of pytest-xdist share the cores, and so do the processes that their tests start.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 import pytest
 import torch
 from support.imagefolder import make_image_folder
@@ -14,6 +18,24 @@ from support.nursery import Nursery
 from support.slurm_commands import answer
 
 from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under pytest-xdist, keep a file's tests in one worker, and all tests of the nursery, which start first.
+
+    So fixtures of files are built once, and one nursery serves all.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    groups = {
+        item: "nursery" if "nursery" in getattr(item, "fixturenames", ()) else item.nodeid.partition("::")[0]
+        for item in items
+    }
+    for item, group in groups.items():
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: groups[item] != "nursery")
 
 
 @pytest.fixture(scope="session")
