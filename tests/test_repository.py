@@ -14,6 +14,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
 from draw_architecture import (
     FLOORS,
     PACKAGE,
@@ -29,6 +30,7 @@ from draw_architecture import (
     unit,
 )
 
+from ffcv_convnext import __version__
 from ffcv_convnext.cli import COMMANDS
 from ffcv_convnext.cluster import ClusterConfig
 from ffcv_convnext.config import SETTINGS
@@ -291,6 +293,34 @@ def test_requirements_pin_what_setup_installs() -> None:
     assert {normal(each) for each in [*project["dependencies"], *extras]} <= {normal(line) for line in lines}
 
 
+def test_the_files_that_name_the_version_agree() -> None:
+    places = {
+        "pyproject.toml": r'^version = "(.+)"$',
+        "CITATION.cff": r"^version: (.+)$",
+        "CHANGELOG.md": r"^## (\d\S*)",
+    }
+    for file, pattern in places.items():
+        found = re.search(pattern, (ROOT / file).read_text(), flags=re.MULTILINE)
+        assert found, file
+        assert found[1] == __version__, file
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+
+
+def test_the_workflows_and_the_container_use_targets_that_exist() -> None:
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    used = set(re.findall(r'(?:RUN make |"make", ")([a-z-]+)', (ROOT / "Dockerfile").read_text()))
+    for path in workflows:
+        content = yaml.safe_load(path.read_text())
+        for job in content["jobs"].values():
+            used |= set(job.get("strategy", {}).get("matrix", {}).get("target", []))
+        used |= set(re.findall(r"run: make ([a-z-]+)", path.read_text()))
+    assert len(workflows) == 2
+    assert {"setup", "test", "demo", "slow", "test-slurm"} <= used <= make_targets()
+
+
 # --- README -----------------------------------------------------------------------------------------------
 
 
@@ -330,8 +360,7 @@ def test_readme_starts_with_the_two_commands() -> None:
 
 
 def test_readme_names_only_commands_scripts_and_configs_that_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    checked = set()
+    targets, checked = make_targets(), set()
     for words in readme_commands():
         line = " ".join(words)
         if tool(words) == "make" and len(words) > 1:
