@@ -11,8 +11,8 @@ UV := $(firstword $(wildcard .venv/bin/uv) uv)
 DIGITS := demo_data/digits/ORIGIN.txt
 BETON := $(addprefix demo_data/beton/,train.beton train.json val.beton val.json)
 PYTEST := $(PYTHON_IN_VENV) -m pytest
-# On all cores, eight at most: each worker imports and compiles for itself. tests/conftest.py makes the groups.
-ON_ALL_CORES := -n auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+# On all cores, eight at most: each worker imports and compiles for itself. tests/conftest.py divides the tests.
+ON_ALL_CORES := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 ORDINARY := $(ON_ALL_CORES) -m "not gpu and not slurm and not slow" --cov=ffcv_convnext
 
 .PHONY: help setup demo test test-slurm slow lint format types architecture coverage requirements clean

@@ -16,26 +16,32 @@ import torch
 from support.imagefolder import make_image_folder
 from support.nursery import Nursery
 from support.slurm_commands import answer
+from xdist.scheduler import LoadScopeScheduling
 
 from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
 
+NURSERY_FILES = {f"tests/training/{name}.py" for name in ("test_compile", "test_distributed", "test_resume")}
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under pytest-xdist, keep a file's tests in one worker, and all tests of the nursery, which start first.
 
-    So fixtures of files are built once, and one nursery serves all.
+class ByFile(LoadScopeScheduling):
+    """Run a file's tests in one worker of pytest-xdist, and all files that need the nursery in the same one.
+
+    So a file's fixtures are built once, and one nursery serves all.
     """
-    if not hasattr(config, "workerinput"):
-        return
-    groups = {
-        item: "nursery" if "nursery" in getattr(item, "fixturenames", ()) else item.nodeid.partition("::")[0]
-        for item in items
-    }
-    for item, group in groups.items():
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: groups[item] != "nursery")
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "nursery" if file in NURSERY_FILES else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | None:
+    return ByFile(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the nursery's tests first: they take longest."""
+    items.sort(key=lambda item: item.nodeid.partition("::")[0] not in NURSERY_FILES)
 
 
 @pytest.fixture(scope="session")
