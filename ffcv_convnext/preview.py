@@ -83,7 +83,7 @@ def preview(
     from ffcv_convnext.data.load import TrainLoader
 
     with closing(TrainLoader(for_one_step, device, seed=config.run.seed)) as loader:
-        global_batch = loader.shares.global_batch
+        global_batch = loader.sampler.global_batch
         if not 0 <= step < loader.steps_per_epoch:
             raise ValueError(f"--step {step}: an epoch of this run has the steps 0 to {loader.steps_per_epoch - 1}")
         if num is not None and not 1 <= num <= global_batch:
@@ -124,8 +124,6 @@ def _facts(config: Config, epoch: int, step: int, steps_per_epoch: int, num: int
 
 def images_of_step(config: Config, loader: TrainLoader, device: torch.device, epoch: int, step: int) -> Iterator[Shown]:
     """The images of a step's global batch in turn. A micro-batch is augmented whole, as its images are mixed."""
-    from ffcv_convnext.data.load import COPY
-
     classes = loader.manifest.classes
     augment = TrainAugment(
         config.augment,
@@ -142,9 +140,8 @@ def images_of_step(config: Config, loader: TrainLoader, device: torch.device, ep
             num, _, height, width = images.shape
             policy = augment.draw(num, height, width, step=step_of_run, micro_batch=number).policy
             operations: list[list[str]] = [[]] * num if policy is None else policy.words()
-            copies, samples = np.divmod(listed, COPY)
             for pixels, crop, target, label, words, sample, copy in zip(
-                denormalise(inputs), _arrays(images), targets.cpu(), labels.tolist(), operations, samples, copies,
+                denormalise(inputs), _arrays(images), targets.cpu(), labels.tolist(), operations, listed.indices, listed.copies,
                 strict=True,
             ):  # fmt: skip
                 weights = [(classes[i], w) for i, w in mixing_weights(target, label, config.augment.smoothing)]

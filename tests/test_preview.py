@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from support.runs import train_here
+from support.samples import COPY, pack_all
 from torch import Tensor
 
 from ffcv_convnext.augment import TrainAugment
 from ffcv_convnext.cli import run_command
 from ffcv_convnext.config import Config
 from ffcv_convnext.data.load.loader import TrainLoader
-from ffcv_convnext.data.load.sampler import COPY
 from ffcv_convnext.preview import Shown, _in_ascii, _Page, images_of_step, mixing_weights, preview
 
 CPU = torch.device("cpu")
@@ -92,10 +92,10 @@ def test_a_preview_shows_the_pixels_that_training_fed_to_the_network(
 def test_captions_name_sample_classes_and_the_weights_of_the_targets(settings: dict[str, Any], seen: Seen) -> None:
     config = Config.from_flat(settings)
     loader = TrainLoader(config.data, CPU, seed=0)
-    listed = np.concatenate(list(loader.samples(1, 3))[:2])
+    listed = pack_all(list(loader.samples(1, 3))[:2])
     images = list(images_of_step(config, loader, CPU, 1, 3))
     assert [image.sample for image in images] == listed.tolist()
-    stored = loader.loader.reader.metadata["f1"]
+    stored = loader.decoder.labels
     num_mixed = 0
     for image, target in zip(images, torch.cat([seen[8, 0][2], seen[8, 1][2]]), strict=True):
         assert image.classes[0][0] == loader.manifest.classes[stored[image.sample]], "its own class comes first"
@@ -131,7 +131,7 @@ def test_copies_of_repeated_augmentation_are_numbered(settings: dict[str, Any]) 
     config = Config.from_flat({**settings, "repeated_aug": 2})
     loader = TrainLoader(config.data, CPU, seed=0)
     images = list(images_of_step(config, loader, CPU, 0, 1))
-    listed = np.concatenate(list(loader.samples(0, 1))[:2])
+    listed = pack_all(list(loader.samples(0, 1))[:2])
     assert [image.sample + image.copy * COPY for image in images] == listed.tolist()
     assert [image.copy for image in images] == [0] * 8 + [1] * 8
     loader.close()

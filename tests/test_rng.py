@@ -55,15 +55,15 @@ def test_a_key_of_short_philox_is_a_number_or_a_tensor() -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("epoch", [0, 299, 2**32 - 1])
 def test_numpy_torch_and_numba_agree(seed: int, epoch: int) -> None:
-    decoders = pytest.importorskip("ffcv_convnext.data.load.crops")
+    crops = pytest.importorskip("ffcv_convnext.data.load.crops")
     block = 5
     by_numpy = sample_words(seed, epoch, SAMPLES, Stream.CROP, block)
     by_torch = sample_words(seed, epoch, torch.from_numpy(SAMPLES.astype(np.int64)), Stream.CROP, block)
     for ours, theirs in zip(by_numpy, by_torch, strict=True):
         assert ours.tolist() == theirs.tolist()
         assert uniform(ours).tolist() == uniform(theirs).tolist()
-    draws = np.array([seed, epoch], dtype=np.uint64)
-    by_numba = [decoders._uniforms(draws, sample, np.uint64(Stream.CROP << 16 | block)) for sample in SAMPLES]
+    key, numba_block = crops.Key(np.uint64(seed), np.uint64(epoch)), np.uint64(Stream.CROP << 16 | block)
+    by_numba = [crops.uniforms(key, int(s) & 0xFFFFFFFF, int(s) >> 32, numba_block) for s in SAMPLES]
     assert np.array_equal(np.stack([uniform(w) for w in by_numpy], axis=1), np.array(by_numba))
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ffcv_convnext.bench.compare import Timed
@@ -23,6 +23,9 @@ from ffcv_convnext.config import Config, DataConfig
 from ffcv_convnext.errors import Failure
 from ffcv_convnext.rng import permutation
 from ffcv_convnext.training import Learner, Processes, build_learner, train_step
+
+if TYPE_CHECKING:
+    from ffcv_convnext.data.load import Samples
 
 Batch = tuple[Tensor, Tensor]
 MOST_SAMPLES = 2048  # decoded again and again, so that they come from memory
@@ -33,11 +36,11 @@ class Decoding:
 
     def __init__(self, beton: Path, config: DataConfig, device: torch.device, *, num_workers: int) -> None:
         self.batch_size = config.batch_size
-        from ffcv_convnext.data.load import RandomCropDecoder, SampleLoader
+        from ffcv_convnext.data.load import BatchDecoder, random_crop_kernel
 
-        self.loader = SampleLoader(
+        self.loader = BatchDecoder(
             beton,
-            RandomCropDecoder(config),
+            random_crop_kernel(config),
             num_workers=num_workers,
             batches_ahead=config.batches_ahead,
             device=device,
@@ -47,9 +50,11 @@ class Decoding:
 
     def warm(self, seconds: float) -> None:
         """Decode samples until they are all in memory; what is not reached in that time is left out from then on."""
+        from ffcv_convnext.data.load import Samples
+
         started, num = 0.0, 0
         parts = np.array_split(self.samples, max(1, len(self.samples) // self.batch_size))
-        with closing(self.loader.batches(iter(parts), 0, 0)) as batches:
+        with closing(self.loader.batches(map(Samples.of, parts), 0, 0)) as batches:
             for images, _ in batches:
                 num += len(images)
                 started = started or time.perf_counter()  # the first batch may have waited for compilation
@@ -62,10 +67,12 @@ class Decoding:
         batches: Generator[Batch, None, None] = self.loader.batches(self._lists(size or self.batch_size), 0, 0)
         return batches
 
-    def _lists(self, size: int) -> Iterator[NDArray[np.int64]]:
+    def _lists(self, size: int) -> Iterator[Samples]:
+        from ffcv_convnext.data.load import Samples
+
         at, num = 0, len(self.samples)
         while True:
-            yield self.samples[(at + np.arange(size)) % num]
+            yield Samples.of(self.samples[(at + np.arange(size)) % num])
             at += size
 
     def images_per_s(self, seconds: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ffcv_convnext.data.beton.ffcv_import import importing_ffcv
 
-with importing_ffcv(as_it_comes=True):
+with importing_ffcv(unchanged=True):
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder

@@ -99,14 +99,14 @@ class Run(Learner):
             "best": self.state.best,
             "epoch_loss": asdict(self.tracker.epoch),
             "interval_loss": asdict(self.tracker.interval),
-            "global_batch": self.train_loader.shares.global_batch,
+            "global_batch": self.train_loader.sampler.global_batch,
             "data": self.train_loader.manifest.sha256,
             "config": self.config.flat(),
         }
 
     def restore(self, content: dict[str, Any]) -> None:
         """Take over a checkpoint's state. Raises ValueError when its training data or global batch is another one."""
-        theirs, shares = content["global_batch"], self.train_loader.shares
+        theirs, shares = content["global_batch"], self.train_loader.sampler
         if content["data"] != self.train_loader.manifest.sha256:
             raise ValueError(
                 f"the checkpoint was made on other training data than {self.config.data.data_path}/train.beton; "
@@ -166,7 +166,7 @@ def fit(run: Run) -> dict[str, float]:
                 state.step += 1
                 run.log.advance()
                 if state.step % config.log_every == 0 or state.step == (epoch + 1) * num_steps:
-                    images = (state.step - logged) * run.train_loader.shares.global_batch
+                    images = (state.step - logged) * run.train_loader.sampler.global_batch
                     logged = state.step
                     log_point(run, epoch, throughput, images)
                 stopping = run.processes.any(stop.requested)

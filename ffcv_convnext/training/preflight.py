@@ -32,9 +32,9 @@ def check_config(config: Config, world: int) -> Plan:
     """
     train, val = (_manifest(config.data.data_path, split) for split in ("train", "val"))
     check_same_classes(train, val, config.data.data_path)
-    from ffcv_convnext.data.load import Shares
+    from ffcv_convnext.data.load import GlobalBatchSampler
 
-    shares = Shares(config.data.batch_size, config.for_world(world).data.update_freq, world)
+    shares = GlobalBatchSampler(config.data.batch_size, config.for_world(world).data.update_freq, world)
     steps_per_epoch = shares.num_steps(train.num_samples)
     with torch.device("meta"):
         network = build_model(config.model, count_classes(config.model, len(train.classes)))

@@ -229,7 +229,7 @@ def build_run(config: Config, processes: Processes, train_loader: TrainLoader, v
     facts = {
         "n_parameters": parameters,
         "num_classes": num_classes,
-        "global_batch": train_loader.shares.global_batch,
+        "global_batch": train_loader.sampler.global_batch,
         "steps_per_epoch": train_loader.steps_per_epoch,
         "data": {"train": train_loader.manifest.sha256, "val": val_loader.manifest.sha256},
         "images": {"train": train_loader.num_samples, "val": val_loader.num_samples},
@@ -259,7 +259,7 @@ def _network(config: Config, num_classes: int, device: torch.device) -> nn.Modul
 
 
 def _announce(run: Run, parameters: int) -> None:
-    config, shares, loader = run.config, run.train_loader.shares, run.train_loader
+    config, shares, loader = run.config, run.train_loader.sampler, run.train_loader
     log.info(
         "%s, %.2f M parameters, %d classes; %d training and %d validation images",
         config.model.model,
@@ -325,7 +325,7 @@ def _resume(run: Run) -> None:
 
 def _announce_world(run: Run, update_freq: int) -> None:
     """Say so when the run was on another number of processes. update_freq: what it had there."""
-    shares = run.train_loader.shares
+    shares = run.train_loader.sampler
     if update_freq != shares.update_freq:
         log.info(
             "it was made on %d processes with update_freq %d and continues on %d with %d: the same global batch of %d, "

@@ -1,6 +1,6 @@
 """Decodes mutated samples in memory whose every edge is guarded; test_faults.py runs it in a process of its own.
 
-The decoders are the real ones, in SampleLoaders of real .beton files. The mapped file, every scratch buffer and the
+The decoders are the real ones, in BatchDecoders of real .beton files. The mapped file, every scratch buffer and the
 images end where a page begins that cannot be touched, and begin behind bytes that must stay as they are: reading or
 writing behind an end kills the process, writing before a beginning is found afterwards. Scratch has the size that
 the decoder asks for in a file of this one sample, so that its end is near. Where a mutated image is decoded without
@@ -24,12 +24,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from ffcv.fields import IntField, RGBImageField
-from ffcv.pipeline.state import State
+from ffcv.reader import Reader
 from ffcv.types import ALLOC_TABLE_TYPE, HeaderType
 from ffcv.writer import DatasetWriter
 from numpy.typing import NDArray
@@ -40,14 +41,14 @@ from ffcv_convnext.config import DataConfig
 from ffcv_convnext.data.codec.decode import OK, REASONS
 from ffcv_convnext.data.codec.recompress import restart_interval
 from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
-from ffcv_convnext.data.load.crops import CenterCropDecoder, CropDecoder, RandomCropDecoder, WorkerScratch
-from ffcv_convnext.data.load.loader import SampleLoader
-from ffcv_convnext.data.load.sources import MappedFile, Stored
+from ffcv_convnext.data.load.crops import CropKernel, Key, center_crop_kernel, random_crop_kernel
+from ffcv_convnext.data.load.decoder import BatchDecoder
+from ffcv_convnext.data.load.sampler import Samples
+from ffcv_convnext.data.load.sources import Mmap, Stored
 
 Bytes = NDArray[np.uint8]
 PAGE, PATTERN, SIZE = mmap.PAGESIZE, 0xA5, 32
 LIBC = ctypes.CDLL(None, use_errno=True)
-STATE = State(jit_mode=True, device=torch.device("cpu"), shape=(), dtype=np.dtype(np.uint8))
 LONGEST = 1 << 20  # bytes; no mutated image is longer
 MAP_NORESERVE = 0x4000  # a damaged table asks for much more than is ever touched
 SAMPLING = (0x111111, 0x211111, 0x221111, 0x121111, 0x411111)  # as cv2 names them
@@ -77,26 +78,28 @@ class Guarded:
 
 
 class Bench:
-    """A loader's decoder at work on guarded memory, one list of samples at a time, in this thread."""
+    """A decoder at work on guarded memory, one list of samples at a time, in this thread."""
 
-    def __init__(self, beton: Path, decoder: CropDecoder) -> None:
-        self.loader = SampleLoader(beton, decoder, num_workers=1, batches_ahead=1, device=torch.device("cpu"))
-        self.decoder, self.metadata, self.most_bytes = decoder, decoder.metadata, decoder.most_bytes
-        num = len(self.loader)
-        self.scratch = [Guarded(size + LONGEST) for size in self.place_scratch()]
+    def __init__(self, beton: Path, kernel: CropKernel) -> None:
+        self.decoder = BatchDecoder(beton, kernel, num_workers=1, batches_ahead=1, device=torch.device("cpu"))
+        num = len(self.decoder)
+        self.scratch: list[Guarded] = []
+        self.place_scratch(self.decoder.rows, self.decoder.source.max_bytes)
         self.images, self.status = Guarded(num * SIZE * SIZE * 3), Guarded(num * 4)
 
-    def place_scratch(self) -> list[int]:
-        """Give the decoder the scratch that it asks for; returns the sizes in bytes."""
-        _, queries = self.decoder.declare_state_and_memory(STATE)
-        queries = [query for query in queries if isinstance(query, WorkerScratch)]
-        sizes = [int(np.prod(query.shape, dtype=object)) * query.dtype.itemsize for query in queries]
-        if hasattr(self, "scratch"):
-            self.loader.scratch.memory = tuple(
-                guarded.last(size).view(query.dtype).reshape(query.shape)
-                for guarded, size, query in zip(self.scratch, sizes, queries, strict=True)
-            )
-        return sizes
+    def place_scratch(self, rows: NDArray[Any], max_bytes: int) -> None:
+        """Give the decoder the scratch that its kernel needs for these samples, its end at a guarded page."""
+        guarded = iter(self.scratch)
+
+        def allocate(size: int, dtype: Any) -> NDArray[Any]:
+            num_bytes = size * np.dtype(dtype).itemsize
+            memory = next(guarded, None)
+            if memory is None:
+                memory = Guarded(num_bytes + LONGEST)
+                self.scratch.append(memory)
+            return memory.last(num_bytes).view(dtype)
+
+        self.decoder._own.scratch = self.decoder.kernel.scratch(rows, max_bytes, allocate)
 
     def decode(self, samples: list[int], stored: Stored, draws: tuple[int, int]) -> tuple[Bytes, NDArray[np.int32]]:
         """Images (n, SIZE, SIZE, 3) and status (n,) as views.   draws: seed, epoch."""
@@ -104,15 +107,13 @@ class Bench:
         images = self.images.last(num * SIZE * SIZE * 3).reshape(num, SIZE, SIZE, 3)
         status = self.status.last(num * 4).view(np.int32)
         status[:] = -1
-        data = SimpleNamespace(wait=lambda: stored)
-        batch = SimpleNamespace(
-            listed=np.array(samples),
-            samples=np.array(samples),
+        batch: Any = SimpleNamespace(
+            samples=Samples.of(np.array(samples)),
+            data=SimpleNamespace(wait=lambda: stored),
+            images=torch.from_numpy(images),
             status=status,
-            data=data,
-            draws=np.array(draws, dtype=np.uint64),
         )
-        self.loader._decode(batch, (images, np.empty((num, 1), np.int64)), slice(0, num))
+        self.decoder._decode(batch, slice(0, num), Key(np.uint64(draws[0]), np.uint64(draws[1])))
         for guarded in (*self.scratch, self.images, self.status):
             guarded.check()
         return images, status
@@ -121,15 +122,14 @@ class Bench:
         self, sample: int, num_bytes: int, stored: Stored, draws: tuple[int, int], fill: int
     ) -> tuple[Bytes, int]:
         """Image and status, with scratch as for a file that holds nothing else, all its bytes equal to `fill`."""
-        self.decoder.metadata, self.decoder.most_bytes = self.metadata[sample : sample + 1], num_bytes
-        self.place_scratch()
-        for memory in self.loader.scratch.memory:
+        self.place_scratch(self.decoder.rows[sample : sample + 1], num_bytes)
+        for memory in self.decoder._own.scratch:
             memory.view(np.uint8)[:] = fill
         images, status = self.decode([sample], stored, draws)
         return images[0].copy(), int(status[0])
 
     def close(self) -> None:
-        self.loader.close()
+        self.decoder.close()
 
 
 # --- mutations of a JPEG: each changes `jpeg`; `others` are more of the same size -------------------------------
@@ -307,9 +307,9 @@ def encodings(width: int, height: int, index: int) -> list[bytes]:
     return [*found, cmyk.getvalue()]
 
 
-def decoders() -> list[CropDecoder]:
+def kernels() -> list[CropKernel]:
     config = DataConfig(input_size=SIZE)
-    return [RandomCropDecoder(config), CenterCropDecoder(config)]
+    return [random_crop_kernel(config), center_crop_kernel(config)]
 
 
 # --- two kinds of attack -----------------------------------------------------------------------------------------
@@ -317,20 +317,20 @@ def decoders() -> list[CropDecoder]:
 
 def attack_images(betons: list[Path], num: int, seed: int, first: int, seen: Counter[str]) -> None:
     """Mutate one stored image at a time; it is the last thing in the file, so that reading past it shows."""
-    benches = [[Bench(beton, decoder) for decoder in decoders()] for beton in betons]
+    benches = [[Bench(beton, kernel) for kernel in kernels()] for beton in betons]
     file = Guarded(max(beton.stat().st_size for beton in betons) + LONGEST)
     kinds = {}
     for which, (bench, _) in enumerate(benches):
-        table = bench.loader.reader.metadata["f0"]
+        table = bench.decoder.rows
         for sample in range(len(table)):
             width, height = int(table["width"][sample]), int(table["height"][sample])
             kinds[which, sample] = encodings(width, height, sample)
     for number in range(first, first + num):
         draw = random.Random(f"{seed} {number}")
         which = draw.randrange(len(benches))
-        loader = benches[which][0].loader
-        sample = draw.randrange(len(loader))
-        row = loader.reader.metadata["f0"][sample]
+        decoder = benches[which][0].decoder
+        sample = draw.randrange(len(decoder))
+        row = decoder.rows[sample]
         original = draw.choice(kinds[which, sample])
         is_good = row["mode"] == 0 and original != kinds[which, sample][-1]  # libturbojpeg makes no RGB of CMYK
         if row["mode"] != 0 and draw.random() < 0.5:
@@ -344,7 +344,7 @@ def attack_images(betons: list[Path], num: int, seed: int, first: int, seen: Cou
         content[start:] = np.frombuffer(jpeg, np.uint8)
         seen["mutated" if jpeg != original else "unmutated"] += 1
         for bench in benches[which]:
-            stored, draws = mapped(bench.loader).stored, (seed, number)
+            stored, draws = mapped(bench.decoder).stored, (seed, number)
             sizes = np.where(stored.addresses == start, np.uint64(len(jpeg)), stored.sizes)
             stored = stored._replace(content=content, sizes=sizes)
             image, status = bench.decode_one(sample, len(jpeg), stored, draws, fill=0)
@@ -371,9 +371,7 @@ def attack_tables(betons: list[Path], rounds: int, seed: int, seen: Counter[str]
         shutil.copyfile(beton, damaged)
         content = np.memmap(damaged, np.uint8, "r+")
         header = content[: HeaderType.itemsize].view(HeaderType)[0]
-        bench = Bench(beton, decoders()[0])
-        reader = bench.loader.reader
-        bench.close()
+        reader = Reader(str(beton))
         start = HeaderType.itemsize + reader.field_descriptors.nbytes
         table = content[start : start + reader.metadata.nbytes].view(reader.metadata.dtype)
         allocations = content[int(header["alloc_table_ptr"]) :].view(ALLOC_TABLE_TYPE)
@@ -406,18 +404,17 @@ def attack_tables(betons: list[Path], rounds: int, seed: int, seen: Counter[str]
         file = Guarded(content.size)
         whole = file.last(content.size)
         whole[:] = content
-        for decoder in decoders():
-            bench = Bench(damaged, decoder)
-            bench.place_scratch()
-            stored = mapped(bench.loader).stored._replace(content=whole)
+        for kernel in kernels():
+            bench = Bench(damaged, kernel)
+            stored = mapped(bench.decoder).stored._replace(content=whole)
             _, status = bench.decode(list(range(len(table))), stored, (seed, number))
             seen.update(describe(int(each)) for each in status)
             bench.close()
 
 
-def mapped(loader: SampleLoader) -> MappedFile:
-    assert isinstance(loader.file, MappedFile)
-    return loader.file
+def mapped(decoder: BatchDecoder) -> Mmap:
+    assert isinstance(decoder.source, Mmap)
+    return decoder.source
 
 
 def describe(status: int) -> str:

@@ -22,7 +22,7 @@ from support.runs import assert_same_training, train_here
 from ffcv_convnext.config import Config, DataConfig
 from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
 from ffcv_convnext.data.load.loader import TrainLoader
-from ffcv_convnext.data.load.sampler import Shares, eval_batches
+from ffcv_convnext.data.load.sampler import GlobalBatchSampler, eval_batches
 from ffcv_convnext.training import evaluate_only, read_lines
 from ffcv_convnext.training.checkpoint import LAST, read_checkpoint
 from ffcv_convnext.training.distributed import Processes
@@ -69,9 +69,12 @@ def test_two_processes_read_the_samples_of_one(beton_dir: Path) -> None:
         loader.close()
 
     def lists(update_freq: int, world: int) -> list[list[int]]:
-        shares = Shares(8, update_freq, world)
+        shares = GlobalBatchSampler(8, update_freq, world)
         ranks = [list(shares.micro_batches(80, seed=3, epoch=1, rank=rank)) for rank in range(world)]
-        return [ranks[m % world][m // world].tolist() for m in range(10 // (update_freq * world) * update_freq * world)]
+        return [
+            ranks[m % world][m // world].indices.tolist()
+            for m in range(10 // (update_freq * world) * update_freq * world)
+        ]
 
     assert lists(2, 1) == lists(1, 2)
     assert lists(4, 1) == lists(2, 2) == lists(1, 4)
@@ -133,7 +136,7 @@ def test_a_signal_to_one_process_stops_both_and_one_can_continue(
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_evaluation_takes_each_sample_once(num_samples: int, world: int) -> None:
     shares = [eval_batches(num_samples, 4, rank, world) for rank in range(world)]
-    assert np.concatenate([batch for share in shares for batch in share]).tolist() == list(range(num_samples))
+    assert np.concatenate([batch.indices for share in shares for batch in share]).tolist() == list(range(num_samples))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 

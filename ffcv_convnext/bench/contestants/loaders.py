@@ -39,14 +39,14 @@ def _ours(beton: str, num_workers: int, interpolation: str) -> Contestant:
     import torch
 
     from ffcv_convnext.config import Config
-    from ffcv_convnext.data.load import RandomCropDecoder, SampleLoader, Shares
+    from ffcv_convnext.data.load import BatchDecoder, GlobalBatchSampler, random_crop_kernel
 
     imports_done()
     config = Config.from_flat({"input_size": SIZE, "train_interpolation": interpolation}).data
-    loader = SampleLoader(
-        Path(beton), RandomCropDecoder(config), num_workers=num_workers, batches_ahead=3, device=torch.device("cpu")
+    loader = BatchDecoder(
+        Path(beton), random_crop_kernel(config), num_workers=num_workers, batches_ahead=3, device=torch.device("cpu")
     )
-    shares = Shares(BATCH, 1, 1)
+    shares = GlobalBatchSampler(BATCH, 1, 1)
     epochs = iter(range(1 << 30))
 
     def work() -> int:

@@ -1,5 +1,29 @@
-"""What a .beton is. `tables` and `writer` need ffcv and are imported by name."""
+"""What a .beton is.
 
-from ffcv_convnext.data.beton.manifest import Manifest, SkippedFile, Split, check_header, tables_digest
+Imports neither ffcv nor numba. `beton.tables` and `beton.writer` do, and are imported by name.
+"""
 
-__all__ = ["Manifest", "SkippedFile", "Split", "check_header", "tables_digest"]
+from ffcv_convnext.data.beton.layout import (
+    CONVERT_AGAIN,
+    JPG,
+    RAW,
+    EncodedImage,
+    Page,
+    check_header,
+    tables_digest,
+)
+from ffcv_convnext.data.beton.manifest import Manifest, SkippedFile, Split, encode_file_list
+
+__all__ = [
+    "CONVERT_AGAIN",
+    "JPG",
+    "RAW",
+    "EncodedImage",
+    "Manifest",
+    "Page",
+    "SkippedFile",
+    "Split",
+    "check_header",
+    "encode_file_list",
+    "tables_digest",
+]

@@ -1,4 +1,4 @@
-"""Importing FFCV without what that does besides."""
+"""Import ffcv without its side effects."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def importing_ffcv(*, as_it_comes: bool = False) -> Iterator[None]:
-    """What is imported inside may import ffcv: PyTorch's number of threads stays, and it takes three seconds less.
+def importing_ffcv(*, unchanged: bool = False) -> Iterator[None]:
+    """Keep PyTorch's thread count and skip a slow compilation while the body imports ffcv.
 
-    FFCV sets that number to 1. And it keeps the numbers of its two image modes in a dictionary of numba's, for which
-    numba compiles at every start; a plain dictionary takes its place: Python code reads it, in FFCV too.
-    as_it_comes: without that, to measure stock FFCV.   An ffcv that was imported before stays as it is.
+    Importing ffcv sets PyTorch's thread count to 1. It also stores two constants in a numba dictionary, which numba
+    compiles at every start (3 s); a plain dict replaces it, which ffcv's Python code reads as well.
+
+    unchanged: import ffcv as it is, to measure stock FFCV.   Has no effect if ffcv is already imported.
     """
     import numba.typed
     import torch
 
-    num_threads, numba_s = torch.get_num_threads(), numba.typed.Dict
-    if not as_it_comes:
+    num_threads, numba_dict = torch.get_num_threads(), numba.typed.Dict
+    if not unchanged:
         numba.typed.Dict = dict
     try:
         yield
     finally:
-        numba.typed.Dict = numba_s
+        numba.typed.Dict = numba_dict
         torch.set_num_threads(num_threads)

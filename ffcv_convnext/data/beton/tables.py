@@ -1,7 +1,7 @@
-"""A .beton's tables as arrays, read without trusting them; for looking at a file, not for loading from it.
+"""A .beton's tables as arrays, read without trusting them: for checking a file, not for loading from it.
 
-FFCV's own Reader takes whatever the header says. Here every place is compared with the file's size first, and image
-and label are found by their kind, so that a file of stock FFCV with other field names can be looked at too.
+FFCV's Reader trusts the header. Here every address is compared with the file's size first, and image and label are
+found by their field type, so that a file of stock FFCV with other field names can be checked too.
 """
 
 from __future__ import annotations
@@ -18,73 +18,86 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffcv_convnext.data.beton.ffcv_import import importing_ffcv
-from ffcv_convnext.data.beton.manifest import AGAIN
+from ffcv_convnext.data.beton.layout import ALLOCATION, CONVERT_AGAIN, FIELD, HEADER, VERSION, read_header
 
 with importing_ffcv():
     from ffcv.fields import IntField, RGBImageField
-    from ffcv.fields.rgb_image import IMAGE_MODES
-    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_handlers, get_metadata_type
+    from ffcv.types import get_handlers, get_metadata_type
 
-JPG, RAW = int(IMAGE_MODES["jpg"]), int(IMAGE_MODES["raw"])
 UNKNOWN = -1  # as a length or an owner: the allocation table has no entry for the sample's address
 SPLITS = ("train", "val")
 
 
 class UnreadableTables(ValueError):
-    """A file whose header leads nowhere: nothing can be said about its samples."""
+    """A file without a usable header: nothing is known about its samples."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """What a .beton says about its n samples. Nothing here is checked but that the tables lie in the file."""
+    """What a .beton states about its n samples. Only the position of the tables has been checked."""
 
     path: Path
     num_bytes: int
     fields: tuple[str, ...]
     page_size: int  # bytes; FFCV writes no image that is larger than a page
-    pages_start: int  # where the sample table ends; pages begin here or behind it
+    pages_start: int  # where the sample table ends; pages begin here or later
     pages_end: int  # where the allocation table begins
     num_allocations: int  # whole entries of that table
-    modes: NDArray[np.int64]  # (n,) JPG, RAW or something unknown
+    modes: NDArray[np.int64]  # (n,) JPG, RAW or an unknown number
     widths: NDArray[np.int64]  # (n,) pixels
     heights: NDArray[np.int64]
-    labels: NDArray[np.int64] | None  # (n,); none: no field of integers
+    labels: NDArray[np.int64] | None  # (n,); None: the file has no integer field
     addresses: NDArray[np.int64]  # (n,) first byte of the stored image
     lengths: NDArray[np.int64]  # (n,) bytes of the stored image, or UNKNOWN
-    owners: NDArray[np.int64]  # (n,) the sample to which the allocation table gives that data, or UNKNOWN
+    owners: NDArray[np.int64]  # (n,) the sample that the allocation table gives for that address, or UNKNOWN
 
     def __len__(self) -> int:
         return len(self.modes)
 
     @property
     def in_pages(self) -> NDArray[np.bool_]:
-        """(n,) whether a sample's data is known to lie where the pages are."""
+        """(n,) whether a sample's data lies between the first page and the allocation table."""
         inside = (self.addresses >= self.pages_start) & (self.addresses <= self.pages_end)
         inside &= (self.lengths > 0) & (self.lengths <= self.pages_end - self.addresses)
         return inside & (self.lengths <= self.page_size)
 
+    def page_start(self, page: int, num_pages: int) -> int:
+        """Return the address of a page (from 0) in a file of `num_pages` pages.
+
+        Pages end where the allocation table begins; before the first one there may be unused bytes.
+        """
+        return self.pages_end - (num_pages - page) * self.page_size
+
+    def samples_in_page(self, page: int, num_pages: int) -> NDArray[np.int64]:
+        """Return the samples whose data begins in a page."""
+        start = self.page_start(page, num_pages)
+        offsets = self.addresses - start
+        inside: NDArray[np.int64] = np.flatnonzero((offsets >= 0) & (offsets < self.page_size))
+        return inside
+
 
 def read_tables(beton: Path) -> Tables:
-    """Raises UnreadableTables, a ValueError of one line, when the file has no usable header or no images.
+    """Read the tables of a .beton.
 
-    A cut-off allocation table is read as far as it goes; the samples that it lacks have the length UNKNOWN.
+    Samples that are missing in a truncated allocation table have the length UNKNOWN.   Raises UnreadableTables, a
+    ValueError of one line, if the file has no usable header or no images.
     """
     num_bytes = beton.stat().st_size
-    if num_bytes < HeaderType.itemsize:
-        raise UnreadableTables(f"{beton} has {num_bytes} bytes, less than a header: no FFCV file; {AGAIN}")
-    header = np.fromfile(beton, HeaderType, 1)[0]
-    if header["version"] != CURRENT_VERSION:
+    if num_bytes < HEADER.itemsize:
+        raise UnreadableTables(f"{beton} has {num_bytes} bytes, less than a header: not an FFCV file; {CONVERT_AGAIN}")
+    header = read_header(beton)
+    if header["version"] != VERSION:
         raise UnreadableTables(
-            f"{beton} does not begin with FFCV's version number {CURRENT_VERSION} (found {header['version']}): "
-            f"no FFCV file, or a damaged one; {AGAIN}"
+            f"{beton} does not begin with FFCV's version number {VERSION} (found {header['version']}): "
+            f"not an FFCV file, or damaged; {CONVERT_AGAIN}"
         )
     names, row_type, start = _fields(beton, int(header["num_fields"]), num_bytes)
     num_samples, pages_end = int(header["num_samples"]), int(header["alloc_table_ptr"])
     pages_start = start + num_samples * row_type.itemsize
     if not pages_start <= min(pages_end, num_bytes):
         raise UnreadableTables(
-            f"{beton}: a table of {num_samples} samples does not fit into it ({num_bytes} bytes): cut off, or a "
-            f"damaged header; copy it again, or {AGAIN}"
+            f"{beton}: a table of {num_samples} samples does not fit into the file ({num_bytes} bytes): truncated or a "
+            f"damaged header; copy it again, or {CONVERT_AGAIN}"
         )
     rows = np.fromfile(beton, row_type, num_samples, offset=start)
     image, label = (
@@ -95,8 +108,8 @@ def read_tables(beton: Path) -> Tables:
         raise UnreadableTables(
             f"{beton} has no images, only {', '.join(names)}; write image, label with write_ffcv_dataset.py"
         )
-    room = max(0, num_bytes - pages_end) // ALLOC_TABLE_TYPE.itemsize
-    table = np.fromfile(beton, ALLOC_TABLE_TYPE, room, offset=pages_end if room else 0)
+    room = max(0, num_bytes - pages_end) // ALLOCATION.itemsize
+    table = np.fromfile(beton, ALLOCATION, room, offset=pages_end if room else 0)
     table = table[np.argsort(table["ptr"], kind="stable")]
     wanted = rows[image]["data_ptr"]
     entries = np.searchsorted(table["ptr"], wanted)
@@ -117,45 +130,47 @@ def read_tables(beton: Path) -> Tables:
         widths=rows[image]["width"].astype(np.int64),
         heights=rows[image]["height"].astype(np.int64),
         labels=None if label is None else rows[label].astype(np.int64),
-        addresses=wanted.astype(np.int64),  # from 2**63 on they become negative: outside either way
+        addresses=wanted.astype(np.int64),  # values from 2**63 on become negative: outside the file in either case
         lengths=lengths,
         owners=owners,
     )
 
 
 def _fields(beton: Path, num_fields: int, num_bytes: int) -> tuple[tuple[str, ...], np.dtype[Any], int]:
-    """The fields' names, the type of a row of the sample table, and where that table begins."""
-    start = HeaderType.itemsize + num_fields * FieldDescType.itemsize
+    """Return the fields' names, the dtype of a row of the sample table, and the table's address."""
+    start = HEADER.itemsize + num_fields * FIELD.itemsize
     if not num_fields or start > num_bytes:
-        raise UnreadableTables(f"{beton}: {num_fields} field descriptors do not fit into it: damaged; {AGAIN}")
-    descriptors = np.fromfile(beton, FieldDescType, num_fields, offset=HeaderType.itemsize)
+        raise UnreadableTables(
+            f"{beton}: {num_fields} field descriptors do not fit into the file: damaged; {CONVERT_AGAIN}"
+        )
+    descriptors = np.fromfile(beton, FIELD, num_fields, offset=HEADER.itemsize)
     names = tuple(bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace") for name in descriptors["name"])
     try:
         row_type = get_metadata_type(get_handlers(descriptors))
-    except Exception as error:  # whatever a broken or custom descriptor makes FFCV stumble over
+    except Exception as error:  # FFCV raises anything on broken or custom descriptors
         raise UnreadableTables(
-            f"{beton}: the fields {', '.join(names)} cannot be read ({type(error).__name__}): damaged, or of a kind "
-            "of its own; write image, label with write_ffcv_dataset.py"
+            f"{beton}: the fields {', '.join(names)} cannot be read ({type(error).__name__}): damaged, or of a custom "
+            "type; write image, label with write_ffcv_dataset.py"
         ) from None
     return names, row_type, start
 
 
 def damaged_pages(tables: Tables, page_crc32: Sequence[int], num_workers: int = 1) -> list[int]:
-    """The numbers of the pages, from 0, whose bytes differ from what the manifest has of them; all are read."""
-    start = tables.pages_end - len(page_crc32) * tables.page_size
+    """Return the numbers of the pages, from 0, whose bytes differ from the manifest's checksums. Reads all pages."""
+    num_pages = len(page_crc32)
 
     def crc32(page: int) -> int:
-        return zlib.crc32(os.pread(file.fileno(), tables.page_size, start + page * tables.page_size))
+        return zlib.crc32(os.pread(file.fileno(), tables.page_size, tables.page_start(page, num_pages)))
 
     with open(tables.path, "rb") as file, ThreadPoolExecutor(num_workers, thread_name_prefix="verify") as pool:
-        found = list(pool.map(crc32, range(len(page_crc32))))
-    return [page for page, (here, stated) in enumerate(zip(found, page_crc32, strict=True)) if here != stated]
+        found = list(pool.map(crc32, range(num_pages)))
+    return [page for page, (actual, expected) in enumerate(zip(found, page_crc32, strict=True)) if actual != expected]
 
 
 def find_betons(path: Path) -> list[Path]:
-    """The .beton at `path`, or train.beton and val.beton of the folder; at least one of them exists.
+    """Return the .beton at `path`, or train.beton and val.beton of the folder; at least one of them exists.
 
-    One that is missing while its manifest is there is named too. Raises FileNotFoundError when there is none.
+    A .beton that is missing although its manifest exists is included.   Raises FileNotFoundError if there is none.
     """
     if path.is_file():
         return [path]
@@ -172,5 +187,5 @@ def find_betons(path: Path) -> list[Path]:
 
 
 def shown(text: str) -> str:
-    """Text that any terminal in UTF-8 can print: bytes of a file name that are not UTF-8 are written \\udc.."""
+    """Return text that any UTF-8 terminal can print: other bytes of a file name become escapes."""
     return text.encode("utf-8", "backslashreplace").decode()

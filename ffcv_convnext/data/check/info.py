@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_convnext.data.beton.manifest import Manifest, SkippedFile, tables_digest
-from ffcv_convnext.data.beton.tables import JPG, RAW, Tables, find_betons, read_tables, shown
+from ffcv_convnext.data.beton import JPG, RAW, Manifest, SkippedFile, tables_digest
+from ffcv_convnext.data.beton.tables import Tables, find_betons, read_tables, shown
 from ffcv_convnext.data.codec.crop import HEIGHT, INTERVAL, MCU_HEIGHT, MCU_WIDTH, NUM_COMPONENTS, WIDTH, read_layout
 from ffcv_convnext.formatting import format_bytes
 

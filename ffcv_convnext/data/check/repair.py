@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ffcv_convnext.data.beton.manifest import Manifest
-from ffcv_convnext.data.beton.tables import JPG, Tables, damaged_pages, find_betons, read_tables
+from ffcv_convnext.data.beton import JPG, Manifest
+from ffcv_convnext.data.beton.tables import Tables, damaged_pages, find_betons, read_tables
 from ffcv_convnext.data.convert.encode import Encoding, ImageError, encode_content
 
 
@@ -49,18 +49,15 @@ def _repair_file(beton: Path, num_workers: int) -> list[RepairedPage]:
         return []
     files = manifest.original_files(beton)
     repaired = []
+    num_pages = len(manifest.page_crc32)
     with open(beton, "r+b", buffering=0) as file:
         for page in damaged:
             content = _make_page(page, manifest, tables, files)
             if isinstance(content, bytes):
-                os.pwrite(file.fileno(), content, _first_page(tables, manifest) + page * tables.page_size)
+                os.pwrite(file.fileno(), content, tables.page_start(page, num_pages))
                 os.fsync(file.fileno())
             repaired.append(RepairedPage(str(beton), page, content if isinstance(content, str) else None))
     return repaired
-
-
-def _first_page(tables: Tables, manifest: Manifest) -> int:
-    return tables.pages_end - len(manifest.page_crc32) * tables.page_size
 
 
 def _make_page(page: int, manifest: Manifest, tables: Tables, files: list[str] | None) -> bytes | str:
@@ -74,8 +71,8 @@ def _make_page(page: int, manifest: Manifest, tables: Tables, files: list[str] |
         max_bytes=tables.page_size,
     )
     content = np.zeros(tables.page_size, np.uint8)
-    begin = _first_page(tables, manifest) + page * tables.page_size
-    inside = np.flatnonzero((tables.addresses >= begin) & (tables.addresses < begin + tables.page_size))
+    num_pages = len(manifest.page_crc32)
+    begin, inside = tables.page_start(page, num_pages), tables.samples_in_page(page, num_pages)
     for sample in inside.tolist():
         original = Path(manifest.source) / files[sample]
         try:

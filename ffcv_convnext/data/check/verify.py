@@ -21,10 +21,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_convnext.data.beton.manifest import AGAIN, Manifest
+from ffcv_convnext.data.beton import CONVERT_AGAIN as AGAIN
+from ffcv_convnext.data.beton import JPG, RAW, Manifest
 from ffcv_convnext.data.beton.tables import (
-    JPG,
-    RAW,
     Tables,
     UnreadableTables,
     damaged_pages,
@@ -244,10 +243,8 @@ def _page_problems(tables: Tables, manifest: Manifest, num_workers: int) -> list
     num_pages = len(manifest.page_crc32)
     if tables.pages_end - tables.pages_start < num_pages * tables.page_size:
         return [f"has no room for the {num_pages} pages that its manifest states; copy it again, or {AGAIN}"]
-    start = tables.pages_end - num_pages * tables.page_size
     for page in damaged_pages(tables, manifest.page_crc32, num_workers):
-        begin = start + page * tables.page_size
-        inside = np.flatnonzero((tables.addresses >= begin) & (tables.addresses < begin + tables.page_size))
+        inside = tables.samples_in_page(page, num_pages)
         samples = f" (samples {inside.min()} to {inside.max()})" if len(inside) else ""
         problems.append(f"page {page}{samples} differs from its checksum: damaged; copy it again, or {AGAIN}")
     return problems

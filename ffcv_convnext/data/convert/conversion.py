@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from ffcv_convnext import __version__
-from ffcv_convnext.data.beton.manifest import Manifest, SkippedFile, Split, encode_file_list, tables_digest
+from ffcv_convnext.data.beton import EncodedImage, Manifest, Page, SkippedFile, Split, encode_file_list, tables_digest
 from ffcv_convnext.data.codec.turbojpeg import MAX_JPEG_SIDE, Subsampling
-from ffcv_convnext.data.convert.encode import EncodedImage, Encoding, Rejected, encode_files
-from ffcv_convnext.data.convert.journal import Page, Progress, Workplace, workplace
+from ffcv_convnext.data.convert.encode import Encoding, Rejected, encode_files
+from ffcv_convnext.data.convert.journal import Progress, Workplace, workplace
 from ffcv_convnext.data.convert.progress import ProgressBar
 from ffcv_convnext.data.convert.source import LAYOUT, ImageFolder, list_classes, scan
 from ffcv_convnext.data.convert.worker_pool import WorkerDied, Workers

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from ffcv_convnext.data.beton import EncodedImage
 from ffcv_convnext.data.codec.recompress import reencode, restart_interval, shrunk_size
 from ffcv_convnext.data.codec.turbojpeg import MAX_JPEG_SIDE, Subsampling, factors, read_header
 
@@ -45,16 +46,6 @@ class Encoding:
     def quality(self) -> int:
         """Of what is encoded anew."""
         return QUALITY_BESIDE_ORIGINALS if self.jpeg_quality == "original" else self.jpeg_quality
-
-
-class EncodedImage(NamedTuple):
-    """A picture as it lies in a .beton."""
-
-    width: int
-    height: int
-    data: bytes  # a JPEG with restart markers, or RGB pixels row by row
-    mode: Literal["jpg", "raw"]
-    is_original: bool = False  # a JPEG with the coefficients of its file
 
 
 class Rejected(NamedTuple):

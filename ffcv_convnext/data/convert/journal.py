@@ -11,15 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-Row = tuple[int, int, int, int, int]  # of a sample: mode, width, height, label, bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """A page of a .beton that is on the disk."""
-
-    crc32: int  # of its bytes, the unused ones at its end included
-    rows: list[Row]
+from ffcv_convnext.data.beton import Page
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from ffcv_convnext.data.beton.manifest import Manifest, Split, encode_file_list, tables_digest
+from ffcv_convnext.data.beton import EncodedImage, Manifest, Page, Split, encode_file_list, tables_digest
 from ffcv_convnext.data.convert.conversion import open_writer, part_name, publish, write_manifest
-from ffcv_convnext.data.convert.encode import EncodedImage, Encoding
-from ffcv_convnext.data.convert.journal import Page, workplace
+from ffcv_convnext.data.convert.encode import Encoding
+from ffcv_convnext.data.convert.journal import workplace
 from ffcv_convnext.errors import Failure
 
 
@@ -115,7 +115,8 @@ def _write(
 
 
 def _samples(parts: Sequence[Path], manifests: Sequence[Manifest]) -> Iterator[tuple[EncodedImage, int]]:
-    from ffcv_convnext.data.beton.tables import JPG, damaged_pages, read_tables
+    from ffcv_convnext.data.beton import JPG
+    from ffcv_convnext.data.beton.tables import damaged_pages, read_tables
 
     for part, manifest in zip(parts, manifests, strict=True):
         tables = read_tables(part)

@@ -1,18 +1,23 @@
-""".beton -> batches on the device."""
+""".beton -> batches on the device. Imports torch, ffcv and numba."""
 
-from ffcv_convnext.data.load.crops import RandomCropDecoder
-from ffcv_convnext.data.load.loader import EvalLoader, SampleError, SampleLoader, TrainLoader
-from ffcv_convnext.data.load.sampler import COPY, Shares
+from ffcv_convnext.data.load.crops import CropKernel, center_crop_kernel, random_crop_kernel
+from ffcv_convnext.data.load.decoder import BatchDecoder, SampleError
+from ffcv_convnext.data.load.device import Batch
+from ffcv_convnext.data.load.loader import EvalLoader, TrainLoader
+from ffcv_convnext.data.load.sampler import GlobalBatchSampler, Samples
 from ffcv_convnext.data.load.sources import ReadError, num_bytes_in_memory
 
 __all__ = [
-    "COPY",
+    "Batch",
+    "BatchDecoder",
+    "CropKernel",
     "EvalLoader",
-    "RandomCropDecoder",
+    "GlobalBatchSampler",
     "ReadError",
     "SampleError",
-    "SampleLoader",
-    "Shares",
+    "Samples",
     "TrainLoader",
+    "center_crop_kernel",
     "num_bytes_in_memory",
+    "random_crop_kernel",
 ]

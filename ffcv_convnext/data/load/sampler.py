@@ -2,12 +2,11 @@
 
 An optimiser step consumes a fixed list of samples, the global batch. It is cut into micro-batches of `batch_size`;
 micro-batch m goes to rank m mod world. So 8 processes x update_freq 4 and 32 x update_freq 1 see the same
-micro-batches, and a run may come back on another number of processes.
+micro-batches, and a run can resume on another number of processes.
 
 With repeated augmentation (Hoffer et al. 2020, "Augment your batch", arXiv:1901.09335; Berman et al. 2019,
-"MultiGrain", arXiv:1902.05509) a global batch holds several copies of each of its samples, and an epoch sees so many
-samples fewer. Copy c of sample s is listed as s + c * COPY: a number of its own, for which crop, flip and filter are
-drawn anew. Copy 0 is the sample itself.
+"MultiGrain", arXiv:1902.05509) a global batch holds several copies of each of its samples, and an epoch sees
+proportionally fewer samples. Crop, flip and filter are drawn for each copy separately; copy 0 is the sample itself.
 """
 
 from __future__ import annotations
@@ -20,34 +19,53 @@ from numpy.typing import NDArray
 
 from ffcv_convnext.rng import Stream, permutation
 
-COPY = 1 << 32  # more than any file has samples
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Samples of a batch."""
+
+    indices: NDArray[np.int64]  # (n,) into the file
+    copies: NDArray[np.int64]  # (n,) number of the copy, from 0
+
+    @classmethod
+    def of(cls, indices: NDArray[np.int64]) -> Samples:
+        """Return copy 0 of each sample."""
+        return cls(indices, np.zeros(len(indices), np.int64))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def part(self, part: slice) -> Samples:
+        """Return some of them."""
+        return Samples(self.indices[part], self.copies[part])
 
 
 @dataclass(frozen=True, slots=True)
-class QuasiRandom:
-    """The order for files larger than memory: FFCV's word for a shuffle that reads page after page.
+class PageShuffle:
+    """Order `quasi_random`: a shuffle for files larger than memory that reads page after page.
 
     An epoch permutes the file's pages and cuts them into windows; inside a window the samples are permuted. So only a
-    window has to be in memory at a time, and the next one can be read in whole pages. As the order is one list for all
-    ranks, they work in the same window, and `Shares` cuts it as it cuts a full shuffle.
+    window has to be in memory at a time, and the next one can be read in whole pages. The order is one list for all
+    ranks, so they work in the same window, and GlobalBatchSampler cuts it like a full shuffle.
     """
 
-    pages: NDArray[np.int64]  # (n,) the page that holds a sample, numbered without gaps
-    offsets: NDArray[np.int64]  # (num_pages,) where a page begins in the file
+    pages: NDArray[np.int64]  # (n,) page that holds a sample, numbered without gaps
+    offsets: NDArray[np.int64]  # (num_pages,) address of a page in the file
     num_windows: int
 
     @classmethod
-    def of(cls, addresses: NDArray[np.uint64], page_size: int, window_bytes: int) -> QuasiRandom:
-        """addresses: (n,) of the samples in the file.   page_size: of that file, bytes.
+    def of(cls, addresses: NDArray[np.uint64], page_size: int, window_bytes: int) -> PageShuffle:
+        """Group the samples by page.
 
-        Windows hold `window_bytes` at most, but one page at least.
+        addresses: (n,) of the samples in the file.   page_size: of that file, bytes.
+        Windows hold at most `window_bytes`, but at least one page.
         """
         numbers, pages = np.unique(addresses // np.uint64(page_size), return_inverse=True)
         num_windows = -(-len(numbers) // max(1, window_bytes // page_size))
         return cls(pages, numbers.astype(np.int64) * page_size, num_windows)
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """(n,) the samples as an epoch takes them: the full shuffle, sorted by window."""
+        """Return (n,) samples in the order of an epoch: the full shuffle, sorted by window."""
         shuffled = permutation(len(self.pages), seed, epoch)
         window = np.empty(len(self.offsets), np.int32)
         for number, pages in enumerate(self._windows(seed, epoch)):
@@ -58,16 +76,16 @@ class QuasiRandom:
         return np.array_split(permutation(len(self.offsets), seed, epoch, Stream.PAGES), self.num_windows)
 
     def pages_ahead(self, seed: int, epoch: int, positions: Iterator[int]) -> Iterator[NDArray[np.int64]]:
-        """For each of some rising positions in the epoch's order, where the pages begin that should be read by now.
+        """Yield, for increasing positions in the epoch's order, the addresses of the pages to read next.
 
-        The next window is read in step with the use of the present one; each page comes once. What would be due
-        before the first position is left out: it is wanted sample by sample, or at once.
+        The next window is read at the pace at which the current one is used; each page comes once. Pages due before
+        the first position are left out: their samples are needed now, and are read one by one.
         """
         windows = self._windows(seed, epoch)
         samples_in = np.bincount(self.pages, minlength=len(self.offsets))
         begins = np.cumsum([0, *(int(samples_in[pages].sum()) for pages in windows)])  # in the order
         ends = np.cumsum([len(pages) for pages in windows])  # in the list of pages
-        due_at_begin = np.append(ends, ends[-1])  # when a window begins, its own pages have been read
+        due_at_begin = np.append(ends, ends[-1])  # when a window begins, its pages have been read
         sequence = self.offsets[np.concatenate(windows)]
         done = None
         for position in positions:
@@ -78,9 +96,9 @@ class QuasiRandom:
 
 
 def is_shuffled(labels: NDArray[np.int64]) -> bool:
-    """Whether neighbours differ in their labels about as often as in a random order, or in class after class.
+    """Return whether neighbours differ in their labels about as often as in a random order.
 
-    labels: (n,) in the order of the file.
+    labels: (n,) in the order of the file.   False for a file stored class by class.
     """
     if len(labels) < 2:
         return True
@@ -90,35 +108,37 @@ def is_shuffled(labels: NDArray[np.int64]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
-    """How a global batch is cut: images in a micro-batch, micro-batches a rank accumulates, number of ranks.
+class GlobalBatchSampler:
+    """Cut an epoch into global batches, and these into the micro-batches of each rank.
 
-    Copies come in rounds, each begun one sample later than the one before: a b c d, b c d a, ... So two copies of a
-    sample are in different micro-batches wherever there are as many of those as copies: BatchNorm sees different
-    samples, and Mixup and CutMix, which pair mirror positions of a micro-batch, pair no sample with itself and each
-    copy with another partner. In fewer micro-batches, at most two samples of one are paired with themselves. Side by
-    side, as DeiT lists them for its ranks to deal out, copies would crowd into one micro-batch here.
+    Copies come in rounds, each starting one sample later than the one before: a b c d, b c d a, ... So two copies of a
+    sample are in different micro-batches if there are at least as many micro-batches as copies: BatchNorm sees
+    different samples, and Mixup and CutMix, which pair mirror positions of a micro-batch, pair no sample with itself
+    and each copy with another partner. With fewer micro-batches, at most two samples of each are paired with
+    themselves. DeiT lists copies side by side, and its ranks take turns; here that would put all copies of a sample
+    into one micro-batch.
     """
 
     batch_size: int
     update_freq: int
     world: int
-    copies: int = 1  # of a sample in a global batch; some have one fewer where this does not divide the global batch
+    copies: int = 1  # of a sample in a global batch; some samples have one fewer if it does not divide the global batch
 
     @property
     def global_batch(self) -> int:
+        """Number of images of an optimiser step."""
         return self.batch_size * self.update_freq * self.world
 
     @property
     def num_different(self) -> int:
-        """Samples in a global batch, copies of one counted once."""
+        """Number of samples in a global batch, not counting further copies."""
         return -(-self.global_batch // self.copies)
 
     def num_steps(self, num_samples: int) -> int:
-        """Optimiser steps in an epoch, as many with copies as without.
+        """Return the number of optimiser steps in an epoch, the same with copies as without.
 
-        What they do not get to, without copies less than a global batch, sits this epoch out.
-        Raises ValueError when not even one global batch can be filled, or has no room for all copies of a sample.
+        Samples left over at the end of an epoch (without copies, fewer than one global batch) are skipped.
+        Raises ValueError if the samples do not fill one global batch, or the copies of one sample exceed it.
         """
         if self.copies > self.global_batch:
             raise ValueError(
@@ -140,30 +160,30 @@ class Shares:
         epoch: int,
         rank: int,
         first_step: int = 0,
-        quasi_random: QuasiRandom | None = None,
-    ) -> Iterator[NDArray[np.int64]]:
-        """A rank's micro-batches of an epoch from optimiser step `first_step` (counted in the epoch) on.
+        page_shuffle: PageShuffle | None = None,
+    ) -> Iterator[Samples]:
+        """Yield a rank's micro-batches of an epoch from optimiser step `first_step` (counted in the epoch) on.
 
-        Each is (batch_size,) int64, sample + copy * COPY; update_freq of them in a row belong to one step.
+        Each has batch_size samples; update_freq of them in a row belong to one step.
         """
-        order = quasi_random.order(seed, epoch) if quasi_random else permutation(num_samples, seed, epoch)
+        order = page_shuffle.order(seed, epoch) if page_shuffle else permutation(num_samples, seed, epoch)
         for step, start in self._starts(num_samples, rank, first_step):
-            copy, place = np.divmod(np.arange(start, start + self.batch_size), self.num_different)
-            yield order[step * self.num_different + (place + copy) % self.num_different] + copy * COPY
+            copies, place = np.divmod(np.arange(start, start + self.batch_size), self.num_different)
+            yield Samples(order[step * self.num_different + (place + copies) % self.num_different], copies)
 
     def positions(self, num_samples: int, rank: int, first_step: int = 0) -> Iterator[int]:
-        """How far the order of an epoch has been used before each of a rank's micro-batches."""
+        """Yield how much of an epoch's order has been used before each of a rank's micro-batches."""
         for step, start in self._starts(num_samples, rank, first_step):
             yield step * self.num_different + min(start, self.num_different)
 
     def _starts(self, num_samples: int, rank: int, first_step: int) -> Iterator[tuple[int, int]]:
-        """A rank's micro-batches: optimiser step in the epoch, and where each begins in the step's global batch."""
+        """Yield a rank's micro-batches: optimiser step in the epoch, and first position in the step's global batch."""
         for step in range(first_step, self.num_steps(num_samples)):
             for m in range(rank, self.update_freq * self.world, self.world):
                 yield step, m * self.batch_size
 
 
-def eval_batches(num_samples: int, batch_size: int, rank: int, world: int) -> list[NDArray[np.int64]]:
-    """A rank's share of range(num_samples), cut into batches: over all ranks each index comes exactly once."""
+def eval_batches(num_samples: int, batch_size: int, rank: int, world: int) -> list[Samples]:
+    """Return a rank's share of range(num_samples) in batches: over all ranks each sample comes exactly once."""
     share = np.array_split(np.arange(num_samples), world)[rank]
-    return [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
+    return [Samples.of(share[i : i + batch_size]) for i in range(0, len(share), batch_size)]

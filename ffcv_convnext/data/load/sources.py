@@ -1,8 +1,9 @@
-"""Where the bytes of stored samples come from: the file mapped into memory, or reads into buffers of our own.
+"""Where the bytes of stored samples come from: a memory-mapped file, or reads into buffers.
 
-Both are told which batches come next and are `_BYTES_AHEAD` ahead of the decoding threads. The mapped file's part is
-to announce them to the kernel, which reads them meanwhile; a page that is in memory already costs a microsecond.
-System calls are made from compiled code, one call a batch, so that no thread waits for Python's lock in between.
+All sources get the coming batches in advance and stay `_BYTES_AHEAD` ahead of the decoding threads. For a mapped file
+they advise the kernel (posix_fadvise), which reads the pages meanwhile; for a page that is already in memory this
+takes a microsecond. System calls are made from compiled code, one call per batch, so that no thread waits for
+Python's lock in between.
 """
 
 from __future__ import annotations
@@ -24,42 +25,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffcv_convnext.data.codec.jit import call, jit
+from ffcv_convnext.data.load.sampler import Samples
 from ffcv_convnext.errors import Failure
 
 log = logging.getLogger(__name__)
 
 _BYTES_AHEAD = 64 << 20  # stored bytes of the batches that are on their way, before any is decoded
-_NUM_READERS = 8  # reads under way at a time: a network disk needs several, each takes milliseconds
-_GAP = 32 << 10  # bytes between two samples that are read along rather than read separately
-_PIECE = 8 << 20  # bytes of a read that brings a whole file into memory
+_NUM_READERS = 8  # concurrent reads; a network disk needs several, because each takes milliseconds
+_GAP = 32 << 10  # two samples closer than this, in bytes, are read with one call
+_PIECE = 8 << 20  # bytes per read while a whole file is loaded into memory
 _PREAD, _FADVISE = range(2)
 _WILL_NEED = os.POSIX_FADV_WILLNEED
 
 
 class ReadError(Failure):
-    """A file of samples that cannot be read any more; the message names it, the place and the reason."""
+    """A file of samples can no longer be read; the message names it, the address and the reason."""
 
 
 class Stored(NamedTuple):
-    """Samples' data in memory: what `decoders.stored_bytes` looks an address up in."""
+    """Stored images in memory, found by their address in the file (`crops.stored_bytes`)."""
 
     content: NDArray[np.uint8]  # read-only
-    addresses: NDArray[np.uint64]  # (k,) sorted: where in the file samples' data begins
-    sizes: NDArray[np.uint64]  # (k,)
-    offsets: NDArray[np.uint64]  # (k,) where in `content` it begins
+    addresses: NDArray[np.uint64]  # (k,) sorted: where in the file images begin
+    sizes: NDArray[np.uint64]  # (k,) bytes
+    offsets: NDArray[np.uint64]  # (k,) where in `content` they begin
 
 
 class Fetch(Protocol):
-    """A batch's data on its way."""
+    """A batch's data while it is read."""
 
     @property
-    def num_bytes(self) -> int: ...
+    def num_bytes(self) -> int:
+        """Bytes that are read."""
 
     def wait(self) -> Stored:
-        """The data, once it is there. Raises ReadError."""
+        """Return the data when it is complete. Raises ReadError."""
 
     def release(self) -> None:
-        """Say that the data is not looked at any more."""
+        """Give the data back; it must not be used any more."""
 
 
 def _functions() -> NDArray[np.int64]:
@@ -70,14 +73,14 @@ def _functions() -> NDArray[np.int64]:
 
 @jit
 def _announce(descriptor, starts, lengths, functions):  # type: ignore[no-untyped-def]
-    """Ask the kernel to read parts of a file; returns when it has taken note."""
+    """Advise the kernel to read parts of a file soon."""
     for i in range(len(starts)):
         call(functions[_FADVISE], (np.int64(descriptor), starts[i], lengths[i], np.int64(_WILL_NEED)))
 
 
 @jit
 def _read_parts(descriptor, starts, lengths, places, content, functions):  # type: ignore[no-untyped-def]
-    """Read parts of a file to places in `content`; returns how many came completely, in their order."""
+    """Read parts of a file to places in `content`; return how many were read completely, in their order."""
     for i in range(len(starts)):
         done = np.int64(0)
         while done < lengths[i]:
@@ -89,11 +92,13 @@ def _read_parts(descriptor, starts, lengths, places, content, functions):  # typ
     return len(starts)
 
 
-class _SampleFile(ABC):
-    """An open .beton with the table that tells how long each sample's data is."""
+class SampleSource(ABC):
+    """An open .beton with the addresses and sizes of its samples' data.
+
+    samples: (n,) address of each sample's data.   table: FFCV's allocation table, with `ptr` and `size`.
+    """
 
     def __init__(self, beton: Path, samples: NDArray[np.uint64], table: NDArray[Any]) -> None:
-        """samples: (n,) address of each sample's data.   table: FFCV's allocation table, `ptr` and `size` of data."""
         self.beton = beton
         self.samples = samples
         order = np.argsort(table["ptr"], kind="stable")
@@ -107,12 +112,12 @@ class _SampleFile(ABC):
         self._close = weakref.finalize(self, os.close, self.descriptor)
 
     @property
-    def most_bytes(self) -> int:
-        """Size of the largest sample's data; a damaged table may say more than the file has."""
+    def max_bytes(self) -> int:
+        """Size of the largest sample's data, at most the size of the file."""
         return min(int(self.sizes.max(initial=0)), self.num_bytes)
 
     def entries(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The table's entries of some samples, by address, each once; without those that lie outside the file."""
+        """Return the table's entries of some samples, by address and without repeats or data outside the file."""
         if not len(self.addresses):
             return np.zeros(0, np.int64)
         wanted = np.unique(self.samples[samples])
@@ -121,13 +126,13 @@ class _SampleFile(ABC):
         known: NDArray[np.int64] = found[(at == wanted) & (at <= end) & (size <= end - np.minimum(at, end))]
         return known
 
-    def fetch(self, samples: Iterable[NDArray[np.int64]]) -> Generator[tuple[NDArray[np.int64], Fetch], None, None]:
-        """Pass lists of samples on, with their data on its way; begin with `_BYTES_AHEAD` of them in advance."""
-        ahead: deque[tuple[NDArray[np.int64], Fetch]] = deque()
+    def fetch(self, batches: Iterable[Samples]) -> Generator[tuple[Samples, Fetch], None, None]:
+        """Yield each batch's samples with the fetch of their data, started `_BYTES_AHEAD` in advance."""
+        ahead: deque[tuple[Samples, Fetch]] = deque()
         num_bytes = 0
         try:
-            for indices in samples:
-                ahead.append((indices, self.begin(indices)))
+            for samples in batches:
+                ahead.append((samples, self.begin(samples.indices)))
                 num_bytes += ahead[-1][1].num_bytes
                 while num_bytes > _BYTES_AHEAD:
                     num_bytes -= ahead[0][1].num_bytes
@@ -140,20 +145,20 @@ class _SampleFile(ABC):
 
     @abstractmethod
     def begin(self, samples: NDArray[np.int64]) -> Fetch:
-        """Set the samples' data on its way."""
+        """Start to read the samples' data."""
 
-    def prepare(self) -> None:  # noqa: B027  only one kind has something to do
-        """What has to be done once, before the first batch."""
+    def prepare(self) -> None:  # noqa: B027  only Preloaded overrides it
+        """Do what is needed once, before the first batch."""
 
     def close(self, *, wait: bool = True) -> None:  # noqa: ARG002
-        """wait: for threads that may still read; not for those that a disk keeps waiting."""
+        """Close the file. wait: for reading threads; False if a disk does not answer."""
         self._close()
 
 
 class _Mapped(NamedTuple):
-    """Data in a mapped file. The kernel has at least been asked for it before somebody touches it.
+    """Data in a mapped file, announced to the kernel before it is used.
 
-    A page that it has not been asked for would be read when touched, with up to some MB around it that nobody wants.
+    A page fault without an announcement would also read up to some MB around the page.
     """
 
     num_bytes: int
@@ -169,11 +174,11 @@ class _Mapped(NamedTuple):
         pass
 
 
-class MappedFile(_SampleFile):
-    """The .beton mapped read-only: its pages are shared with other processes and kept as long as there is room.
+class Mmap(SampleSource):
+    """The .beton mapped read-only (data_cache os): the page cache is shared between processes.
 
-    FFCV's own managers build Python dictionaries of every sample's pages (seconds and some 600 MB for ImageNet), and
-    mark numba's uint8 array type read-only for the whole process. This one does neither.
+    FFCV's managers build Python dictionaries of every sample's pages (seconds and about 600 MB for ImageNet), and mark
+    numba's uint8 array type as read-only for the whole process. This class does neither.
     """
 
     def __init__(self, beton: Path, samples: NDArray[np.uint64], table: NDArray[Any]) -> None:
@@ -183,25 +188,27 @@ class MappedFile(_SampleFile):
         self.announcer = ThreadPoolExecutor(1, thread_name_prefix="read ahead")
 
     def begin(self, samples: NDArray[np.int64]) -> Fetch:
+        """Announce the samples' pages to the kernel."""
         entries = self.entries(samples)
         starts, lengths, _ = merge(self.addresses[entries], self.sizes[entries], _GAP)
         return _Mapped(int(lengths.sum()), self.stored, self.announce(starts, lengths))
 
     def announce(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Future[None] | None:
-        """Have parts of the file read while other work goes on; bytes."""
+        """Advise the kernel to read parts of the file, in a thread. starts, lengths: bytes."""
         if not len(starts):
             return None
         return self.announcer.submit(_announce, self.descriptor, starts, lengths, self.functions)
 
     def close(self, *, wait: bool = True) -> None:
+        """Close the file and end the threads."""
         self.announcer.shutdown(wait=wait, cancel_futures=True)
         super().close()
 
 
-class LoadedFile(MappedFile):
-    """The .beton mapped, and brought into memory as a whole. It stays there where the limit on locked memory allows.
+class Preloaded(Mmap):
+    """The .beton mapped and read into memory completely (data_cache ram), locked there if the limit allows.
 
-    The processes of a node share the memory, and the work of reading: each reads every `num_local`-th piece.
+    The processes of a node share the memory and the reading: each reads every `num_local`-th piece.
     """
 
     def __init__(
@@ -213,10 +220,11 @@ class LoadedFile(MappedFile):
         self.is_loaded = False
 
     def announce(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:  # noqa: ARG002
-        """Nothing to do: all of it is in memory."""
+        """Do nothing: the file is in memory."""
         return
 
     def prepare(self) -> None:
+        """Read this process's share of the file, once."""
         if self.is_loaded:
             return
         started = time.perf_counter()
@@ -228,23 +236,23 @@ class LoadedFile(MappedFile):
         log.info("%s is in memory after %.0f s%s", self.beton, time.perf_counter() - started, locked)
 
     def _touch(self, start: int) -> None:
-        """Bring a piece into the page cache."""
+        """Read a piece into the page cache."""
         buffer = np.empty(min(_PIECE, self.num_bytes - start), np.uint8)
         read_or_explain(self, [start], [len(buffer)], [0], buffer)
 
     def _lock(self) -> str:
-        """Lock the mapping, one process for all of the node; a remark for the log when that is not allowed."""
+        """Lock the mapping, in one process for the whole node; return a remark for the log."""
         library = ctypes.CDLL(None, use_errno=True)
         if not library.mlock(ctypes.c_void_p(self.mapping.ctypes.data), ctypes.c_size_t(self.num_bytes)):
             return ", locked"
         reason = os.strerror(ctypes.get_errno())
-        return f", but it cannot be locked there ({reason}; see ulimit -l): other programs may displace it"
+        return f", but cannot be locked there ({reason}; see ulimit -l): other programs may evict it"
 
 
 class _Reads:
-    """A batch's data on its way into a buffer."""
+    """A batch's data while it is read into a buffer."""
 
-    def __init__(self, file: ReadFile, stored: Stored, buffer: NDArray[np.uint8], reads: list[Future[None]]) -> None:
+    def __init__(self, file: Buffered, stored: Stored, buffer: NDArray[np.uint8], reads: list[Future[None]]) -> None:
         self.file = file
         self.stored = stored
         self.buffer = buffer
@@ -260,23 +268,24 @@ class _Reads:
         ended = [read.cancel() or read.done() for read in self.reads]
         if all(ended):
             self.file.spare_buffers.append(self.buffer)
-        # else a reader still writes into it: it goes when that one ends
+        # else a reader still writes into it, and the buffer is freed when that ends
 
 
-class ReadFile(_SampleFile):
-    """The .beton read batch by batch into buffers of this process, each used again when its batch is finished.
+class Buffered(SampleSource):
+    """The .beton read batch by batch into buffers of this process (data_cache process), which are reused.
 
-    Nothing depends on the page cache, and a disk that fails in the middle of a run is an error with a reason where
-    touching a mapped file would kill the process (SIGBUS). Memory: `_BYTES_AHEAD` and the batches being decoded.
+    Does not depend on the page cache. A disk that fails during a run is an error with a reason; with a mapped file it
+    would kill the process (SIGBUS). Memory: `_BYTES_AHEAD` plus the batches that are being decoded.
     """
 
     def __init__(self, beton: Path, samples: NDArray[np.uint64], table: NDArray[Any]) -> None:
         super().__init__(beton, samples, table)
         os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # read what is asked for, not more
         self.readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="read")
-        self.spare_buffers: deque[NDArray[np.uint8]] = deque()  # its own methods are safe between threads
+        self.spare_buffers: deque[NDArray[np.uint8]] = deque()  # append and pop are thread-safe
 
     def begin(self, samples: NDArray[np.int64]) -> Fetch:
+        """Start reads into a buffer."""
         entries = self.entries(samples)
         addresses, sizes = self.addresses[entries], self.sizes[entries]
         starts, lengths, part = merge(addresses, sizes, _GAP)
@@ -286,7 +295,7 @@ class ReadFile(_SampleFile):
         content = buffer[:num_bytes].view()
         content.setflags(write=False)
         offsets = addresses - starts[part].astype(np.uint64) + places[part].astype(np.uint64)
-        for array in (addresses, sizes, offsets):  # of the same type as those of a mapped file: compiled once for both
+        for array in (addresses, sizes, offsets):  # the same types as in Mmap: compiled once for both
             array.setflags(write=False)
         reads = [
             self.readers.submit(read_or_explain, self, starts[i], lengths[i], places[i], buffer)
@@ -295,7 +304,7 @@ class ReadFile(_SampleFile):
         return _Reads(self, Stored(content, addresses, sizes, offsets), buffer, reads)
 
     def _take(self, num_bytes: int) -> NDArray[np.uint8]:
-        """A buffer that nobody uses; one that is too small is given up for a larger one."""
+        """Return a free buffer; one that is too small is replaced by a larger one."""
         try:
             buffer = self.spare_buffers.pop()
         except IndexError:
@@ -303,6 +312,7 @@ class ReadFile(_SampleFile):
         return buffer if len(buffer) >= num_bytes else np.empty(num_bytes + num_bytes // 4, np.uint8)
 
     def close(self, *, wait: bool = True) -> None:
+        """Close the file and end the threads."""
         self.readers.shutdown(wait=wait, cancel_futures=True)
         super().close()
 
@@ -310,9 +320,9 @@ class ReadFile(_SampleFile):
 def merge(
     addresses: NDArray[np.uint64], sizes: NDArray[np.uint64], gap: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Parts of a file, sorted by address, as fewer parts: two become one when at most `gap` bytes lie between them.
+    """Merge parts of a file, sorted by address, that have at most `gap` bytes between them.
 
-    Returns starts and lengths of the parts, and for each address the part that it fell into.
+    Returns starts and lengths of the merged parts, and for each address the part that contains it.
     """
     if not len(addresses):
         return (np.zeros(0, np.int64),) * 3
@@ -323,8 +333,8 @@ def merge(
     return starts[is_first], ends[is_last] - starts[is_first], np.cumsum(is_first) - 1
 
 
-def read_or_explain(file: _SampleFile, starts: Any, lengths: Any, places: Any, content: NDArray[np.uint8]) -> None:
-    """Read parts of a file to places in `content`. Raises ReadError with the reason when one does not come."""
+def read_or_explain(file: SampleSource, starts: Any, lengths: Any, places: Any, content: NDArray[np.uint8]) -> None:
+    """Read parts of a file to places in `content`. Raises ReadError with the reason if one cannot be read."""
     starts, lengths, places = (np.asarray(numbers, dtype=np.int64) for numbers in (starts, lengths, places))
     done = 0
     while (done := done + _read_parts(file.descriptor, starts[done:], lengths[done:], places[done:], content,
@@ -336,7 +346,7 @@ def read_or_explain(file: _SampleFile, starts: Any, lengths: Any, places: Any, c
             raise ReadError(f"{file.beton}: {length} bytes at {start} cannot be read: {error.strerror}") from error
         if len(again) < length:
             raise ReadError(
-                f"{file.beton} ends at {start + len(again)}, before the sample that was to be read: it was cut off "
+                f"{file.beton} ends at {start + len(again)}, before the end of a sample: the file was truncated "
                 "while in use"
             )
         content[places[done] : places[done] + length] = np.frombuffer(again, np.uint8)
@@ -344,7 +354,7 @@ def read_or_explain(file: _SampleFile, starts: Any, lengths: Any, places: Any, c
 
 
 def num_bytes_in_memory(path: Path) -> int:
-    """How much of a file the page cache holds. All of it, says the kernel, for somebody else's file."""
+    """Return the bytes of `path` in the page cache. For other users' files mincore reports every page as resident."""
     if not path.stat().st_size:
         return 0
     mapping = np.memmap(path, dtype=np.uint8, mode="r")

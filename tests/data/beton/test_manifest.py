@@ -66,14 +66,14 @@ def test_a_missing_file_is_named(beton: Path) -> None:
     beton.unlink()
     with pytest.raises(FileNotFoundError, match=r"train\.beton does not exist; create it"):
         Manifest.check(beton)
-    with pytest.raises(FileNotFoundError, match=r"manifest .*train\.json does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"manifest .*train\.json not found"):
         Manifest.read(beton.with_suffix(".json"))
 
 
 def test_a_truncated_beton_is_told_by_its_size(beton: Path) -> None:
     with open(beton, "r+b") as file:
         file.truncate(beton.stat().st_size - 1)
-    with pytest.raises(ValueError, match=r"has \d+ bytes where its manifest states \d+: an incomplete copy"):
+    with pytest.raises(ValueError, match=r"has \d+ bytes, its manifest states \d+: an incomplete copy"):
         Manifest.check(beton)
 
 
@@ -108,7 +108,7 @@ def test_a_flipped_bit_of_ffcv_s_version_number_is_noticed(beton: Path) -> None:
 def test_a_manifest_of_another_conversion_is_noticed(beton: Path) -> None:
     """A crash between the renames of an overwriting conversion leaves such a pair."""
     shutil.copy(beton.with_name("val.beton"), beton)
-    with pytest.raises(ValueError, match="bytes where its manifest states"):
+    with pytest.raises(ValueError, match="bytes, its manifest states"):
         Manifest.check(beton)
 
 

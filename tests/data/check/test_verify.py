@@ -262,7 +262,7 @@ def test_a_cut_off_file_is_bad_as_a_whole(own_dir: Path, run: Run) -> None:
         file.truncate(size - 30)  # the last two entries of the allocation table
     train = verify_data(own_dir).files[0]
     assert [train.problems[0].split(":")[0], train.num_decoded] == [
-        f"has {size - 30} bytes where its manifest states {size}", 78,
+        f"has {size - 30} bytes, its manifest states {size}", 78,
     ]  # fmt: skip
     assert "has 78 entries for 80 samples" in train.problems[1]
     assert [bad.sample for bad in train.bad_samples] == [78, 79]

@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_images
 from ffcv_convnext.data.codec.crop import INTERVAL, MCU_HEIGHT, MCU_WIDTH, cut_jpeg, read_layout
 from ffcv_convnext.data.codec.decode import CORRUPT, NO_JPEG, OK, WRONG_SIZE, addresses, decode_jpeg
 from ffcv_convnext.data.codec.recompress import restart_interval
-from ffcv_convnext.data.load.crops import CropDecoder  # noqa: F401  loads ffcv, whose libturbojpeg is used
+from ffcv_convnext.data.load.crops import CropKernel  # noqa: F401  loads ffcv, whose libturbojpeg is used
 
 Bytes = NDArray[np.uint8]
 SAMPLING = {"444": 0x111111, "422": 0x211111, "420": 0x221111, "440": 0x121111, "411": 0x411111}

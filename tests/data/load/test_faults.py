@@ -18,17 +18,20 @@ import numpy as np
 import pytest
 import torch
 from support import REPOSITORY
+from support.samples import lists
 
 pytest.importorskip("ffcv.reader")
 
+from ffcv.reader import Reader
 from ffcv.types import FieldDescType, HeaderType
 
 import ffcv_convnext
 from ffcv_convnext.cli import run_command
 from ffcv_convnext.config import Config
 from ffcv_convnext.data.beton.manifest import tables_digest
-from ffcv_convnext.data.load.crops import CenterCropDecoder
-from ffcv_convnext.data.load.loader import EvalLoader, SampleError, SampleLoader, TrainLoader
+from ffcv_convnext.data.load.crops import center_crop_kernel
+from ffcv_convnext.data.load.decoder import BatchDecoder, SampleError
+from ffcv_convnext.data.load.loader import EvalLoader, TrainLoader
 
 CPU = torch.device("cpu")
 
@@ -139,9 +142,9 @@ def test_no_mutated_sample_crashes_a_decoder_or_makes_it_leave_its_memory(tmp_pa
 
 @pytest.mark.parametrize("sample", [-1, 20, (1 << 32) - 1, (1 << 32) + 20])
 def test_a_sample_that_is_not_in_the_file_is_refused(beton_dir: Path, sample: int) -> None:
-    loader = EvalLoader(Config.from_flat({"data_path": str(beton_dir)}).data, CPU).loader
+    loader = EvalLoader(Config.from_flat({"data_path": str(beton_dir)}).data, CPU).decoder
     with pytest.raises(ValueError, match="expected 0 to 19"):
-        next(loader.batches([np.array([3, sample])], 0, 0))
+        next(loader.batches(lists([3, sample]), 0, 0))
 
 
 # --- the compiler ------------------------------------------------------------------------------------------------
@@ -207,13 +210,11 @@ def test_a_disk_that_does_not_answer_is_an_error_after_a_while(
     """Its stand-in: a worker thread that waits."""
     loader = TrainLoader(Config.from_flat({"data_path": str(beton_dir), "batch_size": 8}).data, CPU, seed=0)
     answer = threading.Event()
-    monkeypatch.setattr("ffcv_convnext.data.load.loader._PATIENCE_S", 0.3)
-    monkeypatch.setattr(loader.loader, "_decode", lambda *_: answer.wait(60))
+    monkeypatch.setattr("ffcv_convnext.data.load.decoder._TIMEOUT_S", 0.3)
+    monkeypatch.setattr(loader.decoder, "_decode", lambda *_: answer.wait(60))
     try:
-        with pytest.raises(
-            SampleError, match=r"decoding samples \[.*\] failed: nothing came for 0\.3 s; look after its"
-        ):
-            list(loader.loader.batches([np.arange(8)], seed=0, epoch=0))
+        with pytest.raises(SampleError, match=r"decoding samples \[.*\] failed: timeout after 0\.3 s; check its"):
+            list(loader.decoder.batches(lists(range(8)), seed=0, epoch=0))
         loader.close()  # does not wait for the thread
         assert not answer.is_set()
     finally:
@@ -269,9 +270,7 @@ def restate(beton: Path) -> None:
 def mislabel(beton: Path) -> None:
     content = np.memmap(beton, np.uint8, "r+")
     start = HeaderType.itemsize + 2 * FieldDescType.itemsize
-    row = SampleLoader(
-        beton, CenterCropDecoder(Config().data), num_workers=1, batches_ahead=1, device=CPU
-    ).reader.metadata.dtype
+    row = Reader(str(beton)).metadata.dtype
     content[start : start + row.itemsize].view(row)["f1"] = 1000
     content.flush()
     restate(beton)
@@ -287,15 +286,15 @@ def rename_fields(beton: Path) -> None:
 
 
 REFUSALS: dict[Callable[[Path], None], str] = {
-    cut_off: r"has \d+ bytes where its manifest states \d+: an incomplete copy, .*; copy it again",
-    empty: r"has 0 bytes where its manifest states \d+",
+    cut_off: r"has \d+ bytes, its manifest states \d+: an incomplete copy .*; copy it again",
+    empty: r"has 0 bytes, its manifest states \d+",
     set_version: r"does not begin with FFCV's version number 2 \(found 3\): .*; convert it again",
     replace_by_a_picture: r"does not begin with FFCV's version number 2 \(found 20617\)",
     lose_samples: r"holds no samples: .*; convert it again",
-    take_another_manifest: r"has \d+ bytes where its manifest states \d+: .* of another conversion",
+    take_another_manifest: r"has \d+ bytes, its manifest states \d+: .* from another conversion",
     break_manifest: r"is not usable \(.*\); convert it again",
     mislabel: r"labels 0 to 1000 do not fit 4 classes",
-    rename_fields: r"has the fields picture, target: expected image, label; write it anew with write_ffcv_dataset\.py",
+    rename_fields: r"has the fields picture, target: expected image, label; convert it again with write_ffcv_dataset\.py",
 }
 
 
@@ -334,10 +333,10 @@ def test_training_on_a_bad_file_ends_at_once_with_one_line(
 
 def test_a_file_without_manifest_is_looked_at_before_it_is_read(beton_dir: Path, tmp_path: Path) -> None:
     """The benchmarks' way to files of stock FFCV."""
-    decoder = CenterCropDecoder(Config().data)
+    decoder = center_crop_kernel(Config().data)
     for harm in (set_version, lose_samples, empty):
         beton = Path(shutil.copy(beton_dir / "val.beton", tmp_path / f"{harm.__name__}.beton"))
         harm(beton)
         with pytest.raises(ValueError, match=r"(begin with FFCV's version number|holds no samples)") as caught:
-            SampleLoader(beton, decoder, num_workers=1, batches_ahead=1, device=CPU)
+            BatchDecoder(beton, decoder, num_workers=1, batches_ahead=1, device=CPU)
         assert "\n" not in str(caught.value)

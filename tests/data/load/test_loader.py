@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from support.imagefolder import tell
+from support.samples import COPY, lists, pack, pack_all
 from torch import Tensor
 from torchvision import transforms as T
 
@@ -28,14 +29,19 @@ ffcv_reader = pytest.importorskip("ffcv.reader")
 from ffcv_convnext.config import DataConfig  # noqa: E402
 from ffcv_convnext.data.beton.manifest import Manifest  # noqa: E402
 from ffcv_convnext.data.convert.conversion import ConversionOptions, convert  # noqa: E402
-from ffcv_convnext.data.load.crops import CenterCropDecoder, RandomCropDecoder, random_crop  # noqa: E402
+from ffcv_convnext.data.load.crops import (  # noqa: E402
+    Key,
+    RandomCrop,
+    center_crop_kernel,
+    random_crop,
+    random_crop_kernel,
+)
+from ffcv_convnext.data.load.decoder import BatchDecoder, SampleError  # noqa: E402
 from ffcv_convnext.data.load.loader import (  # noqa: E402
     EvalLoader,
-    SampleError,
-    SampleLoader,
     TrainLoader,
 )
-from ffcv_convnext.data.load.sampler import COPY, Shares  # noqa: E402
+from ffcv_convnext.data.load.sampler import GlobalBatchSampler, Samples  # noqa: E402
 from ffcv_convnext.rng import Stream, sample_words, uniform  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -187,13 +193,13 @@ def test_a_training_crop_equals_pillow_s_crop_resize_and_mirror(photo_dir: Path,
     pictures = [stored_picture(photo_dir / "train.beton", sample) for sample in range(num)]
     kinds, flips = set(), set()
     for number in range(6):
-        ((images, _),) = loader.loader.batches([np.arange(num)], seed, number)
+        ((images, _),) = loader.decoder.batches(lists(range(num)), seed, number)
         flip = uniform(sample_words(seed, number, np.arange(num, dtype=np.uint64), Stream.FLIP)[0]) < 0.5
         draw = uniform(sample_words(seed, number, np.arange(num, dtype=np.uint64), Stream.INTERPOLATION)[0])
         for sample, picture in enumerate(pictures):
-            draws = np.array([seed, number], dtype=np.uint64)
+            key = Key(np.uint64(seed), np.uint64(number))
             top, left, height, width = random_crop(
-                draws, sample, picture.height, picture.width, (0.08, 1), (3 / 4, 4 / 3)
+                key, sample, 0, picture.height, picture.width, RandomCrop(0.08, 1, 3 / 4, 4 / 3, 0.5, 1.0)
             )
             bicubic = {"bicubic": True, "bilinear": False, "random": draw[sample] < 0.5}[interpolation]
             kind = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
@@ -211,8 +217,8 @@ def test_stock_ffcv_s_raw_and_jpeg_samples_are_read(stock_files: tuple[Path, Pat
     beton, _ = stock_files
     assert set(ffcv_reader.Reader(str(beton)).metadata["f0"]["mode"]) == {0, 1}
     config = settings(beton.parent, crop_pct=1.0)
-    loader = SampleLoader(beton, CenterCropDecoder(config), num_workers=2, batches_ahead=1, device=CPU)
-    ((images, labels),) = loader.batches([np.arange(12)], 0, 0)
+    loader = BatchDecoder(beton, center_crop_kernel(config), num_workers=2, batches_ahead=1, device=CPU)
+    ((images, labels),) = loader.batches(lists(range(12)), 0, 0)
     assert labels.tolist() == list(range(12))
     transform = T.Compose([T.Resize(32, T.InterpolationMode.BICUBIC), T.CenterCrop(32)])
     for sample in range(12):
@@ -239,8 +245,10 @@ def test_batches_are_uint8_channels_last_with_int64_labels(train: TrainLoader, e
 
 
 def boxes(num: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> NDArray[Any]:
-    draws = np.array([7, 3], dtype=np.uint64)
-    return np.array([random_crop(draws, sample, height, width, scale, ratio) for sample in range(num)])
+    key = Key(np.uint64(7), np.uint64(3))
+    return np.array(
+        [random_crop(key, sample, 0, height, width, RandomCrop(*scale, *ratio, 0.5, 1.0)) for sample in range(num)]
+    )
 
 
 def boxes_of_torchvision(
@@ -313,7 +321,7 @@ def test_batches_do_not_depend_on_how_many_are_decoded_in_advance(
     train: TrainLoader, batches_ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = epoch(train)
-    monkeypatch.setattr(train.loader, "batches_ahead", batches_ahead)
+    monkeypatch.setattr(train.decoder, "batches_ahead", batches_ahead)
     assert same(epoch(train), expected)
 
 
@@ -323,12 +331,12 @@ def test_epochs_and_seeds_differ_and_repeat(train: TrainLoader) -> None:
     assert same(epoch(train, 0), first)
     order = [labels.tolist() for _, labels in first]
     assert order != [labels.tolist() for _, labels in second]
-    other = train.loader.batches(train.shares.micro_batches(80, 1, 0, rank=0), seed=1, epoch=0)
+    other = train.decoder.batches(train.sampler.micro_batches(80, 1, 0, rank=0), seed=1, epoch=0)
     assert [labels.tolist() for _, labels in other] != order
 
 
 def test_the_same_sample_gets_another_crop_in_another_epoch(train: TrainLoader) -> None:
-    found = [next(iter(train.loader.batches([np.array([3])], 0, number))) for number in range(8)]
+    found = [next(iter(train.decoder.batches(lists([3]), 0, number))) for number in range(8)]
     assert len({checksum(batch) for batch in found}) == 8
 
 
@@ -342,7 +350,7 @@ def test_batches_do_not_change_after_they_are_handed_out(train: TrainLoader) -> 
     assert [checksum(batch) for batch in kept] == sums
     assert len({images.data_ptr() for images, _ in kept}) == len(kept)
     expected = epoch(train)
-    for images, labels in train.loader.batches([np.arange(8)] * 3, 0, 0):
+    for images, labels in train.decoder.batches(lists(range(8)) * 3, 0, 0):
         images.zero_()  # the caller's own: nothing else changes with it
         labels.zero_()
     assert same(epoch(train), expected)
@@ -354,7 +362,7 @@ def test_an_epoch_continues_from_any_step(train: TrainLoader, first_step: int) -
 
 
 def test_of_two_ranks_the_second_one_sees_every_second_micro_batch(beton_dir: Path, train: TrainLoader) -> None:
-    """A rank that accumulates two has both: see test_order.py."""
+    """A rank that accumulates two has both: see test_sampler.py."""
     alone = epoch(train, 3)
     loader = TrainLoader(settings(beton_dir), CPU, seed=0, rank=1, world=2)
     assert loader.steps_per_epoch == 5
@@ -364,7 +372,7 @@ def test_of_two_ranks_the_second_one_sees_every_second_micro_batch(beton_dir: Pa
 
 def test_a_step_is_update_freq_micro_batches(train: TrainLoader, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = epoch(train)
-    monkeypatch.setattr(train, "shares", Shares(8, 3, 1))
+    monkeypatch.setattr(train, "sampler", GlobalBatchSampler(8, 3, 1))
     monkeypatch.setattr(train, "steps_per_epoch", 3)
     steps = [list(step) for step in train.steps(0)]
     assert [len(step) for step in steps] == [3, 3, 3]
@@ -380,13 +388,13 @@ def test_copies_of_a_sample_have_its_label_and_crops_of_their_own(
     repeating = TrainLoader(config, CPU, seed=0)
     assert repeating.steps_per_epoch == 3
     found = epoch(repeating, 1)
-    for number, step in enumerate(np.array(list(repeating.samples(1))).reshape(3, 24)):
+    for number, step in enumerate(pack_all(repeating.samples(1)).reshape(3, 24)):
         images, labels = (torch.cat(parts) for parts in zip(*found[3 * number : 3 * number + 3], strict=True))
         for sample in np.unique(step % COPY).tolist():
             copies = [images[step == sample + copy * COPY][0] for copy in range(3)]
             assert len({copy.numpy().tobytes() for copy in copies}) == 3, "each has another crop"
             assert len(set(labels[step % COPY == sample].tolist())) == 1
-            ((alone, label),) = train.loader.batches([np.array([sample])], 0, 1)
+            ((alone, label),) = train.decoder.batches(lists([sample]), 0, 1)
             assert torch.equal(copies[0], alone[0]), "the first one is that of an epoch without copies"
             assert label == labels[step % COPY == sample][0]
     assert same(epoch(repeating, 1, first_step=2), found[6:]), "an epoch continues"
@@ -402,14 +410,20 @@ def test_copies_of_a_sample_have_its_label_and_crops_of_their_own(
 
 def test_a_copy_s_crop_and_flip_are_drawn_for_its_number(photo_dir: Path) -> None:
     loader = TrainLoader(settings(photo_dir, input_size=64), CPU, seed=5)
-    listed = np.arange(22) + 2 * COPY
-    ((images, _),) = loader.loader.batches([listed], 5, 1)
+    samples = Samples(np.arange(22), np.full(22, 2))
+    ((images, _),) = loader.decoder.batches([samples], 5, 1)
+    listed = pack(samples)
     flip = uniform(sample_words(5, 1, listed.astype(np.uint64), Stream.FLIP)[0]) < 0.5
     assert 0 < flip.sum() < 22
     for sample in range(22):
         picture = stored_picture(photo_dir / "train.beton", sample)
         top, left, height, width = random_crop(
-            np.array([5, 1], dtype=np.uint64), listed[sample], picture.height, picture.width, (0.08, 1), (3 / 4, 4 / 3)
+            Key(np.uint64(5), np.uint64(1)),
+            sample,
+            2,
+            picture.height,
+            picture.width,
+            RandomCrop(0.08, 1, 3 / 4, 4 / 3, 0.5, 1.0),
         )
         crop = picture.crop((left, top, left + width, top + height))
         expected = np.asarray(two_passes(crop, (64, 64), Image.Resampling.BICUBIC))
@@ -426,7 +440,7 @@ def test_an_epoch_left_early_leaves_no_work_behind_and_the_loader_usable(
 ) -> None:
     expected = epoch(train)
     started, running = [], []
-    decode = train.loader._decode
+    decode = train.decoder._decode
 
     def watched(*arguments: Any) -> None:
         started.append(1)
@@ -434,7 +448,7 @@ def test_an_epoch_left_early_leaves_no_work_behind_and_the_loader_usable(
         decode(*arguments)
         running.pop()
 
-    monkeypatch.setattr(train.loader, "_decode", watched)
+    monkeypatch.setattr(train.decoder, "_decode", watched)
     num_threads = threading.active_count()
     for _ in range(10):
         steps = train.steps(0)
@@ -490,7 +504,7 @@ def test_numbers_of_classes_samples_and_steps(train: TrainLoader, evaluation: Ev
 def test_evaluation_shares_each_image_once_among_the_ranks(beton_dir: Path, world: int) -> None:
     loaders = [EvalLoader(settings(beton_dir), CPU, rank=rank, world=world) for rank in range(world)]
     samples = [batch for loader in loaders for batch in loader.samples]
-    assert np.concatenate(samples).tolist() == list(range(20))
+    assert pack_all(samples).tolist() == list(range(20))
     if world == 30:
         assert list(loaders[29]) == []
 
@@ -573,22 +587,22 @@ def test_a_damaged_sample_is_an_error_that_names_it_and_its_file(own_dir: Path, 
     for sample, harm in DAMAGES.items():
 
         def read(sample: int = sample) -> list[Any]:
-            return list(loader.loader.batches([np.array([0, 2]), np.array([4, sample, 6]), np.array([8])], 0, 0))
+            return list(loader.decoder.batches(lists([0, 2], [4, sample, 6], [8]), 0, 0))
 
         with pytest.raises(SampleError) as caught:
             within(60, read)
         message = str(caught.value)
         name = manifest.original_file(own_dir / f"{split}.beton", sample)
-        assert f"{split}.beton: sample {sample} (made from {name}) cannot be used: its " in message, harm
+        assert f"{split}.beton: sample {sample} (original file: {name}) cannot be decoded: its " in message, harm
         assert "write_ffcv_dataset.py --overwrite" in message
         assert "\n" not in message
-    found = loader.loader.batches([np.array([0]), np.array([1]), np.array([2])], 0, 0)
+    found = loader.decoder.batches(lists([0], [1], [2]), 0, 0)
     next(found)  # what comes before the damage comes out
     with pytest.raises(SampleError, match="sample 1 "):
         next(found)
     assert next(found, None) is None
     good = [sample for sample in range(12) if sample not in DAMAGES]
-    ((images, labels),) = loader.loader.batches([np.array(good)], 0, 0)  # the loader still works
+    ((images, labels),) = loader.decoder.batches(lists(good), 0, 0)  # the loader still works
     assert [tell(image.permute(1, 2, 0).numpy())[0] for image in images] == labels.tolist()
 
 
@@ -599,17 +613,17 @@ def test_a_bad_training_sample_gives_way_to_the_next_good_one_when_asked(
     config = settings(own_dir, bad_samples="skip")
     loader = TrainLoader(config, CPU, seed=0)
     with caplog.at_level("WARNING"):
-        ((images, labels),) = loader.loader.batches([np.array([4, 5, 6, 27, 8, 9])], 0, 0)
+        ((images, labels),) = loader.decoder.batches(lists([4, 5, 6, 27, 8, 9]), 0, 0)
     assert torch.equal(images[1], images[3]), "the next good one stands in, here for two"
     assert torch.equal(images[2], images[3])
     assert torch.equal(images[5], images[0]), "from the end on, the first"
-    stored = loader.loader.reader.metadata["f1"]
+    stored = loader.decoder.labels
     assert labels.tolist() == stored[[4, 27, 27, 27, 8, 4]].tolist()
     assert loader.num_replaced == 3
-    assert "sample 9 (made from " in caplog.text
-    assert "sample 4 takes its place" in caplog.text
+    assert "sample 9 (original file: " in caplog.text
+    assert "replaced by sample 4" in caplog.text
     with pytest.raises(SampleError):
-        list(loader.loader.batches([np.array([5, 6])], 0, 0))  # nothing good to take
+        list(loader.decoder.batches(lists([5, 6]), 0, 0))  # nothing good to take
     damage(own_dir / "val.beton", {3: zero_everything})
     with pytest.raises(SampleError, match="sample 3 "):
         list(EvalLoader(config, CPU))  # an evaluation that left images out would not be exact
@@ -623,15 +637,15 @@ def test_a_crop_that_does_not_touch_the_damage_comes_out_right(photo_dir: Path, 
     for sample in range(22):
         width, height = stored_picture(beton, sample).size
         for number in epochs:
-            draws = np.array([0, number], dtype=np.uint64)
-            top, _, rows, _ = random_crop(draws, sample, height, width, (0.08, 1.0), (3 / 4, 4 / 3))
+            key = Key(np.uint64(0), np.uint64(number))
+            top, _, rows, _ = random_crop(key, sample, 0, height, width, RandomCrop(0.08, 1.0, 3 / 4, 4 / 3, 0.5, 1.0))
             if top + rows < height / 3:
                 high_up.append((sample, number))
     assert len(high_up) > 5
     loader = TrainLoader(settings(own), CPU, seed=0)
 
     def read() -> Batches:
-        return [next(loader.loader.batches([np.array([sample])], 0, number)) for sample, number in high_up]
+        return [next(loader.decoder.batches(lists([sample]), 0, number)) for sample, number in high_up]
 
     before = read()
     damage(beton, {sample: zero_the_second_half for sample, _ in high_up})
@@ -640,7 +654,7 @@ def test_a_crop_that_does_not_touch_the_damage_comes_out_right(photo_dir: Path, 
 
 def test_an_error_inside_a_worker_surfaces(train: TrainLoader, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = epoch(train)
-    decode, calls = train.loader._decode, iter(range(1000))
+    decode, calls = train.decoder._decode, iter(range(1000))
 
     def fail_at_the_third(*arguments: Any) -> None:
         if next(calls) == 2:
@@ -648,7 +662,7 @@ def test_an_error_inside_a_worker_surfaces(train: TrainLoader, monkeypatch: pyte
         decode(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.loader, "_decode", fail_at_the_third)
+        patch.setattr(train.decoder, "_decode", fail_at_the_third)
         with pytest.raises(SampleError, match=r"decoding samples \[\d+, .*\] failed: MemoryError\('no memory'\)"):
             within(60, lambda: epoch(train))
     assert same(epoch(train), expected)
@@ -686,7 +700,7 @@ def forget_classes(folder: Path) -> None:
             r"train\.beton does not exist; create it with: python write_ffcv_dataset\.py",
         ),
         (remove_manifest, ValueError, r"train\.beton has no manifest train\.json"),
-        (cut_off, ValueError, r"train\.beton has \d+ bytes where its manifest states \d+"),
+        (cut_off, ValueError, r"train\.beton has \d+ bytes, its manifest states \d+"),
         (forget_classes, ValueError, r"labels 0 to 3 do not fit 2 classes"),
     ],
 )
@@ -708,9 +722,9 @@ def test_a_missing_data_path_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_with_other_fields_is_refused(stock_files: tuple[Path, Path]) -> None:
     _, foreign = stock_files
-    decoder = RandomCropDecoder(settings(foreign.parent))
+    decoder = random_crop_kernel(settings(foreign.parent))
     with pytest.raises(ValueError, match=r"foreign\.beton has the fields picture, target: expected image, label"):
-        SampleLoader(foreign, decoder, num_workers=1, batches_ahead=1, device=CPU)
+        BatchDecoder(foreign, decoder, num_workers=1, batches_ahead=1, device=CPU)
     with pytest.raises(ValueError, match="has no manifest"):
         EvalLoader(settings(Path(shutil.copy(foreign, foreign.with_name("val.beton"))).parent), CPU)
 
@@ -718,8 +732,3 @@ def test_a_file_with_other_fields_is_refused(stock_files: tuple[Path, Path]) -> 
 def test_a_training_set_smaller_than_the_global_batch_is_refused(beton_dir: Path) -> None:
     with pytest.raises(ValueError, match="80 images, fewer than the global batch of 96"):
         TrainLoader(settings(beton_dir, update_freq=3), CPU, seed=0, world=4)
-
-
-def test_a_loader_without_a_list_of_samples_is_not_iterated(train: TrainLoader) -> None:
-    with pytest.raises(TypeError, match="batches"):
-        iter(train.loader)

@@ -7,19 +7,22 @@ import itertools
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support.samples import COPY, pack
 
-from ffcv_convnext.data.load.sampler import COPY, QuasiRandom, Shares, eval_batches, is_shuffled
+from ffcv_convnext.data.load.sampler import GlobalBatchSampler, PageShuffle, eval_batches, is_shuffled
 from ffcv_convnext.rng import permutation
 
 
-def lists(shares: Shares, rank: int, *, num: int = 100, epoch: int = 3, first_step: int = 0) -> list[list[int]]:
-    return [batch.tolist() for batch in shares.micro_batches(num, 5, epoch, rank, first_step)]
+def lists(
+    shares: GlobalBatchSampler, rank: int, *, num: int = 100, epoch: int = 3, first_step: int = 0
+) -> list[list[int]]:
+    return [pack(batch).tolist() for batch in shares.micro_batches(num, 5, epoch, rank, first_step)]
 
 
 @pytest.mark.parametrize(("update_freq", "world"), [(8, 1), (4, 2), (2, 4), (1, 8)])
 def test_a_step_s_micro_batches_do_not_depend_on_how_ranks_share_them(update_freq: int, world: int) -> None:
-    alone = lists(Shares(3, 8, 1), 0)
-    shares = Shares(3, update_freq, world)
+    alone = lists(GlobalBatchSampler(3, 8, 1), 0)
+    shares = GlobalBatchSampler(3, update_freq, world)
     assert shares.global_batch == 24
     by_rank = [lists(shares, rank) for rank in range(world)]
     together = [by_rank[m % world][m // world] for m in range(len(alone))]  # micro-batch m goes to rank m mod world
@@ -28,26 +31,28 @@ def test_a_step_s_micro_batches_do_not_depend_on_how_ranks_share_them(update_fre
 
 def test_an_epoch_is_the_start_of_its_permutation() -> None:
     """100 samples, global batch 24: four steps; four samples sit this epoch out."""
-    samples = np.concatenate(lists(Shares(3, 8, 1), 0)).tolist()
+    samples = np.concatenate(lists(GlobalBatchSampler(3, 8, 1), 0)).tolist()
     assert samples == permutation(100, 5, 3)[:96].tolist()
     assert len(set(samples)) == 96
-    assert np.concatenate(lists(Shares(3, 8, 1), 0, epoch=4)).tolist() != samples
+    assert np.concatenate(lists(GlobalBatchSampler(3, 8, 1), 0, epoch=4)).tolist() != samples
 
 
 def test_other_samples_sit_out_in_another_epoch() -> None:
-    seen = {sample for epoch in range(8) for batch in lists(Shares(3, 8, 1), 0, epoch=epoch) for sample in batch}
+    seen = {
+        sample for epoch in range(8) for batch in lists(GlobalBatchSampler(3, 8, 1), 0, epoch=epoch) for sample in batch
+    }
     assert seen == set(range(100))
 
 
 @pytest.mark.parametrize("first_step", [0, 1, 3, 4])
 def test_a_later_start_gives_the_rest_of_the_same_list(first_step: int) -> None:
-    shares = Shares(3, 4, 2)
+    shares = GlobalBatchSampler(3, 4, 2)
     for rank in (0, 1):
         assert lists(shares, rank, first_step=first_step) == lists(shares, rank)[first_step * 4 :]
 
 
 def test_a_set_of_exactly_one_global_batch_is_one_step_and_a_smaller_one_is_refused() -> None:
-    shares = Shares(4, 2, 3)
+    shares = GlobalBatchSampler(4, 2, 3)
     assert shares.num_steps(24) == 1
     assert shares.num_steps(47) == 1
     message = r"23 images, fewer than the global batch of 24 \(batch_size 4 x update_freq 2 x 3 processes\); lower"
@@ -59,7 +64,7 @@ def test_a_set_of_exactly_one_global_batch_is_one_step_and_a_smaller_one_is_refu
 @pytest.mark.parametrize("num", [1, 20, 21])
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_evaluation_has_every_image_exactly_once(num: int, batch_size: int, world: int) -> None:
-    batches = [batch for rank in range(world) for batch in eval_batches(num, batch_size, rank, world)]
+    batches = [batch.indices for rank in range(world) for batch in eval_batches(num, batch_size, rank, world)]
     assert all(1 <= len(batch) <= batch_size for batch in batches)
     assert np.concatenate(batches).tolist() == list(range(num))
 
@@ -72,7 +77,7 @@ def test_ranks_share_an_evaluation_evenly() -> None:
 # --- repeated augmentation -----------------------------------------------------------------------------------------
 
 
-def steps(shares: Shares, *, num: int = 100, epoch: int = 3) -> NDArray[np.int64]:
+def steps(shares: GlobalBatchSampler, *, num: int = 100, epoch: int = 3) -> NDArray[np.int64]:
     """(steps, micro-batches, batch_size), as one process lists them."""
     return np.array(lists(shares, 0, num=num, epoch=epoch)).reshape(-1, shares.update_freq, shares.batch_size)
 
@@ -80,10 +85,10 @@ def steps(shares: Shares, *, num: int = 100, epoch: int = 3) -> NDArray[np.int64
 @pytest.mark.parametrize("copies", [2, 3, 4, 5])
 def test_a_step_holds_copies_of_its_samples_numbered_from_0(copies: int) -> None:
     """24 places: 12, 8, 6 or 5 samples; where the copies do not divide 24, some samples lack their last one."""
-    found = steps(Shares(3, 8, 1, copies))
-    num_different = Shares(3, 8, 1, copies).num_different
+    found = steps(GlobalBatchSampler(3, 8, 1, copies))
+    num_different = GlobalBatchSampler(3, 8, 1, copies).num_different
     assert num_different == -(-24 // copies)
-    assert len(found) == Shares(3, 8, 1).num_steps(100), "as many steps as without"
+    assert len(found) == GlobalBatchSampler(3, 8, 1).num_steps(100), "as many steps as without"
     for step in found:
         assert len(np.unique(step)) == 24, "a sample and a copy come once"
         samples, counts = np.unique(step % COPY, return_counts=True)
@@ -96,10 +101,12 @@ def test_a_step_holds_copies_of_its_samples_numbered_from_0(copies: int) -> None
 @pytest.mark.parametrize("copies", [1, 2, 3])
 def test_an_epoch_with_copies_is_the_start_of_its_permutation(copies: int) -> None:
     """No sample is in two steps, and other epochs begin with other samples."""
-    found = steps(Shares(3, 8, 1, copies)) % COPY
+    found = steps(GlobalBatchSampler(3, 8, 1, copies)) % COPY
     different = [sample for step in found for sample in dict.fromkeys(step.ravel().tolist())]
     assert different == permutation(100, 5, 3)[: 4 * 24 // copies].tolist()
-    seen = {int(s) for epoch in range(40) for s in np.unique(steps(Shares(3, 8, 1, copies), epoch=epoch) % COPY)}
+    seen = {
+        int(s) for epoch in range(40) for s in np.unique(steps(GlobalBatchSampler(3, 8, 1, copies), epoch=epoch) % COPY)
+    }
     assert seen == set(range(100))
 
 
@@ -110,7 +117,7 @@ def test_copies_are_in_different_micro_batches_and_meet_different_partners(
     batch_size: int, update_freq: int, copies: int
 ) -> None:
     """The partner of Mixup and CutMix is the one in the mirror position; an odd micro-batch's middle is its own."""
-    for micro_batches in steps(Shares(batch_size, update_freq, 1, copies), num=5000)[:2] % COPY:
+    for micro_batches in steps(GlobalBatchSampler(batch_size, update_freq, 1, copies), num=5000)[:2] % COPY:
         assert all(len(set(batch.tolist())) == batch_size for batch in micro_batches)
         pairs = np.stack([micro_batches, micro_batches[:, ::-1]], axis=-1).reshape(-1, 2)
         met = pairs[pairs[:, 0] != pairs[:, 1]]
@@ -123,7 +130,7 @@ def test_copies_are_in_different_micro_batches_and_meet_different_partners(
 def test_where_copies_share_a_micro_batch_two_samples_at_most_meet_themselves(
     batch_size: int, update_freq: int, copies: int
 ) -> None:
-    for micro_batches in steps(Shares(batch_size, update_freq, 1, copies), num=1000) % COPY:
+    for micro_batches in steps(GlobalBatchSampler(batch_size, update_freq, 1, copies), num=1000) % COPY:
         for batch in micro_batches:
             assert len(set(batch[batch == batch[::-1]].tolist())) <= 2
 
@@ -131,23 +138,23 @@ def test_where_copies_share_a_micro_batch_two_samples_at_most_meet_themselves(
 @pytest.mark.parametrize("quasi_random", [False, True])
 @pytest.mark.parametrize("copies", [2, 3])
 def test_copies_do_not_depend_on_how_ranks_share_a_step_and_continue_inside_an_epoch(
-    windows: QuasiRandom, copies: int, quasi_random: bool
+    windows: PageShuffle, copies: int, quasi_random: bool
 ) -> None:
     order = windows if quasi_random else None
 
-    def batches(shares: Shares, rank: int, first_step: int = 0) -> list[list[int]]:
-        return [b.tolist() for b in shares.micro_batches(3000, 5, 2, rank, first_step, order)]
+    def batches(shares: GlobalBatchSampler, rank: int, first_step: int = 0) -> list[list[int]]:
+        return [pack(b).tolist() for b in shares.micro_batches(3000, 5, 2, rank, first_step, order)]
 
-    alone = batches(Shares(16, 4, 1, copies), 0)
+    alone = batches(GlobalBatchSampler(16, 4, 1, copies), 0)
     for world in (2, 4):
-        shares = Shares(16, 4 // world, world, copies)
+        shares = GlobalBatchSampler(16, 4 // world, world, copies)
         by_rank = [batches(shares, rank) for rank in range(world)]
         assert [by_rank[m % world][m // world] for m in range(len(alone))] == alone
         assert batches(shares, 1, first_step=20) == by_rank[1][20 * 4 // world :]
 
 
-def test_pages_are_read_ahead_for_copies_as_the_epoch_gets_to_them(windows: QuasiRandom) -> None:
-    shares = Shares(16, 4, 1, 2)
+def test_pages_are_read_ahead_for_copies_as_the_epoch_gets_to_them(windows: PageShuffle) -> None:
+    shares = GlobalBatchSampler(16, 4, 1, 2)
     order = windows.pages[windows.order(5, 2)]
     positions = list(shares.positions(3000, 0))
     assert positions[:9] == [0, 16, 32, 32, 32, 48, 64, 64, 64]
@@ -161,8 +168,8 @@ def test_pages_are_read_ahead_for_copies_as_the_epoch_gets_to_them(windows: Quas
 
 def test_more_copies_than_a_global_batch_holds_are_refused() -> None:
     with pytest.raises(ValueError, match=r"repeated_aug = 9: .* into the global batch of 8; lower repeated_aug"):
-        Shares(4, 2, 1, 9).num_steps(100)
-    assert Shares(4, 2, 1, 8).num_steps(100) == 12
+        GlobalBatchSampler(4, 2, 1, 9).num_steps(100)
+    assert GlobalBatchSampler(4, 2, 1, 8).num_steps(100) == 12
 
 
 # --- page-wise ----------------------------------------------------------------------------------------------------
@@ -178,19 +185,19 @@ def stored(num: int = 3000, size: int = MB // 10) -> NDArray[np.uint64]:
 
 
 @pytest.fixture(scope="module")
-def windows() -> QuasiRandom:
+def windows() -> PageShuffle:
     """3000 samples in 300 pages, 30 pages a window."""
-    return QuasiRandom.of(stored(), MB, 30 * MB)
+    return PageShuffle.of(stored(), MB, 30 * MB)
 
 
-def test_each_page_wise_epoch_is_a_permutation_of_its_own(windows: QuasiRandom) -> None:
+def test_each_page_wise_epoch_is_a_permutation_of_its_own(windows: PageShuffle) -> None:
     orders = [windows.order(seed, epoch) for seed, epoch in ((5, 0), (5, 1), (6, 0))]
     assert all(np.array_equal(np.sort(order), np.arange(3000)) for order in orders)
     assert all((a != b).mean() > 0.99 for a, b in itertools.combinations(orders, 2))
     assert np.array_equal(windows.order(5, 1), orders[1])
 
 
-def test_samples_stay_in_the_window_of_their_page_and_windows_differ_by_epoch(windows: QuasiRandom) -> None:
+def test_samples_stay_in_the_window_of_their_page_and_windows_differ_by_epoch(windows: PageShuffle) -> None:
     assert windows.num_windows == 10
     met = []
     for epoch in (0, 1):
@@ -202,7 +209,7 @@ def test_samples_stay_in_the_window_of_their_page_and_windows_differ_by_epoch(wi
     assert 0.05 < shared < 0.15, "of the pages that shared a window, a tenth does so in the next epoch"
 
 
-def test_a_page_wise_order_mixes_within_a_window_as_a_full_shuffle_does(windows: QuasiRandom) -> None:
+def test_a_page_wise_order_mixes_within_a_window_as_a_full_shuffle_does(windows: PageShuffle) -> None:
     """Labels in a random order in the file, as the conversion leaves it: batches hold as many classes."""
     labels = np.random.default_rng(0).permutation(np.arange(3000) % 100)
 
@@ -220,12 +227,12 @@ def test_a_page_wise_order_mixes_within_a_window_as_a_full_shuffle_does(windows:
 
 
 def test_one_window_is_the_full_shuffle() -> None:
-    assert np.array_equal(QuasiRandom.of(stored(), MB, 1 << 40).order(5, 3), permutation(3000, 5, 3))
+    assert np.array_equal(PageShuffle.of(stored(), MB, 1 << 40).order(5, 3), permutation(3000, 5, 3))
 
 
 @pytest.mark.parametrize("window_bytes", [1, MB, 7 * MB, 299 * MB])
 def test_windows_are_even_and_no_larger_than_asked_but_for_a_page(window_bytes: int) -> None:
-    windows = QuasiRandom.of(stored(), MB, window_bytes)
+    windows = PageShuffle.of(stored(), MB, window_bytes)
     sizes = [len(pages) for pages in windows._windows(0, 0)]
     assert sum(sizes) == 300
     assert max(sizes) <= max(1, window_bytes // MB)
@@ -233,23 +240,23 @@ def test_windows_are_even_and_no_larger_than_asked_but_for_a_page(window_bytes: 
 
 
 def test_a_page_wise_order_is_the_same_for_any_number_of_ranks_and_continues_inside_an_epoch(
-    windows: QuasiRandom,
+    windows: PageShuffle,
 ) -> None:
-    def batches(shares: Shares, rank: int, first_step: int = 0) -> list[list[int]]:
-        return [b.tolist() for b in shares.micro_batches(3000, 5, 2, rank, first_step, windows)]
+    def batches(shares: GlobalBatchSampler, rank: int, first_step: int = 0) -> list[list[int]]:
+        return [pack(b).tolist() for b in shares.micro_batches(3000, 5, 2, rank, first_step, windows)]
 
-    alone = batches(Shares(16, 4, 1), 0)
+    alone = batches(GlobalBatchSampler(16, 4, 1), 0)
     assert np.concatenate(alone).tolist() == windows.order(5, 2)[: 46 * 64].tolist()
     for world in (2, 4):
-        shares = Shares(16, 4 // world, world)
+        shares = GlobalBatchSampler(16, 4 // world, world)
         by_rank = [batches(shares, rank) for rank in range(world)]
         assert [by_rank[m % world][m // world] for m in range(len(alone))] == alone
         assert batches(shares, 1, first_step=20) == by_rank[1][20 * 4 // world :]
 
 
 @pytest.mark.parametrize("first_step", [0, 20])
-def test_the_next_window_s_pages_are_due_while_this_one_is_used(windows: QuasiRandom, first_step: int) -> None:
-    shares = Shares(16, 4, 1)
+def test_the_next_window_s_pages_are_due_while_this_one_is_used(windows: PageShuffle, first_step: int) -> None:
+    shares = GlobalBatchSampler(16, 4, 1)
     order = windows.pages[windows.order(5, 2)]
     positions = list(shares.positions(3000, 0, first_step))
     ahead = list(windows.pages_ahead(5, 2, iter(positions)))

@@ -16,6 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from support.samples import lists, pack_all
 from torch import Tensor
 
 pytest.importorskip("ffcv.reader")
@@ -26,9 +27,10 @@ from ffcv_convnext.data.beton.manifest import Manifest, tables_digest
 from ffcv_convnext.data.beton.writer import BetonWriter
 from ffcv_convnext.data.convert.encode import EncodedImage, Encoding
 from ffcv_convnext.data.load import loader
-from ffcv_convnext.data.load.loader import EvalLoader, SampleError, TrainLoader
-from ffcv_convnext.data.load.sampler import Shares
-from ffcv_convnext.data.load.sources import MappedFile, ReadError, ReadFile, merge, num_bytes_in_memory
+from ffcv_convnext.data.load.decoder import SampleError
+from ffcv_convnext.data.load.loader import EvalLoader, TrainLoader
+from ffcv_convnext.data.load.sampler import GlobalBatchSampler, Samples
+from ffcv_convnext.data.load.sources import Buffered, Mmap, ReadError, merge, num_bytes_in_memory
 from ffcv_convnext.host import AvailableMemory, available_memory, describe_need
 
 CPU = torch.device("cpu")
@@ -85,7 +87,7 @@ def own_dir(beton_dir: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(beton_dir, tmp_path / "beton"))
 
 
-def sample_file(kind: type[MappedFile | ReadFile], folder: Path) -> tuple[MappedFile | ReadFile, NDArray[Any]]:
+def sample_file(kind: type[Mmap | Buffered], folder: Path) -> tuple[Mmap | Buffered, NDArray[Any]]:
     """An opened train.beton, and its table of samples."""
     from ffcv.reader import Reader
 
@@ -131,7 +133,7 @@ def test_a_loader_can_be_read_twice_at_once_from_every_data_cache(
 
 def test_a_sample_that_lies_outside_the_file_is_named_by_every_data_cache(own_dir: Path) -> None:
     beton = own_dir / "train.beton"
-    _, rows = sample_file(MappedFile, own_dir)
+    _, rows = sample_file(Mmap, own_dir)
     content = bytearray(beton.read_bytes())
     at = content.index(rows.tobytes()) + rows.dtype.itemsize * 5
     rows = rows.copy()
@@ -143,10 +145,10 @@ def test_a_sample_that_lies_outside_the_file_is_named_by_every_data_cache(own_di
     for data_cache in ("os", "process", "ram"):
         train = TrainLoader(settings(own_dir, data_cache=data_cache), CPU, seed=0)
         with pytest.raises(SampleError, match=r"sample 5 .* its data lies outside the file"):
-            list(train.loader.batches([np.array([3, 5, 7])], 0, 0))
+            list(train.decoder.batches(lists([3, 5, 7]), 0, 0))
         with pytest.raises(SampleError, match=r"sample 5 .* its data lies outside the file"):
-            list(train.loader.batches([np.array([5])], 0, 0))
-        assert len(list(train.loader.batches([np.array([3, 7, 3])], 0, 0))) == 1, "and the others are read"
+            list(train.decoder.batches(lists([5]), 0, 0))
+        assert len(list(train.decoder.batches(lists([3, 7, 3]), 0, 0))) == 1, "and the others are read"
 
 
 @pytest.mark.parametrize("size", [0, 1 << 20, 1 << 63, (1 << 64) - 8])
@@ -155,7 +157,7 @@ def test_a_table_that_points_out_of_the_file_is_not_followed(beton_dir: Path, si
     end = beton.stat().st_size
     table = np.zeros(3, [("ptr", "<u8"), ("size", "<u8")])
     table["ptr"], table["size"] = [end + 5, 16, end - 1], [0, 10, size]
-    file = ReadFile(beton, np.array([16, end - 1, end + 5, 99], np.uint64), table)
+    file = Buffered(beton, np.array([16, end - 1, end + 5, 99], np.uint64), table)
     data = file.begin(np.arange(4))
     kept = [16] if size else [16, end - 1]
     assert data.wait().addresses.tolist() == kept
@@ -173,12 +175,12 @@ def test_a_quasi_random_epoch_has_every_sample_once_whatever_the_data_cache(page
             paged["shuffled"], order="quasi_random", shuffle_window_mb=5, data_cache=data_cache, batch_size=30
         )
         train = TrainLoader(config, CPU, seed=3)
-        assert train.quasi_random is not None
-        assert train.quasi_random.num_windows == 3
-        order = np.concatenate(list(Shares(30, 1, 1).micro_batches(300, 3, 0, 0, 0, train.quasi_random)))
+        assert train.page_shuffle is not None
+        assert train.page_shuffle.num_windows == 3
+        order = pack_all(GlobalBatchSampler(30, 1, 1).micro_batches(300, 3, 0, 0, 0, train.page_shuffle))
         assert np.array_equal(np.sort(order), np.arange(300))
         found.append(epoch(train))
-        labels = train.loader.reader.metadata["f1"][order]
+        labels = train.decoder.labels[order]
         assert torch.cat([labels for _, labels in found[-1]]).tolist() == labels.tolist()
         assert same(epoch(train, 0, first_step=7), found[-1][7:])
         ranks = [TrainLoader(config, CPU, seed=3, rank=rank, world=2) for rank in (0, 1)]
@@ -193,20 +195,20 @@ def test_the_pages_of_the_next_window_are_read_while_this_one_is_used(
 ) -> None:
     config = settings(paged["shuffled"], order="quasi_random", shuffle_window_mb=5, batch_size=10)
     train = TrainLoader(config, CPU, seed=3)
-    assert train.quasi_random is not None
-    assert isinstance(train.loader.file, MappedFile)
+    assert train.page_shuffle is not None
+    assert isinstance(train.decoder.source, Mmap)
     announced: list[int] = []
-    announce = train.loader.file.announce
+    announce = train.decoder.source.announce
 
     def watched(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
         announced.extend(starts[lengths == 2 * MB].tolist())
         announce(starts, lengths)
 
-    monkeypatch.setattr(train.loader.file, "announce", watched)
+    monkeypatch.setattr(train.decoder.source, "announce", watched)
     epoch(train)
-    first, *others = train.quasi_random._windows(3, 0)
-    assert announced == train.quasi_random.offsets[np.concatenate(others)].tolist()
-    assert set(announced).isdisjoint(train.quasi_random.offsets[first].tolist())
+    first, *others = train.page_shuffle._windows(3, 0)
+    assert announced == train.page_shuffle.offsets[np.concatenate(others)].tolist()
+    assert set(announced).isdisjoint(train.page_shuffle.offsets[first].tolist())
     assert all(offset % (2 * MB) == 0 for offset in announced)
 
 
@@ -238,7 +240,7 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
 
 
 def test_a_mapped_file_s_coming_samples_are_read_before_they_are_touched(paged: dict[str, Path]) -> None:
-    file, _ = sample_file(MappedFile, paged["shuffled"])
+    file, _ = sample_file(Mmap, paged["shuffled"])
     evict_or_skip(file.beton)
     wanted = np.arange(200, 240)
     size = sum(int(file.sizes[entry]) for entry in file.entries(wanted))
@@ -253,29 +255,29 @@ def test_a_mapped_file_s_coming_samples_are_read_before_they_are_touched(paged: 
 def test_of_a_cold_file_little_more_is_read_than_the_samples_asked_for(paged: dict[str, Path], data_cache: str) -> None:
     """A page that is touched without having been asked for would bring up to some MB around it."""
     train = TrainLoader(settings(paged["shuffled"], data_cache=data_cache), CPU, seed=0)
-    file, wanted = train.loader.file, np.arange(5, 300, 20)
-    list(train.loader.batches([wanted[:1]], 0, 0))
+    file, wanted = train.decoder.source, np.arange(5, 300, 20)
+    list(train.decoder.batches(lists(wanted[:1]), 0, 0))
     evict_or_skip(file.beton)
-    list(train.loader.batches([wanted[:8], wanted[8:]], 0, 0))
+    list(train.decoder.batches(lists(wanted[:8], wanted[8:]), 0, 0))
     size = sum(int(file.sizes[entry]) for entry in file.entries(wanted))
     assert size <= num_bytes_in_memory(file.beton) < 2 * size < file.num_bytes / 5
 
 
 def test_reading_ahead_has_a_limit(paged: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ffcv_convnext.data.load.sources._BYTES_AHEAD", MB)
-    for kind in (MappedFile, ReadFile):
+    for kind in (Mmap, Buffered):
         file, _ = sample_file(kind, paged["shuffled"])
         asked: list[int] = []
 
-        def lists(asked: list[int] = asked) -> Iterator[NDArray[np.int64]]:
+        def batches(asked: list[int] = asked) -> Iterator[Samples]:
             for number in range(30):
                 asked.append(number)
-                yield np.arange(10 * number, 10 * number + 10)
+                yield Samples.of(np.arange(10 * number, 10 * number + 10))
 
-        fetched = file.fetch(lists())
+        fetched = file.fetch(batches())
         a_batch = file.num_bytes / 30
-        for number, (indices, data) in enumerate(fetched):
-            assert indices[0] == 10 * number
+        for number, (samples, data) in enumerate(fetched):
+            assert samples.indices[0] == 10 * number
             data.wait()
             data.release()
             assert len(asked) - number < MB / a_batch + 3
@@ -295,7 +297,7 @@ def test_near_parts_of_a_file_are_read_as_one() -> None:
 
 @pytest.mark.parametrize("samples", [[3], [5, 4, 3, 200, 4], list(range(300)), list(range(0, 300, 7))])
 def test_what_is_read_into_a_buffer_is_what_the_file_holds(paged: dict[str, Path], samples: list[int]) -> None:
-    file, _ = sample_file(ReadFile, paged["shuffled"])
+    file, _ = sample_file(Buffered, paged["shuffled"])
     content = file.beton.read_bytes()
     data = file.begin(np.array(samples))
     stored = data.wait()
@@ -308,7 +310,7 @@ def test_what_is_read_into_a_buffer_is_what_the_file_holds(paged: dict[str, Path
 
 def test_buffers_are_used_again_and_their_number_stays(paged: dict[str, Path]) -> None:
     train = TrainLoader(settings(paged["shuffled"], data_cache="process"), CPU, seed=0)
-    spare = train.loader.file.spare_buffers
+    spare = train.decoder.source.spare_buffers
     epoch(train)
     num_bytes = [sum(map(len, spare))]
     for number in range(1, 6):
@@ -317,7 +319,7 @@ def test_buffers_are_used_again_and_their_number_stays(paged: dict[str, Path]) -
             break
         epoch(train, number)
         num_bytes.append(sum(map(len, spare)))
-    batch = 8 * (train.loader.file.most_bytes + 32 * 1024) * 1.25
+    batch = 8 * (train.decoder.source.max_bytes + 32 * 1024) * 1.25
     assert max(num_bytes) < 38 * batch, "one for each of the 37 batches of this small file, which all fit"
     assert num_bytes[-1] <= num_bytes[1] * 1.1
 
@@ -327,15 +329,17 @@ def test_buffers_are_used_again_and_their_number_stays(paged: dict[str, Path]) -
 
 def test_a_file_cut_off_while_it_is_read_is_an_error_that_names_it(own_dir: Path) -> None:
     train = TrainLoader(settings(own_dir, data_cache="process"), CPU, seed=0)
-    os.truncate(own_dir / "train.beton", train.loader.file.num_bytes // 2)
-    with pytest.raises(ReadError, match=r"train\.beton ends at \d+, before the sample .* cut off while in use"):
+    os.truncate(own_dir / "train.beton", train.decoder.source.num_bytes // 2)
+    with pytest.raises(
+        ReadError, match=r"train\.beton ends at \d+, before the end of a sample: the file was truncated while in use"
+    ):
         epoch(train)
 
 
 def test_a_file_that_cannot_be_read_any_more_is_an_error_with_the_reason(own_dir: Path) -> None:
     train = TrainLoader(settings(own_dir, data_cache="process", bad_samples="skip"), CPU, seed=0)
     expected = epoch(train)
-    file = train.loader.file
+    file = train.decoder.source
     kept = os.dup(file.descriptor)
     unreadable = os.open(own_dir / "train.beton", os.O_WRONLY)
     os.dup2(unreadable, file.descriptor)

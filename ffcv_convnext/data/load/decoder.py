@@ -1,0 +1,214 @@
+"""Decode batches of a .beton in threads: reader, source of bytes, crop kernel, scratch memory.
+
+FFCV supplies the file format and its Reader. Its own Loader is not used, because it hangs if an operation raises, hands
+out views into a ring of buffers that it overwrites later, leaks a thread if an epoch is left early, and sets PyTorch's
+thread count. Here a batch is cut into small chunks for a thread pool (compiled code releases the GIL), and every batch
+has memory of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ffcv_convnext.data.beton import CONVERT_AGAIN, Manifest, check_header
+from ffcv_convnext.data.beton.ffcv_import import importing_ffcv
+from ffcv_convnext.data.codec.decode import OK, REASONS, addresses
+from ffcv_convnext.data.codec.jit import announced_compilation
+from ffcv_convnext.data.load.crops import Chunk, CropKernel, Key, Scratch
+from ffcv_convnext.data.load.device import Batch, DeviceTransfer
+from ffcv_convnext.data.load.sampler import Samples
+from ffcv_convnext.data.load.sources import Buffered, Fetch, Mmap, Preloaded, ReadError
+from ffcv_convnext.errors import Failure
+
+with importing_ffcv():
+    from ffcv.reader import Reader
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 8  # images that a thread decodes at a time: about 10 ms
+_TIMEOUT_S = 600.0  # no chunk takes so long, but a network disk may not answer at all
+
+
+class SampleError(Failure):
+    """A stored sample cannot be decoded; the message names its index, its original file and the reason."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A batch whose chunks are being decoded."""
+
+    samples: Samples
+    data: Fetch
+    images: Tensor  # (n, size, size, 3) uint8
+    labels: Tensor  # (n,) int64
+    status: NDArray[np.int32]
+    chunks: list[Future[None]]
+
+
+class BatchDecoder:
+    """Decodes lists of samples of a .beton with the fields image and label.
+
+    local_rank, num_local: of the processes on this node, which share the reading with data_cache ram.
+    """
+
+    def __init__(
+        self,
+        beton: Path,
+        kernel: CropKernel,
+        *,
+        num_workers: int,
+        batches_ahead: int,
+        device: torch.device,
+        replace_bad: bool = False,
+        data_cache: Literal["os", "process", "ram"] = "os",
+        local_rank: int = 0,
+        num_local: int = 1,
+    ) -> None:
+        check_header(beton)
+        reader = Reader(str(beton))
+        if list(reader.handlers) != ["image", "label"]:
+            raise ValueError(
+                f"{beton} has the fields {', '.join(reader.handlers)}: expected image, label; {CONVERT_AGAIN}"
+            )
+        self.beton = beton
+        self.kernel = kernel
+        self.batches_ahead = batches_ahead
+        self.replace_bad = replace_bad
+        self.is_stuck = False  # a thread waits for a disk that does not answer
+        self.num_replaced = 0  # bad samples replaced by another one so far
+        self.wait_s = 0.0  # time that the consumer has waited for batches, in total
+        self.page_size = int(reader.page_size)
+        self.rows = reader.metadata["f0"]  # (n,) mode, width, height and data_ptr of each image
+        self.labels: NDArray[np.int64] = np.ascontiguousarray(reader.metadata["f1"], np.int64)  # (n,)
+        tables = beton, self.rows["data_ptr"], reader.alloc_table
+        self.source: Mmap | Buffered
+        if data_cache == "ram":
+            self.source = Preloaded(*tables, local_rank, num_local)
+        else:
+            self.source = (Mmap if data_cache == "os" else Buffered)(*tables)
+        self.transfer = DeviceTransfer(device)
+        self._functions = addresses()
+        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
+        self._own = threading.local()  # a thread's scratch
+        self._compile()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _compile(self) -> None:
+        """Compile the kernel, or load it from the cache, by decoding an empty batch."""
+        batch = self._allocate(Samples.of(np.empty(0, np.int64)), self.source.begin(np.empty(0, np.int64)))
+        with announced_compilation(f"the decoder of {self.beton.name}"):
+            self._pool.submit(self._decode, batch, slice(0, 0), Key(np.uint64(0), np.uint64(0))).result()
+        batch.data.release()
+
+    def batches(self, samples: Iterable[Samples], seed: int, epoch: int) -> Generator[Batch, None, None]:
+        """Decode the given lists of samples, `batches_ahead` of them in advance, and yield them in order.
+
+        Yields images (n, 3, size, size) uint8 in channels_last memory and labels (n,) int64 on the device; the caller
+        owns both. Closing the generator ends the work.
+        A sample that cannot be decoded raises SampleError. With replace_bad, the next good sample of its list (after
+        the end, the first) replaces it, image and label, and a warning names both.
+        """
+        self.source.prepare()
+        key = Key(np.uint64(seed), np.uint64(epoch))
+        pending: deque[_Pending] = deque()
+        fetched = self.source.fetch(self._checked(samples))
+        try:
+            for listed, data in fetched:
+                pending.append(self._submit(listed, data, key))
+                if len(pending) > self.batches_ahead:
+                    yield self._finish(pending.popleft())
+            while pending:
+                yield self._finish(pending.popleft())
+        finally:
+            unfinished = [chunk for batch in pending for chunk in batch.chunks if not chunk.cancel()]
+            self.is_stuck |= bool(wait(unfinished, 0 if self.is_stuck else _TIMEOUT_S).not_done)
+            for batch in pending:
+                batch.data.release()
+            fetched.close()
+
+    def _checked(self, samples: Iterable[Samples]) -> Iterator[Samples]:
+        """Pass lists of samples on after checking their range: compiled code checks no bounds."""
+        for listed in samples:
+            if len(listed):
+                first, last = int(listed.indices.min()), int(listed.indices.max())
+                if not 0 <= first <= last < len(self):
+                    raise ValueError(f"samples {first} to {last}: expected 0 to {len(self) - 1}")
+            yield listed
+
+    def _allocate(self, samples: Samples, data: Fetch) -> _Pending:
+        num, size = len(samples), self.kernel.size
+        images = self.transfer.empty(num, size, size, 3, dtype=torch.uint8)
+        labels = self.transfer.empty(num, dtype=torch.int64)
+        return _Pending(samples, data, images, labels, np.zeros(num, np.int32), [])
+
+    def _submit(self, samples: Samples, data: Fetch, key: Key) -> _Pending:
+        batch = self._allocate(samples, data)
+        batch.labels.numpy()[:] = self.labels[samples.indices]
+        parts = (slice(start, start + _CHUNK) for start in range(0, len(samples), _CHUNK))
+        batch.chunks = [self._pool.submit(self._decode, batch, part, key) for part in parts]
+        return batch
+
+    def _decode(self, batch: _Pending, part: slice, key: Key) -> None:
+        """Decode a part of a batch, in a thread of the pool."""
+        if not hasattr(self._own, "scratch"):
+            self._own.scratch = self.kernel.scratch(self.rows, self.source.max_bytes)
+        scratch: Scratch = self._own.scratch
+        stored, samples = batch.data.wait(), batch.samples.part(part)
+        chunk = Chunk(samples.indices, samples.copies, batch.images.numpy()[part], batch.status[part])
+        self.kernel.decode(chunk, self.rows, stored, key, self.kernel.parameters, scratch, self._functions)
+
+    def _finish(self, batch: _Pending) -> Batch:
+        started = time.perf_counter()
+        for number, chunk in enumerate(batch.chunks):
+            try:
+                chunk.result(_TIMEOUT_S)
+            except ReadError:
+                raise
+            except Exception as error:  # any failure is reported with its samples
+                part = batch.samples.indices[number * _CHUNK : (number + 1) * _CHUNK].tolist()
+                self.is_stuck |= not chunk.done()
+                reason = f"timeout after {_TIMEOUT_S:g} s; check its disk" if self.is_stuck else repr(error)
+                raise SampleError(f"{self.beton}: decoding samples {part} failed: {reason}") from error
+        self.wait_s += time.perf_counter() - started
+        batch.data.release()
+        self._replace_bad(batch)
+        return self.transfer(batch.images, batch.labels)
+
+    def _replace_bad(self, batch: _Pending) -> None:
+        """Replace a batch's bad samples by good ones. Raises SampleError without replace_bad or without good ones."""
+        indices = batch.samples.indices
+        good = np.flatnonzero(batch.status == OK)
+        for i in np.flatnonzero(batch.status != OK):
+            problem = self._describe_bad(int(indices[i]), REASONS[int(batch.status[i])])
+            if not self.replace_bad or not len(good):
+                raise SampleError(f"{problem}; {CONVERT_AGAIN}")
+            other = int(good[np.searchsorted(good, i) % len(good)])
+            batch.images[i], batch.labels[i] = batch.images[other], batch.labels[other]
+            self.num_replaced += 1
+            log.warning("%s; replaced by sample %d", problem, indices[other])
+
+    def _describe_bad(self, sample: int, reason: str) -> str:
+        original = None
+        if Manifest.path_for(self.beton).exists():
+            original = Manifest.for_beton(self.beton).original_file(self.beton, sample)
+        return f"{self.beton}: sample {sample} (original file: {original or 'unknown'}) cannot be decoded: {reason}"
+
+    def close(self) -> None:
+        """End the threads; open iterations must not be used any more."""
+        self._pool.shutdown(wait=not self.is_stuck, cancel_futures=True)
+        self.source.close(wait=not self.is_stuck)
