@@ -41,10 +41,10 @@ FLOORS: list[dict[str, Box]] = [
         "augment": Box("batches on the device", 5.5, 1.9),
         "models": Box("one network, all steps", 7.6, 1.9),
     },
+    {"run_folder": Box("names, lock", 9.7, 1.2)},
     {
         "host": Box("cores, memory", 0, 2),
-        "config": Box("every setting, its type and its flag", 2.2, 7.3),
-        "run_folder": Box("names, lock, state", 9.7, 1.3),
+        "config": Box("every setting, its type and its flag", 2.2, 8.5),
         "signals": Box("stop signals", 11.1, 0.9),
     },
     {
@@ -254,11 +254,12 @@ def draw() -> str:
     names = list(modules())
     units, rooms = {unit(name) for name in names}, {room(name) for name in names} - {""}
     boxes = {name: box for row in FLOORS for name, box in row.items()}
+    rows = [row for row in FLOORS if units & set(row)]
     heights = [
         70 + len(ROOMS) * (ROOM_ROW + ROOM_GAP) - ROOM_GAP if "data" in row else 36 if row is GROUND else ROW
-        for row in FLOORS
+        for row in rows
     ]
-    places = arrange(FLOORS, units, MARGIN, MARGIN, COLUMN, heights, GAP)
+    places = arrange(rows, units, MARGIN, MARGIN, COLUMN, heights, GAP)
     drawn = []
     for name, place in places.items():
         if name == "data":
@@ -284,7 +285,7 @@ def draw() -> str:
     ]
 
     width = 2 * MARGIN + 12 * COLUMN
-    height = MARGIN + sum(heights) + GAP * (len(FLOORS) - 1) + 52
+    height = MARGIN + sum(heights) + GAP * (len(rows) - 1) + 52
     notes = (
         "An arrow is an import between folders; it is left out where a longer way leads to the same folder. "
         "Every floor may use the lowest one: those arrows are not drawn."

@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOORS = {
     *("data.beton", "data.beton.tables", "data.beton.ffcv_import"),
     *("data.codec", "data.convert", "data.load", "data.check"),
-    *("bench.compare", "bench.stages", "bench.synthetic_data"),
+    *("bench.compare", "bench.stages", "bench.synthetic_data", "bench.timing"),
 }
 
 # Third parties, and the only places that may import them.
