@@ -41,7 +41,7 @@ test-slurm: | setup  ## the tests on a real Slurm: it starts two nodes on this m
 	@bash scripts/setup.sh slurm
 	$(PYTEST) -m slurm
 
-slow: | setup  ## the tests that take a minute each: benchmarks from end to end, other processors, the page in Chromium
+slow: | setup  ## the long tests: benchmarks from end to end, mutated images, other processors, the page in Chromium
 	@bash scripts/setup.sh chromium
 	$(PYTEST) -m "slow and not gpu and not slurm"
 
