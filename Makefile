@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-# Python keeps what it compiles: torch and timm take 10 s to import otherwise, in every process of the tests.
+# Keep Python's compiled files: without them torch and timm take 10 s to import, in every process of the tests.
 unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON_IN_VENV := .venv/bin/python
@@ -11,14 +11,16 @@ UV := $(firstword $(wildcard .venv/bin/uv) uv)
 DIGITS := demo_data/digits/ORIGIN.txt
 BETON := $(addprefix demo_data/beton/,train.beton train.json val.beton val.json)
 PYTEST := $(PYTHON_IN_VENV) -m pytest
-ORDINARY := -m "not gpu and not slurm and not slow" --cov=ffcv_convnext
+# On all cores, eight at most: each worker imports and compiles for itself. tests/conftest.py divides the tests.
+ON_ALL_CORES := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+ORDINARY := $(ON_ALL_CORES) -m "not gpu and not slurm and not slow" --cov=ffcv_convnext
 
-.PHONY: help setup demo test test-slurm slow lint format types coverage requirements clean
+.PHONY: help setup demo test test-slurm slow lint format types architecture coverage requirements clean
 
 help:  ## list these commands
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' Makefile | expand -t 22
 
-setup:  ## make .venv and install everything (demo, test and the others do it by themselves)
+setup:  ## make .venv and install everything (demo, test and the others do it themselves)
 	@bash scripts/setup.sh
 
 demo: $(BETON) | setup  ## real images through the whole path: convert, train two small networks, print the table
@@ -35,11 +37,11 @@ $(BETON) &: $(DIGITS) | setup
 test: lint types  ## lint, types, and the tests that need neither a GPU nor Slurm; coverage must reach 90 %
 	$(PYTEST) $(ORDINARY) --cov-report=term --cov-fail-under=90
 
-test-slurm: | setup  ## the tests on a real Slurm: two nodes are started on this machine, and ended
+test-slurm: | setup  ## the tests on a real Slurm: it starts two nodes on this machine and ends them
 	@bash scripts/setup.sh slurm
 	$(PYTEST) -m slurm
 
-slow: | setup  ## the tests that take a minute each: benchmarks from end to end, other processors, the page in Chromium
+slow: | setup  ## the long tests: benchmarks from end to end, mutated images, other processors, the page in Chromium
 	@bash scripts/setup.sh chromium
 	$(PYTEST) -m "slow and not gpu and not slurm"
 
@@ -47,12 +49,15 @@ lint: | setup  ## ruff: rules and formatting
 	$(PYTHON_IN_VENV) -m ruff check .
 	$(PYTHON_IN_VENV) -m ruff format --check .
 
-format: | setup  ## let ruff format and mend what it can
+format: | setup  ## let ruff format and fix what it can
 	$(PYTHON_IN_VENV) -m ruff check --fix .
 	$(PYTHON_IN_VENV) -m ruff format .
 
 types: | setup  ## mypy, strict
 	$(PYTHON_IN_VENV) -m mypy
+
+architecture: | setup  ## draw docs/architecture.svg from the imports of the package
+	$(PYTHON_IN_VENV) scripts/draw_architecture.py
 
 coverage: | setup  ## the tests again, with the lines they miss as pages in htmlcov/
 	$(PYTEST) $(ORDINARY) --cov-report=html --cov-report=term-missing

@@ -16,13 +16,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 SIDE = 48  # pixels
-BRIGHTEST = 16  # the scans' white
+BRIGHTEST = 16  # white in the scans
 VAL_EVERY = 6
-ORIGIN = "ORIGIN.txt"  # written last: where it stands, the folder is complete
+ORIGIN = "ORIGIN.txt"  # written last: its presence means that the folder is complete
 
 
 def to_image(scan: np.ndarray) -> Image.Image:
-    """scan: (8, 8) floating, 0..16. Returns a gray image of SIDE x SIDE pixels."""
+    """Return a gray image of SIDE x SIDE pixels.   scan: (8, 8) floating, 0..16."""
     levels = np.rint(scan * (255 / BRIGHTEST)).astype(np.uint8)
     return Image.fromarray(levels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
@@ -30,9 +30,9 @@ def to_image(scan: np.ndarray) -> Image.Image:
 def write_folder(out: Path) -> Counter[str]:
     """Write {train,val}/{0..9}/NNNN.jpg below out and return the number of images in each part."""
     if out.exists() and any(out.iterdir()) and not (out / ORIGIN).exists():
-        strangers = [path.name for path in out.iterdir() if path.name not in ("train", "val")]
-        if strangers:
-            raise FileExistsError(f"--out {out} holds other things ({strangers[0]}, ...); name a new folder")
+        others = [path.name for path in out.iterdir() if path.name not in ("train", "val")]
+        if others:
+            raise FileExistsError(f"--out {out} contains other files ({others[0]}, ...); name a new folder")
     (out / ORIGIN).unlink(missing_ok=True)
     digits = load_digits()
     seen: Counter[int] = Counter()
@@ -49,6 +49,7 @@ def write_folder(out: Path) -> Counter[str]:
 
 
 def main() -> int:
+    """Write the folder and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo_data/digits"), help="folder to write (%(default)s)")
     out = parser.parse_args().out

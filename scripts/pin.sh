@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Renews requirements.txt: exact versions of everything that .venv holds, for every Python from 3.11 on.
-# No address gets into the file: whoever installs takes their own index. Usage: bash scripts/pin.sh [UV]
+# Write requirements.txt: exact versions of everything in .venv, for every Python from 3.11 on.
+# The file contains no addresses: each user installs from their own index. Usage: bash scripts/pin.sh [UV]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 uv=${1:-uv}

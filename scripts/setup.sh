@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with the project and everything its commands need; quick when nothing is to be done.
+# Make .venv with the project and everything its commands need; quick when there is nothing to do.
 # `make demo` and `make test` call it. PYTHON=/path/to/python chooses the interpreter of a new .venv.
 # `setup.sh slurm` installs the system packages of `make test-slurm` instead, and nothing else; `setup.sh chromium` the
 # browser of `make slow`.
@@ -13,25 +13,25 @@ readonly EXTRAS=ffcv,slurm,report,demo,dev
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$@" >&2; exit 1; }
 
-# What .venv was made from: the pins, and the folder, since an environment does not survive being moved.
+# What .venv was made from: the pins, and the folder, since an environment cannot be moved.
 fingerprint() {
     { cat pyproject.toml requirements.txt scripts/setup.sh; pwd; } | cksum
 }
 
-# Ends well when this interpreter can carry the project; says why not otherwise.
-can_carry() {
+# Succeed if this interpreter is new enough for the project.
+is_new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
 find_python() {
     local candidate
     for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.14; do
-        if command -v "$candidate" >/dev/null && can_carry "$candidate"; then
+        if command -v "$candidate" >/dev/null && is_new_enough "$candidate"; then
             command -v "$candidate"
             return
         fi
         if [[ $candidate == "${PYTHON:-}" ]]; then
-            die "PYTHON = $PYTHON: no Python 3.11 or newer that runs; give another one, or leave it out"
+            die "PYTHON = $PYTHON: no Python 3.11 or newer that runs; name another one, or unset PYTHON"
         fi
     done
     die "no Python 3.11 or newer found (tried python3, python3.11 to python3.14)" \
@@ -71,12 +71,12 @@ install_packages() {  # a command that prints the missing packages
     mapfile -t packages < <("$@")
     (( ${#packages[@]} )) || return 0
     if ! command -v apt-get >/dev/null; then
-        die "this machine lacks what Debian calls: ${packages[*]}" \
-            "install them with its own package manager, then repeat the command"
+        die "missing system packages (Debian's names): ${packages[*]}" \
+            "install them with your package manager, then repeat the command"
     fi
     if (( EUID != 0 )); then
         if ! { command -v sudo >/dev/null && sudo -n true 2>/dev/null; }; then
-            die "these system packages are missing and I may not install them; run this, then repeat the command:" \
+            die "system packages are missing, and installing them needs root; run this, then repeat the command:" \
                 "    sudo sh -c 'apt-get update && apt-get install -y ${packages[*]}'"
         fi
         as_root=(sudo -n)
@@ -100,8 +100,8 @@ install_packages() {  # a command that prints the missing packages
 
 make_venv() {
     local python=$1
-    if [[ -e $VENV ]] && ! can_carry $VENV/bin/python; then
-        say "$VENV does not work any more; making it anew"
+    if [[ -e $VENV ]] && ! is_new_enough $VENV/bin/python; then
+        say "$VENV does not work any more; making a new one"
         rm -rf $VENV
     fi
     if [[ ! -e $VENV ]]; then
@@ -129,10 +129,10 @@ find_uv() {
 
 main() {
     local python started=$SECONDS
-    if [[ -f $STAMP && $(<$STAMP) == "$(fingerprint)" ]] && can_carry $VENV/bin/python; then
+    if [[ -f $STAMP && $(<$STAMP) == "$(fingerprint)" ]] && is_new_enough $VENV/bin/python; then
         return 0
     fi
-    if [[ -e $VENV ]] && can_carry $VENV/bin/python; then
+    if [[ -e $VENV ]] && is_new_enough $VENV/bin/python; then
         python=$VENV/bin/python
     else
         python=$(find_python)
@@ -142,7 +142,7 @@ main() {
     find_uv
     rm -f $STAMP
     say "installing the project and its pinned dependencies into $VENV (3 GB to download the first time)"
-    # The pins hold for the builds of ffcv and of the project as well (setuptools).
+    # The pins are also for building ffcv and the project (setuptools).
     "$UV" pip install --python $VENV/bin/python --build-constraints requirements.txt \
         -r requirements.txt --editable ".[$EXTRAS]"
     fingerprint >$STAMP

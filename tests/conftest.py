@@ -7,13 +7,41 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# Before torch is imported: the workers of pytest-xdist share the cores, and so do the processes that their tests start.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 import pytest
 import torch
 from support.imagefolder import make_image_folder
 from support.nursery import Nursery
 from support.slurm_commands import answer
+from xdist.scheduler import LoadScopeScheduling
 
 from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
+
+NURSERY_FILES = {f"tests/training/{name}.py" for name in ("test_compile", "test_distributed", "test_resume")}
+
+
+class ByFile(LoadScopeScheduling):
+    """Run a file's tests in one worker of pytest-xdist, and all files that need the nursery in the same one.
+
+    So a file's fixtures are built once, and one nursery serves all.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "nursery" if file in NURSERY_FILES else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | None:
+    return ByFile(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the nursery's tests first: they take longest."""
+    items.sort(key=lambda item: item.nodeid.partition("::")[0] not in NURSERY_FILES)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The house stands as drawn: who imports whom, what the files may hold, and that the README tells the truth."""
+"""The repository keeps its rules: who imports whom, what the files may contain, and that the README is true."""
 
 from __future__ import annotations
 
@@ -7,46 +7,47 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+import tokenize
+from collections.abc import Iterator
+from dataclasses import fields
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
+from draw_architecture import (
+    FLOORS,
+    PACKAGE,
+    PICTURE,
+    ROOMS,
+    draw,
+    height_of,
+    imports_of,
+    module_imports,
+    modules,
+    ours,
+    room,
+    unit,
+)
 
+from ffcv_convnext import __version__
 from ffcv_convnext.cli import COMMANDS
 from ffcv_convnext.cluster import ClusterConfig
 from ffcv_convnext.config import SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = "ffcv_convnext"
 
-# A module imports from floors below its own, or from its own folder.
-FLOORS = [
-    {"", "errors", "files", "formatting", "policy_grammar", "rng", "snapshot"},  # "" is the package itself: its version
-    {"config", "signals", "host"},
-    {"run_folder"},
-    {"data", "augment", "models"},
-    {"training"},
-    {"bench"},
-    {"doctor"},
-    {"cluster", "preview"},
-    {"ladder"},
-    {"report"},
-    {"cli"},
-]
-FLOOR_OF = {unit: height for height, units in enumerate(FLOORS) for unit in units}
-
-# Doors inside a folder, beside its `__init__.py`.
+# Files that other folders may import, beside a folder's `__init__.py`.
 DOORS = {
     *("data.beton", "data.beton.tables", "data.beton.ffcv_import"),
     *("data.codec", "data.convert", "data.load", "data.check"),
     *("bench.synthetic_data", "bench.timing"),
+    *("training.distributed", "training.engine", "training.preflight", "training.run"),
 }
 
-# Third parties that some places only may import.
+# Third parties, and the only places that may import them.
 HOMES = {
-    "ffcv": ("data", "bench.stock_ffcv"),
+    "ffcv": ("data.beton", "data.load", "bench.stock_ffcv"),
     "numba": ("data",),
     "cv2": ("data",),
     "submitit": ("cluster",),
@@ -54,73 +55,15 @@ HOMES = {
     "triton": ("models.kernels",),
 }
 NOT_MINIMAL = [*HOMES, "wandb", "sklearn"]
-
-
-@dataclass(frozen=True)
-class Import:
-    target: str  # dotted name; for `from a import b` it is a.b
-    at_load: bool  # runs when the module is imported, not inside a function
-    line: int
-
-
-def modules() -> dict[str, Path]:
-    """Dotted name below the package ("" for the package itself) -> file."""
-    found = {}
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
-        parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-def imports_of(source: str, package: str) -> list[Import]:
-    """Every import statement, relative ones resolved against the dotted package that holds the file."""
-
-    def walk(node: ast.AST, at_load: bool) -> Iterator[Import]:
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield Import(alias.name, at_load, node.lineno)
-        elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            origin = ".".join([*parents, *([node.module] if node.module else [])])
-            for alias in node.names:
-                yield Import(f"{origin}.{alias.name}", at_load, node.lineno)
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for child in node.body:
-                yield from walk(child, False)
-            for child in node.orelse:
-                yield from walk(child, at_load)
-        else:
-            inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            for child in ast.iter_child_nodes(node):
-                yield from walk(child, at_load and not inside)
-
-    return list(walk(ast.parse(source), True))
-
-
-def package_of(name: str, path: Path) -> str:
-    dotted = f"{PACKAGE}.{name}".rstrip(".")
-    return dotted if path.name == "__init__.py" else dotted.rpartition(".")[0]
-
-
-def module_imports() -> dict[str, list[Import]]:
-    return {name: imports_of(path.read_text(), package_of(name, path)) for name, path in modules().items()}
-
-
-def ours(imports: Iterable[Import], known: Iterable[str]) -> Iterator[tuple[Import, str]]:
-    """The imports of our own modules, each with the module that it loads."""
-    names = set(known)
-    for each in imports:
-        if each.target == PACKAGE or each.target.startswith(f"{PACKAGE}."):
-            target = each.target[len(PACKAGE) + 1 :]
-            yield each, target if target in names else target.rpartition(".")[0]
-
-
-def unit(name: str) -> str:
-    return name.partition(".")[0]
+MAX_IGNORES = 25  # `type: ignore` in data/
+MAX_README = 120  # lines
 
 
 def place(name: str, line: int) -> str:
     return f"{modules()[name].relative_to(ROOT)}:{line}"
+
+
+# --- Imports ----------------------------------------------------------------------------------------------
 
 
 def test_the_import_reader_resolves_every_form() -> None:
@@ -135,17 +78,34 @@ def test_the_import_reader_resolves_every_form() -> None:
 
 
 def test_a_module_imports_only_from_floors_below_its_own() -> None:
-    everything = module_imports()
-    homeless = {unit(name) for name in everything} - set(FLOOR_OF)
-    assert not homeless, f"{homeless}: no floor yet; draw it in DESIGN.md's picture and in FLOORS above"
+    everything, floor = module_imports(), height_of(FLOORS)
+    missing = {unit(name) for name in everything} - {"", *floor}
+    assert not missing, f"{missing}: add to FLOORS in scripts/draw_architecture.py, then run: make architecture"
     wrong = [
-        f"{place(name, each.line)}: {unit(name)} may not import from {unit(target)}"
+        f"{place(name, each.line)}: {unit(name)} must not import from {unit(target)}"
         for name, imports in everything.items()
         for each, target in ours(imports, everything)
-        if unit(target) != unit(name) and FLOOR_OF[unit(target)] >= FLOOR_OF[unit(name)]
-        and not target == ""
-    ]  # fmt: skip
+        if target and unit(target) != unit(name) and (not name or floor[unit(target)] >= floor[unit(name)])
+    ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_room_of_data_imports_only_from_rooms_below_its_own() -> None:
+    everything, floor = module_imports(), height_of(ROOMS)
+    rooms = {room(name) for name in everything} - {""}
+    assert rooms <= set(floor), f"{rooms - set(floor)}: add to ROOMS in scripts/draw_architecture.py"
+    wrong = [
+        f"{place(name, each.line)}: data/{room(name)} must not import from data/{room(target)}"
+        for name, imports in everything.items()
+        for each, target in ours(imports, everything)
+        if room(name) and room(target) and room(target) != room(name) and floor[room(target)] >= floor[room(name)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_picture_of_the_architecture_is_the_code_s() -> None:
+    name = PICTURE.relative_to(ROOT)
+    assert PICTURE.read_text() == draw(), f"{name} differs from the imports of today; run: make architecture"
 
 
 def test_a_folder_is_entered_through_its_init() -> None:
@@ -185,6 +145,39 @@ def test_third_parties_are_imported_in_their_own_place_only() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def unguarded(source: str) -> list[int]:
+    """Lines that import ffcv outside a `with importing_ffcv():` block."""
+
+    def walk(node: ast.AST, guarded: bool) -> Iterator[int]:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        if not guarded and any(name.partition(".")[0] == "ffcv" for name in names):
+            yield node.lineno
+        if isinstance(node, ast.With):
+            calls = [item.context_expr for item in node.items]
+            guarded = guarded or any(
+                isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "importing_ffcv"
+                for call in calls
+            )
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, guarded)
+
+    return list(walk(ast.parse(source), False))
+
+
+def test_unguarded_imports_of_ffcv_are_found() -> None:
+    source = "import ffcv\nwith importing_ffcv():\n    import ffcv.reader\ndef f():\n    from ffcv.types import x\n"
+    assert unguarded(source + "import ffcv_convnext\n") == [1, 5]
+
+
+def test_ffcv_is_imported_behind_its_guard_only() -> None:
+    wrong = [place(name, line) for name, path in modules().items() for line in unguarded(path.read_text())]
+    assert not wrong, "import inside `with importing_ffcv():`: " + ", ".join(wrong)
+
+
 def test_every_module_imports_with_the_minimal_dependencies() -> None:
     """Only files inside data/ (FFCV, numba, OpenCV) and models/kernels/ (Triton) need an optional package to load."""
     everything = module_imports()
@@ -218,6 +211,24 @@ def test_every_module_imports_with_the_minimal_dependencies() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_ignored_types_in_data_are_few_and_have_reasons() -> None:
+    """A reason is a comment behind the ignore: `# type: ignore[misc]  # ffcv has no types`."""
+    comments = [
+        (path, token.start[0], token.string)
+        for name, path in modules().items()
+        if unit(name) == "data"
+        for token in tokenize.generate_tokens(iter(path.read_text().splitlines(keepends=True)).__next__)
+        if token.type == tokenize.COMMENT and "type: ignore" in token.string
+    ]
+    bare = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path, line, comment in comments
+        if not re.search(r"type: ignore\[[\w, -]+\].*#\s*(?!noqa)\w+", comment)
+    ]
+    assert not bare, "no reason given: " + ", ".join(bare)
+    assert len(comments) <= MAX_IGNORES, f"{len(comments)} times `type: ignore` in data/: at most {MAX_IGNORES}"
+
+
 @pytest.mark.parametrize("script", ["train.py", "write_ffcv_dataset.py"])
 def test_the_scripts_only_call_the_command_line(script: str) -> None:
     source = (ROOT / script).read_text()
@@ -231,7 +242,7 @@ def test_the_scripts_only_call_the_command_line(script: str) -> None:
 
 
 def repository_files() -> list[Path]:
-    """What git tracks or would add; skips the test outside a clone."""
+    """Return the files that git tracks or would add; skip the test outside a clone."""
     listing = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -246,7 +257,7 @@ def test_no_file_is_over_a_megabyte() -> None:
     assert not big
 
 
-def test_no_file_holds_an_index_address_or_a_path_of_somebodys_machine() -> None:
+def test_no_file_contains_an_index_address_or_a_path_of_one_machine() -> None:
     # Put together from pieces, so that a plain search for them does not end here.
     addresses = ["index" + "-url", "find" + "-links ", "pypi.org" + "/simple", "python" + "hosted.org"]
     addresses += ["download." + "pytorch.org", "index" + "_url", "file:" + "//"]
@@ -281,6 +292,34 @@ def test_requirements_pin_what_setup_installs() -> None:
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
     assert all("==" in line for line in lines)
     assert {normal(each) for each in [*project["dependencies"], *extras]} <= {normal(line) for line in lines}
+
+
+def test_the_files_that_name_the_version_agree() -> None:
+    places = {
+        "pyproject.toml": r'^version = "(.+)"$',
+        "CITATION.cff": r"^version: (.+)$",
+        "CHANGELOG.md": r"^## (\d\S*)",
+    }
+    for file, pattern in places.items():
+        found = re.search(pattern, (ROOT / file).read_text(), flags=re.MULTILINE)
+        assert found, file
+        assert found[1] == __version__, file
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+
+
+def test_the_workflows_and_the_container_use_targets_that_exist() -> None:
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    used = set(re.findall(r'(?:RUN make |"make", ")([a-z-]+)', (ROOT / "Dockerfile").read_text()))
+    for path in workflows:
+        content = yaml.safe_load(path.read_text())
+        for job in content["jobs"].values():
+            used |= set(job.get("strategy", {}).get("matrix", {}).get("target", []))
+        used |= set(re.findall(r"run: make ([a-z-]+)", path.read_text()))
+    assert len(workflows) == 2
+    assert {"setup", "test", "demo", "slow", "test-slurm"} <= used <= make_targets()
 
 
 # --- README -----------------------------------------------------------------------------------------------
@@ -322,8 +361,7 @@ def test_readme_starts_with_the_two_commands() -> None:
 
 
 def test_readme_names_only_commands_scripts_and_configs_that_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    checked = set()
+    targets, checked = make_targets(), set()
     for words in readme_commands():
         line = " ".join(words)
         if tool(words) == "make" and len(words) > 1:
@@ -350,8 +388,37 @@ def test_readme_names_only_commands_scripts_and_configs_that_exist() -> None:
     assert len(checked) >= 3
 
 
-def test_no_page_holds_a_placeholder() -> None:
-    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
-    assert len(pages) > 5
-    for page in pages:
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_README
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+
+
+def test_no_page_contains_a_placeholder() -> None:
+    assert len(pages()) > 5
+    for page in pages():
         assert not re.search(r"@[A-Z]+@|TODO|TBD", page.read_text()), page
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub links to them."""
+    titles = re.findall(r"^#+ +(.+?) *$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_link_of_the_pages_leads_to_a_file_and_a_heading() -> None:
+    broken, num_links = [], 0
+    for page in pages():
+        text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for link in re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", text):
+            target, _, anchor = (link[0] or link[1]).partition("#")
+            if re.match(r"\w+:", target):
+                continue  # another site
+            num_links += 1
+            file = page.parent / target if target else page
+            if not file.exists() or (anchor and anchor not in anchors(file)):
+                broken.append(f"{page.relative_to(ROOT)}: {target}#{anchor}".rstrip("#"))
+    assert num_links > 20
+    assert not broken, "\n".join(broken)

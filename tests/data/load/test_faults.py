@@ -112,10 +112,11 @@ def ended(process: subprocess.Popen[str], timeout: float = 300) -> tuple[str, st
 # --- the decoders ------------------------------------------------------------------------------------------------
 
 
-def test_no_mutated_sample_crashes_a_decoder_or_makes_it_leave_its_memory(tmp_path: Path) -> None:
-    """20,000 mutated images through both decoders, and 4,800 samples of mutated tables; see fuzz.py."""
+@pytest.mark.parametrize("num_images", [4_300, pytest.param(21_500, marks=pytest.mark.slow)])
+def test_no_mutated_sample_crashes_a_decoder_or_makes_it_leave_its_memory(tmp_path: Path, num_images: int) -> None:
+    """Mutated images through both decoders (`make slow`: 20,000), and 4,800 samples of mutated tables; see fuzz.py."""
     done = subprocess.run(
-        [sys.executable, "-m", "support.fuzz", str(tmp_path), "21500", "1"],
+        [sys.executable, "-m", "support.fuzz", str(tmp_path), str(num_images), "1"],
         cwd=REPOSITORY / "tests",
         capture_output=True,
         text=True,
@@ -124,7 +125,7 @@ def test_no_mutated_sample_crashes_a_decoder_or_makes_it_leave_its_memory(tmp_pa
     )
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout)
-    assert counts["images"]["mutated"] >= 20_000
+    assert counts["images"]["mutated"] >= 0.93 * num_images
     assert sum(counts["tables"].values()) == 4_800
     outcomes = {
         "ok",
@@ -134,7 +135,7 @@ def test_no_mutated_sample_crashes_a_decoder_or_makes_it_leave_its_memory(tmp_pa
         "its JPEG data is damaged",
     }
     assert outcomes <= set(counts["images"]), "each of them was met"
-    assert counts["images"]["mutated, decoded"] > 1000
+    assert counts["images"]["mutated, decoded"] > 0.05 * num_images
     assert outcomes - {"its JPEG data is damaged"} | {"the sample table gives it an unknown encoding"} <= set(
         counts["tables"]
     )
