@@ -3,7 +3,7 @@
 
     python write_ffcv_dataset.py --data_path /imagenet --out_dir /beton
 
-`--help` lists the options; the work is done in ffcv_convnext/data/convert/.
+`--help` lists the options; the code is in ffcv_convnext/data/convert/.
 """
 
 import sys

@@ -35,7 +35,7 @@ from ffcv.types import ALLOC_TABLE_TYPE, HeaderType
 from ffcv.writer import DatasetWriter
 from numpy.typing import NDArray
 from PIL import Image
-from support.imagefolder import make_image_folder, picture
+from support.imagefolder import draw_image, make_image_folder
 
 from ffcv_convnext.config import DataConfig
 from ffcv_convnext.data.codec.decode import OK, REASONS
@@ -278,7 +278,7 @@ class Pictures:
         return 24
 
     def __getitem__(self, i: int) -> tuple[Bytes, int]:
-        return picture(i % 4, i, (1 + (37 * i) % 130, 1 + (53 * i) % 110)), i % 4
+        return draw_image(i % 4, i, (1 + (37 * i) % 130, 1 + (53 * i) % 110)), i % 4
 
 
 def write_files(folder: Path) -> list[Path]:
@@ -293,7 +293,7 @@ def write_files(folder: Path) -> list[Path]:
 
 def encodings(width: int, height: int, index: int) -> list[bytes]:
     """A picture of that size as JPEGs of every kind: samplings, restart intervals, grey, progressive, CMYK."""
-    pixels = picture(index % 4, index, (width, height))[:, :, ::-1]
+    pixels = draw_image(index % 4, index, (width, height))[:, :, ::-1]
     found = []
     for sampling in SAMPLING:
         for interval in (0, 1, restart_interval(width), 3):

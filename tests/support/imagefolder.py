@@ -16,7 +16,7 @@ def class_name(label: int) -> str:
     return f"class_{label:02d}"
 
 
-def picture(label: int, index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+def draw_image(label: int, index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
     """Return a smooth image, shape (height, width, 3), uint8, that JPEG and resizing hardly change.
 
     size: (width, height). Mean red encodes the label (mod 6), mean green the index (mod 8), in steps larger than any
@@ -31,7 +31,7 @@ def picture(label: int, index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
     return rounded
 
 
-def tell(pixels: NDArray[np.uint8]) -> tuple[int, int]:
+def identify(pixels: NDArray[np.uint8]) -> tuple[int, int]:
     """Return (label mod 6, index mod 8) of an image of any size, from its mean colours."""
     red, green = pixels[..., 0].mean(), pixels[..., 1].mean()
     return round((red - 30) / 36), round((green - 30) / 26)
@@ -58,7 +58,7 @@ def make_image_folder(
             folder.mkdir(parents=True)
             for index in range(per_class):
                 size = int(sizes.integers(*width, endpoint=True)), int(sizes.integers(*height, endpoint=True))
-                image = Image.fromarray(picture(label, index, size))
+                image = Image.fromarray(draw_image(label, index, size))
                 if index % 3 == 2:
                     image.save(folder / f"{index:03d}.png")
                 else:
@@ -119,7 +119,7 @@ def draw_every_mode(folder: Path) -> dict[str, NDArray[np.uint8]]:
         image.save(folder / name, **options)
         expected[name] = rgb
 
-    rgb = picture(1, 2, (64, 48))
+    rgb = draw_image(1, 2, (64, 48))
     draw("rgb.png", Image.fromarray(rgb), rgb)
     draw("rgb.JPEG", Image.fromarray(rgb), rgb, quality=95)
     draw("png_inside.JPEG", Image.fromarray(rgb), rgb, format="PNG")

@@ -64,19 +64,19 @@ class ImageFolder:
         with open(os.path.join(self.location, self.files[index]), "rb") as file:
             return file.read()
 
-    def label(self, index: int) -> int:  # noqa: D102
+    def label(self, index: int) -> int:  # noqa: D102  see Source
         return self.labels[index]
 
-    def name(self, index: int) -> str:  # noqa: D102
+    def name(self, index: int) -> str:  # noqa: D102  see Source
         return self.files[index]
 
-    def is_regular(self, index: int) -> bool:  # noqa: D102
+    def is_regular(self, index: int) -> bool:  # noqa: D102  see Source
         try:
             return stat.S_ISREG(os.stat(os.path.join(self.location, self.files[index])).st_mode)
         except OSError:
             return False
 
-    def select(self, indices: Sequence[int]) -> ImageFolder:  # noqa: D102
+    def select(self, indices: Sequence[int]) -> ImageFolder:  # noqa: D102  see Source
         files, labels = [self.files[i] for i in indices], [self.labels[i] for i in indices]
         return ImageFolder(self.location, self.classes, files, labels)
 

@@ -1,4 +1,4 @@
-"""`verify` finds every kind of damage and names the sample; `data info` tells what was converted."""
+"""`verify` finds each kind of damage and names the sample; `data info` describes the content."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def write_like_stock(path: Path, **fields: Any) -> Path:
-    """12 pictures of noise, JPEG and raw in turn, by stock FFCV's writer, whose steps are taken here in one process."""
+    """Write 12 images of noise, JPEG and raw in turn, with the steps of stock FFCV's writer in one process."""
     writer = DatasetWriter(str(path), fields)
     writer.num_samples = 12
     writer.prepare()
@@ -98,7 +98,7 @@ class Damage:
 
 
 def state_the_hash_again(beton: Path) -> None:
-    """As if the damage had been there when the manifest was written."""
+    """Write the manifest as if the damage had existed before."""
     manifest = Manifest.for_beton(beton)
     changed = dataclasses.replace(manifest, sha256=tables_digest(beton), num_bytes=beton.stat().st_size)
     changed.write(Manifest.path_for(beton))
@@ -127,7 +127,7 @@ def test_one_file_can_be_named(beton_dir: Path, run: Run) -> None:
     assert (status, page.splitlines()[-1]) == (0, "good: val.beton, 20 samples")
 
 
-def test_damaged_images_are_found_wherever_the_damage_is(own_dir: Path, run: Run) -> None:
+def test_damaged_images_are_found(own_dir: Path, run: Run) -> None:
     damage = Damage(own_dir / "train.beton")
     scan = damage.image(17)
     scan[len(scan) * 3 // 4 :][:40] ^= 0x55
@@ -148,10 +148,10 @@ def test_damaged_images_are_found_wherever_the_damage_is(own_dir: Path, run: Run
         assert reason in line
 
 
-def test_a_single_flipped_bit_is_found_where_no_decoder_stumbles(own_dir: Path, run: Run) -> None:
+def test_a_single_flipped_bit_is_found_if_no_decoder_notices(own_dir: Path, run: Run) -> None:
     damage = Damage(own_dir / "train.beton")
     image = damage.image(33)
-    quantiser = bytes(image).index(b"\xff\xdb") + 20  # another one gives other pixels, and no complaint
+    quantiser = bytes(image).index(b"\xff\xdb") + 20  # another value gives other pixels, without a warning
     image[quantiser] ^= 1
     status, page, _ = run("verify", own_dir / "train.beton")
     assert status == 1
@@ -161,7 +161,7 @@ def test_a_single_flipped_bit_is_found_where_no_decoder_stumbles(own_dir: Path, 
     assert run("verify", own_dir / "train.beton")[0] == 0
 
 
-def test_damaged_pages_are_repaired_when_asked_for(own_dir: Path, run: Run) -> None:
+def test_repair_restores_damaged_pages(own_dir: Path, run: Run) -> None:
     beton = own_dir / "train.beton"
     before = beton.read_bytes()
     damage = Damage(beton)
@@ -176,7 +176,7 @@ def test_damaged_pages_are_repaired_when_asked_for(own_dir: Path, run: Run) -> N
     assert beton.read_bytes() == before
 
 
-def test_what_cannot_be_repaired_is_left_with_a_reason(own_dir: Path, tmp_path: Path, run: Run) -> None:
+def test_pages_that_cannot_be_repaired_stay_with_a_reason(own_dir: Path, tmp_path: Path, run: Run) -> None:
     beton = own_dir / "train.beton"
     Damage(beton).image(17)[100:900] = 0
     damaged = beton.read_bytes()
@@ -225,7 +225,7 @@ def test_what_cannot_be_repaired_is_left_with_a_reason(own_dir: Path, tmp_path: 
     ],
 )
 def test_a_bad_row_of_the_tables_is_named(own_dir: Path, change: Callable[[Damage], None], reason: str) -> None:
-    """The hash says that something is wrong; all the same every sample is looked at, to say what."""
+    """The hash differs, and each sample is still checked to find the reason."""
     change(Damage(own_dir / "train.beton"))
     train, val = verify_data(own_dir, num_workers=2).files
     assert [problem.split(":")[0] for problem in train.problems] == [
@@ -284,7 +284,7 @@ def test_a_cut_off_file_is_bad_as_a_whole(own_dir: Path, run: Run) -> None:
         assert "good" in page.split("val.beton: ")[1]  # and the other file is still looked at
 
 
-def test_what_lies_beside_the_beton_is_checked_and_does_not_stop_the_rest(own_dir: Path, run: Run) -> None:
+def test_manifest_and_list_are_checked_and_do_not_stop_the_rest(own_dir: Path, run: Run) -> None:
     (own_dir / "train.files.txt").write_text("of\nanother\n")
     (own_dir / "val.json").unlink()
     train, val = verify_data(own_dir).files
@@ -302,7 +302,7 @@ def test_what_lies_beside_the_beton_is_checked_and_does_not_stop_the_rest(own_di
     assert "does not exist; create it with write_ffcv_dataset.py" in page
 
 
-def test_a_list_of_another_length_and_other_class_lists_are_noticed(own_dir: Path) -> None:
+def test_a_list_of_another_length_and_other_class_lists_are_found(own_dir: Path) -> None:
     content = b"one\ntwo\n"
     (own_dir / "train.files.txt").write_bytes(content)
     manifest = Manifest.for_beton(own_dir / "train.beton")
@@ -314,7 +314,7 @@ def test_a_list_of_another_length_and_other_class_lists_are_noticed(own_dir: Pat
     assert "its class list differs from that of train.beton" in val.problems[0]
 
 
-def test_a_file_of_stock_ffcv_is_decoded_and_what_training_lacks_is_said(stock_files: tuple[Path, Path]) -> None:
+def test_a_file_of_stock_ffcv_is_decoded_and_missing_parts_are_named(stock_files: tuple[Path, Path]) -> None:
     (stock,) = verify_data(stock_files[0]).files
     assert (stock.num_decoded, stock.bad_samples) == (12, [])
     assert [problem.split(";")[0] for problem in stock.problems] == ["has no manifest stock.json beside it"]
@@ -325,7 +325,9 @@ def test_a_file_of_stock_ffcv_is_decoded_and_what_training_lacks_is_said(stock_f
 
 @pytest.mark.parametrize("content", [b"", b"x" * 5000, b"\2\0\1\0" + b"\0" * 5000, b"\2\0\0\0" + b"\0" * 5000])
 @pytest.mark.parametrize("command", [("verify",), ("data", "info")])
-def test_a_file_that_is_no_beton_is_told(tmp_path: Path, run: Run, content: bytes, command: tuple[str, ...]) -> None:
+def test_a_file_that_is_not_a_beton_is_an_error(
+    tmp_path: Path, run: Run, content: bytes, command: tuple[str, ...]
+) -> None:
     (tmp_path / "train.beton").write_bytes(content)
     status, page, stderr = run(*command, tmp_path)
     if command == ("verify",):
@@ -367,7 +369,7 @@ def test_wrong_usage_is_one_line(
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """6 pictures of known sizes in 3 classes, one more left out: 100 x 40, 60 x 100, 4 times 200 x 30."""
+    """6 images of known sizes in 3 classes, one more skipped: 100 x 40, 60 x 100, 4 times 200 x 30."""
     root = tmp_path_factory.mktemp("known")
     make_image_folder(root / "folder", num_classes=3, train_per_class=1, width=(200, 200), height=(30, 30))
     shutil.rmtree(root / "folder/val")
@@ -375,7 +377,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("RGB", (100, 40)).save(train / class_name(0) / "first.png")
     Image.new("RGB", (60, 100)).save(train / class_name(0) / "second.png")
     Image.new("RGB", (400, 60)).save(train / class_name(1) / "shrunk.png")
-    (train / class_name(2) / "bad.png").write_bytes(b"no picture")
+    (train / class_name(2) / "bad.png").write_bytes(b"not an image")
     options = ConversionOptions(
         data_path=root / "folder", out_dir=root / "out", split="train", num_workers=1, skip_bad=True,
         max_resolution=200, jpeg_quality=85,
@@ -384,7 +386,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "out"
 
 
-def test_info_tells_the_known_numbers(known: Path) -> None:
+def test_info_has_the_known_numbers(known: Path) -> None:
     (split,) = describe_data(known).splits.values()
     lengths = read_tables(known / "train.beton").lengths
     assert (split.num_samples, split.classes, split.class_counts) == (6, tuple(map(class_name, range(3))), (3, 2, 1))
@@ -405,7 +407,7 @@ def test_info_tells_the_known_numbers(known: Path) -> None:
     assert (split.remarks, split.sha256) == ((), Manifest.check(known / "train.beton").sha256)
 
 
-def test_info_prints_a_page_and_an_object(known: Path, beton_dir: Path, run: Run) -> None:
+def test_info_prints_text_and_json(known: Path, beton_dir: Path, run: Run) -> None:
     status, page, _ = run("data", "info", known)
     assert status == 0
     for words in (
@@ -427,7 +429,7 @@ def test_info_prints_a_page_and_an_object(known: Path, beton_dir: Path, run: Run
     assert content["val"]["class_counts"] == [5] * 4
 
 
-def test_info_tells_what_it_can_of_a_file_of_stock_ffcv(stock_files: tuple[Path, Path], run: Run) -> None:
+def test_info_describes_a_file_of_stock_ffcv(stock_files: tuple[Path, Path], run: Run) -> None:
     split = describe_data(stock_files[0]).splits["stock"]
     assert (split.has_manifest, split.source, split.jpeg_quality) == (False, None, None)
     assert (split.classes, split.class_counts) == (("0", "1", "2"), (4, 4, 4))
@@ -444,7 +446,7 @@ def test_info_tells_what_it_can_of_a_file_of_stock_ffcv(stock_files: tuple[Path,
     assert "has no field for labels, only picture, score" in page
 
 
-def test_info_says_what_does_not_fit_the_manifest(own_dir: Path) -> None:
+def test_info_notes_differences_from_the_manifest(own_dir: Path) -> None:
     damage = Damage(own_dir / "train.beton")
     damage.rows[7, 16], damage.rows[8, 12] = 200, 0xFF
     remarks = describe_data(own_dir).splits["train"].remarks

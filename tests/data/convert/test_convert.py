@@ -1,4 +1,4 @@
-"""ImageFolder -> .beton, read back by stock FFCV; every bad input; every way to be interrupted."""
+"""ImageFolder -> .beton, read back by stock FFCV; bad inputs; interruptions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import REPOSITORY
-from support.imagefolder import class_name, draw_every_mode, make_image_folder, picture, tell
+from support.imagefolder import class_name, draw_every_mode, draw_image, identify, make_image_folder
 
 from ffcv_convnext import cli
 from ffcv_convnext.data.beton.manifest import Manifest
@@ -130,7 +130,7 @@ def test_stock_ffcv_reads_every_mode(stock, cache: str) -> None:
         assert error[:, inside].max() <= 16, original.name
 
 
-def test_stock_ffcv_reads_labels_that_match_the_pictures_around_skipped_files(stock) -> None:
+def test_stock_ffcv_reads_labels_that_match_the_images_around_skipped_files(stock) -> None:
     beton = stock["root"] / "mixed" / "train.beton"
     read = np.load(f"{beton}.process_cache.npz")
     manifest = Manifest.check(beton)
@@ -141,16 +141,16 @@ def test_stock_ffcv_reads_labels_that_match_the_pictures_around_skipped_files(st
         original = manifest.original_file(beton, sample)
         assert original is not None
         assert original.parent.name == manifest.classes[label]
-        assert tell(pixels) == (label, int(original.stem))
+        assert identify(pixels) == (label, int(original.stem))
 
 
-def test_val_has_the_labels_of_train_where_it_lacks_a_class(stock) -> None:
+def test_val_has_the_labels_of_train_if_it_lacks_a_class(stock) -> None:
     read = np.load(stock["root"] / "mixed" / "val.beton.os_cache.npz")
     manifest = Manifest.check(stock["root"] / "mixed" / "val.beton")
     assert manifest.classes == tuple(class_name(label) for label in range(6))
     assert manifest.class_to_idx[class_name(2)] == 2
     assert read["labels"].tolist() == [0] * 3 + [2] * 3 + [3] * 3 + [4] * 3 + [5] * 3
-    assert [tell(pixels) for pixels in read["images"]] == [
+    assert [identify(pixels) for pixels in read["images"]] == [
         (label, index) for label in (0, 2, 3, 4, 5) for index in range(3)
     ]
 
@@ -159,7 +159,7 @@ def test_jpegs_have_the_pixels_of_ffcvs_own_field_and_restart_markers_that_never
     from ffcv.fields.rgb_image import encode_jpeg
 
     for size in ((300, 200), (199, 301), (100, 100)):
-        pixels = picture(1, 1, size)
+        pixels = draw_image(1, 1, size)
         ours = encode(pixels, Encoding(max_resolution=None, jpeg_quality=85, max_bytes=8 << 20))
         assert (ours.width, ours.height) == size
         theirs = cv2.imdecode(encode_jpeg(pixels, 85), cv2.IMREAD_COLOR)
@@ -195,7 +195,7 @@ def test_originals_that_need_not_shrink_keep_their_pixels(tmp_path: Path) -> Non
             assert same == (original.name not in ("large.jpg", "inks.jpg", "a.png"))
 
 
-def test_a_share_of_pictures_is_stored_raw_as_the_seed_says(folder: Path, tmp_path: Path) -> None:
+def test_the_seed_decides_which_images_are_stored_raw(folder: Path, tmp_path: Path) -> None:
     base = ConversionOptions(data_path=folder, out_dir=tmp_path, split="train", compress_probability=0.5, num_workers=2)
     (manifest,) = convert(base)
     modes = read_tables(tmp_path / "train.beton").modes
@@ -225,7 +225,7 @@ def test_classes_files_and_labels_are_torchvisions(own_folder: Path) -> None:
     assert [(str(train / file), label) for file, label in zip(ours.files, ours.labels, strict=True)] == theirs.samples
 
 
-def test_a_conversion_tells_its_figures_and_leaves_three_files_a_split(
+def test_a_conversion_prints_its_numbers_and_writes_three_files_per_split(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["write", "--data_path", str(folder), "--out_dir", str(tmp_path / "new" / "out")]) == 0
@@ -253,7 +253,7 @@ def test_the_file_does_not_depend_on_the_number_of_workers(folder: Path, tmp_pat
     assert (tmp_path / "other" / "train.files.txt").read_text().splitlines() != files
 
 
-def test_a_subset_larger_than_the_split_takes_all_and_says_so(own_folder: Path, tmp_path: Path, capsys) -> None:
+def test_a_subset_larger_than_the_split_uses_all_and_prints_it(own_folder: Path, tmp_path: Path, capsys) -> None:
     cli.run_command("write", ["--data_path", str(own_folder), "--out_dir", str(tmp_path / "out"), "--subset", "5"])
     assert "val: subset = 5, but there are only 2 images; all are used" in capsys.readouterr().out
     assert Manifest.check(tmp_path / "out" / "train.beton").num_samples == 5
@@ -366,7 +366,7 @@ def test_an_output_that_cannot_be_written_is_one_line(own_folder: Path, tmp_path
     assert_one_line(stderr, "cannot be written", "Not a directory", "choose another")
 
 
-def test_a_second_conversion_to_the_same_place_refuses(own_folder: Path, tmp_path: Path, write: Run) -> None:
+def test_a_second_conversion_to_the_same_folder_is_refused(own_folder: Path, tmp_path: Path, write: Run) -> None:
     with open_journal(tmp_path, "train"):
         status, stderr = write(own_folder, tmp_path, "--split", "train")
         assert status == 2
@@ -382,7 +382,7 @@ def test_a_bad_file_stops_the_conversion_with_its_path(own_folder: Path, tmp_pat
     assert_nothing_left(tmp_path / "out")
 
 
-def test_skipping_does_not_cover_up_a_failing_disk(own_folder: Path, tmp_path: Path, write: Run) -> None:
+def test_skip_bad_does_not_hide_a_failing_disk(own_folder: Path, tmp_path: Path, write: Run) -> None:
     (own_folder / "train" / class_name(0) / "gone.jpg").symlink_to(tmp_path / "nowhere")
     status, stderr = write(own_folder, tmp_path / "out", "--skip_bad")
     assert status == 1
@@ -432,13 +432,13 @@ def processes_of_session(session: int) -> list[int]:
 
 @pytest.fixture
 def stuck_folder(own_folder: Path) -> Iterator[Path]:
-    """A folder whose conversion never ends: one of its images is a pipe that nobody writes to."""
+    """A folder whose conversion never ends: one of its images is a pipe without a writer."""
     os.mkfifo(own_folder / "train" / class_name(1) / "pipe.jpg")
     yield own_folder
     (own_folder / "train" / class_name(1) / "pipe.jpg").unlink()
 
 
-def test_a_killed_worker_is_noticed_at_once(stuck_folder: Path, tmp_path: Path, write: Run) -> None:
+def test_a_killed_worker_is_reported_immediately(stuck_folder: Path, tmp_path: Path, write: Run) -> None:
     killed = []
 
     def kill_the_worker() -> None:
@@ -508,7 +508,7 @@ def test_a_stopped_conversion_leaves_no_beton_and_no_process(stuck_folder: Path,
         (tmp_path / "pipe").rename(pipe)
 
 
-def test_the_script_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> None:
+def test_the_script_prints_errors_without_a_traceback(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, str(SCRIPT), "--data_path", str(tmp_path / "none"), "--out_dir", str(tmp_path)],
         capture_output=True,
@@ -521,7 +521,7 @@ def test_the_script_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> No
 
 def test_an_image_with_a_name_that_is_not_utf8_keeps_it(own_folder: Path, tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.jpg")
-    Image.fromarray(picture(0, 0, (20, 20))).save(own_folder / "train" / class_name(0) / name)
+    Image.fromarray(draw_image(0, 0, (20, 20))).save(own_folder / "train" / class_name(0) / name)
     spoil(own_folder).rename(own_folder / "train" / class_name(0) / f"bad_{name}")
     options = ConversionOptions(data_path=own_folder, out_dir=tmp_path, split="train", skip_bad=True)
     (manifest,) = convert(options)
@@ -559,7 +559,7 @@ def test_an_exception_in_a_worker_comes_back_with_its_traceback() -> None:
         list(answers)
 
 
-def test_progress_without_a_terminal_is_a_plain_line_now_and_then(
+def test_progress_without_a_terminal_is_plain_lines(
     own_folder: Path, tmp_path: Path, write: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ffcv_convnext.data.convert.progress.PLAIN_SECONDS", 0.0)

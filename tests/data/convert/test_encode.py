@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from support.imagefolder import draw_every_mode, picture
+from support.imagefolder import draw_every_mode, draw_image
 
 from ffcv_convnext.data.convert import ImageFolder
 from ffcv_convnext.data.convert.encode import (
@@ -62,7 +62,7 @@ def test_transparent_grey_of_16_bits_is_white(tmp_path: Path) -> None:
 
 
 def test_colour_of_16_bits_keeps_its_high_byte(tmp_path: Path) -> None:
-    rgb = picture(1, 2, (8, 8))
+    rgb = draw_image(1, 2, (8, 8))
     cv2.imwrite(str(tmp_path / "rgb16.png"), rgb[..., ::-1].astype(np.uint16) * 257)
     assert np.array_equal(load_rgb(tmp_path / "rgb16.png"), rgb)
 
@@ -95,7 +95,7 @@ def truncated(path: Path) -> None:
 )
 def test_a_file_without_an_image_gives_the_reason_and_does_not_affect_others(tmp_path: Path, write, reason) -> None:
     write(tmp_path / "bad.jpg")
-    Image.fromarray(picture(0, 0, (64, 48))).save(tmp_path / "good.jpg")
+    Image.fromarray(draw_image(0, 0, (64, 48))).save(tmp_path / "good.jpg")
     with pytest.raises(ImageError, match=reason):
         load_rgb(tmp_path / "bad.jpg")
     bad, good = encode_all(tmp_path, "bad.jpg", "good.jpg")
@@ -130,6 +130,6 @@ def test_an_image_larger_than_a_page_names_both_sizes(compress: bool, kind: str)
 
 
 def test_small_images_are_not_enlarged() -> None:
-    small = picture(0, 0, (30, 20))
+    small = draw_image(0, 0, (30, 20))
     assert shrink(small, 500) is small
-    assert shrink(picture(0, 0, (300, 200)), 150).shape == (100, 150, 3)
+    assert shrink(draw_image(0, 0, (300, 200)), 150).shape == (100, 150, 3)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from support.imagefolder import TarSource, class_name, make_image_folder
 
-from ffcv_convnext.data.beton.manifest import Manifest
+from ffcv_convnext.data.beton.manifest import Manifest, Split
 from ffcv_convnext.data.convert import ConversionOptions, ImageFolder, Source, convert
 from ffcv_convnext.data.convert.source import list_classes, scan
 from ffcv_convnext.errors import Failure
@@ -21,7 +22,8 @@ def folder(tmp_path: Path) -> Path:
 def test_a_tar_file_gives_the_bytes_of_the_folder_it_was_packed_from(folder: Path, tmp_path: Path) -> None:
     tar = TarSource.pack(folder / "train", tmp_path / "train.tar")
     manifests = {}
-    for name, sources in (("folder", None), ("tar", {"train": tar})):
+    cases: dict[str, Mapping[Split, Source] | None] = {"folder": None, "tar": {"train": tar}}
+    for name, sources in cases.items():
         options = ConversionOptions(
             data_path=folder, out_dir=tmp_path / name, split="train", num_workers=2, compress_probability=0.7, subset=12
         )

@@ -1,4 +1,4 @@
-"""Conversions that are killed and go on, and conversions made in parts: the bytes are those of an undisturbed one."""
+"""Conversions that are killed and resumed, or made in shards: the bytes are those of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ UNFINISHED = ".train.unfinished"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """130 pictures of noise, some 240 kB each when they are encoded: four pages in all. One of them is damaged."""
+    """130 images of noise, about 240 kB each when encoded: four pages. One of them is damaged."""
     root = tmp_path_factory.mktemp("folder")
     random = np.random.default_rng(0)
     for number in range(130):
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an undisturbed conversion writes."""
+    """The output of an uninterrupted conversion."""
     out = tmp_path_factory.mktemp("whole")
     (manifest,) = convert(options(folder, out))
     assert len(manifest.page_crc32) >= 4
@@ -80,7 +80,7 @@ def killed(folder: Path, tmp_path: Path) -> Path:
     return out
 
 
-def test_a_killed_conversion_goes_on_to_the_bytes_of_an_undisturbed_one(
+def test_a_killed_conversion_resumes_to_the_bytes_of_an_uninterrupted_one(
     folder: Path, killed: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--data_path", str(folder), "--out_dir", str(killed), "--split", "train", "--skip_bad", "--resume"]
@@ -94,7 +94,7 @@ def test_a_killed_conversion_goes_on_to_the_bytes_of_an_undisturbed_one(
 
 
 @pytest.mark.parametrize("damage", ["journal cut off", "page never reached the disk", "no page reached the disk"])
-def test_what_a_power_failure_left_out_is_written_again(folder: Path, killed: Path, whole: Path, damage: str) -> None:
+def test_pages_lost_in_a_power_failure_are_written_again(folder: Path, killed: Path, whole: Path, damage: str) -> None:
     place = Journal(killed, "train")
     if damage == "journal cut off":
         place.path.write_bytes(place.path.read_bytes()[:-40])
@@ -106,7 +106,7 @@ def test_what_a_power_failure_left_out_is_written_again(folder: Path, killed: Pa
     assert_same_files(killed, whole)
 
 
-def test_an_unfinished_conversion_is_neither_lost_nor_mixed_by_accident(
+def test_an_unfinished_conversion_is_neither_lost_nor_mixed_with_another(
     folder: Path, killed: Path, whole: Path
 ) -> None:
     with pytest.raises(FileExistsError, match=r"\.train\.unfinished contains .*--resume, .*--overwrite"):
@@ -122,7 +122,7 @@ def test_an_unfinished_conversion_is_neither_lost_nor_mixed_by_accident(
     assert_same_files(killed, whole)
 
 
-def test_a_bad_file_late_in_a_conversion_costs_only_itself(folder: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_bad_file_late_in_a_conversion_loses_no_pages(folder: Path, whole: Path, tmp_path: Path) -> None:
     last = (whole / "train.files.txt").read_text().splitlines()[-1]
     own = Path(shutil.copytree(folder, tmp_path / "own"))
     content = (own / "train" / last).read_bytes()
@@ -151,7 +151,7 @@ def test_sigterm_keeps_whole_pages(folder: Path, whole: Path, tmp_path: Path) ->
     assert_same_files(out, whole)
 
 
-def test_parts_join_to_the_bytes_of_an_undivided_conversion(
+def test_shards_join_to_the_bytes_of_one_conversion(
     folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -169,14 +169,14 @@ def test_parts_join_to_the_bytes_of_an_undivided_conversion(
     assert_same_files(out, whole)
 
 
-def test_parts_that_do_not_belong_together_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_shards_of_different_conversions_are_refused(folder: Path, tmp_path: Path) -> None:
     for index, quality in ((0, 90), (1, 80)):
         convert(options(folder, tmp_path, subset=6, shard=(index, 2), jpeg_quality=quality))
     with pytest.raises(ValueError, match=r"part-1-of-2\.beton has other images or settings than"):
         join_shards(tmp_path, "train", overwrite=False, say=print)
     convert(options(folder, tmp_path, subset=6, shard=(1, 2), overwrite=True))
     content = bytearray((tmp_path / "train.part-1-of-2.beton").read_bytes())
-    content[-200_000] ^= 1  # inside a picture or behind the last one
+    content[-200_000] ^= 1  # inside an image or after the last one
     (tmp_path / "train.part-1-of-2.beton").write_bytes(content)
     with pytest.raises(ValueError, match=r"part-1-of-2\.beton: page 0 differs from its checksum"):
         join_shards(tmp_path, "train", overwrite=False, say=print)
@@ -198,7 +198,7 @@ def test_parts_that_do_not_belong_together_are_refused(folder: Path, tmp_path: P
         (["--join"], "--join accepts only --out_dir, --split and --overwrite, not --data_path"),
     ],
 )
-def test_flags_without_a_meaning_are_one_line(folder: Path, tmp_path: Path, capsys, flags, words) -> None:
+def test_invalid_flags_are_one_line(folder: Path, tmp_path: Path, capsys, flags, words) -> None:
     status = cli.run_command("write", ["--data_path", str(folder), "--out_dir", str(tmp_path), *flags, "--split=train"])
     stderr = capsys.readouterr().err
     assert status == 2
@@ -206,7 +206,7 @@ def test_flags_without_a_meaning_are_one_line(folder: Path, tmp_path: Path, caps
     assert words in stderr
 
 
-def test_a_disk_without_room_is_told_before_any_work(folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_disk_without_room_is_an_error_before_any_work(folder: Path, tmp_path: Path, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20_000_000))
     message = r"out has room for 20\.0 MB, about [34]\d\.\d MB are needed; make room, choose another --out_dir"

@@ -19,7 +19,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from support.imagefolder import tell
+from support.imagefolder import identify
 from support.samples import COPY, lists, pack, pack_all
 from torch import Tensor
 from torchvision import transforms as T
@@ -229,7 +229,7 @@ def test_stock_ffcv_s_raw_and_jpeg_samples_are_read(stock_files: tuple[Path, Pat
 def test_images_go_with_their_labels(train: TrainLoader, evaluation: EvalLoader) -> None:
     for number, (images, labels) in enumerate([*epoch(train), *epoch(train, 1), *evaluation]):
         for image, label in zip(images, labels, strict=True):
-            assert tell(image.permute(1, 2, 0).numpy())[0] == label, number
+            assert identify(image.permute(1, 2, 0).numpy())[0] == label, number
 
 
 def test_batches_are_uint8_channels_last_with_int64_labels(train: TrainLoader, evaluation: EvalLoader) -> None:
@@ -603,7 +603,7 @@ def test_a_damaged_sample_is_an_error_that_names_it_and_its_file(own_dir: Path, 
     assert next(found, None) is None
     good = [sample for sample in range(12) if sample not in DAMAGES]
     ((images, labels),) = loader.decoder.batches(lists(good), 0, 0)  # the loader still works
-    assert [tell(image.permute(1, 2, 0).numpy())[0] for image in images] == labels.tolist()
+    assert [identify(image.permute(1, 2, 0).numpy())[0] for image in images] == labels.tolist()
 
 
 def test_a_bad_training_sample_gives_way_to_the_next_good_one_when_asked(
