@@ -142,8 +142,8 @@ def images_of_step(config: Config, loader: TrainLoader, device: torch.device, ep
             policy = augment.draw(num, height, width, step=step_of_run, micro_batch=number).policy
             operations: list[list[str]] = [[]] * num if policy is None else policy.words()
             for pixels, crop, target, label, words, sample, copy in zip(
-                denormalise(inputs), _arrays(images), targets.cpu(), labels.tolist(), operations, listed.indices, listed.copies,
-                strict=True,
+                denormalise(inputs), _arrays(images), targets.cpu(), labels.tolist(), operations,
+                listed.indices, listed.copies, strict=True,
             ):  # fmt: skip
                 weights = [(classes[i], w) for i, w in mixing_weights(target, label, config.augment.smoothing)]
                 yield Shown(pixels, crop, weights, words, int(sample), int(copy))

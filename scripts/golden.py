@@ -89,6 +89,7 @@ def make_images(root: Path) -> None:
 
 
 def digest_of(*contents: bytes) -> str:
+    """Return a short SHA-256 of some byte strings."""
     digest = hashlib.sha256()
     for content in contents:
         digest.update(len(content).to_bytes(8, "little") + content)
@@ -117,6 +118,7 @@ def digest_of_tensors(value: Any) -> str:
 
 
 def run_command(name: str, *words: str) -> None:
+    """Run a command of ffcv-convnext; exit if it fails."""
     from ffcv_convnext.cli import run_command
 
     if status := run_command(name, list(words)):
@@ -124,6 +126,7 @@ def run_command(name: str, *words: str) -> None:
 
 
 def convert_all(images: Path, work: Path) -> Iterator[tuple[str, str]]:
+    """Yield a name and a digest for each converted file."""
     for name, commands in CONVERSIONS.items():
         out = work / name
         for command in commands:
@@ -145,6 +148,7 @@ def convert_all(images: Path, work: Path) -> Iterator[tuple[str, str]]:
 
 
 def load_all(work: Path) -> Iterator[tuple[str, str]]:
+    """Yield a name and a digest for the batches of each loader."""
     import torch
 
     from ffcv_convnext.config import DataConfig
@@ -184,6 +188,7 @@ def load_all(work: Path) -> Iterator[tuple[str, str]]:
 
 
 def train_all(work: Path) -> Iterator[tuple[str, str]]:
+    """Yield a name and a digest for the losses and checkpoints of each run."""
     import torch
 
     torch.set_num_threads(1)
@@ -257,6 +262,7 @@ def compare(revision: str, out: Path | None) -> int:
 
 
 def main() -> int:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     actions = parser.add_subparsers(dest="action", required=True)
     recording = actions.add_parser("record")

@@ -60,9 +60,11 @@ def write_files(report: Report, folder: Path, *, page: bool = False) -> list[Pat
 def write_paper_figure(path: Path, kind: Kind, configs: Path, runs: Sequence[Path]) -> None:
     """Draw the paper's results for the ladder in `configs`, with the finished runs in `runs`.
 
-    Raises Failure without matplotlib.
+    Raises ValueError if the ladder has no results of the paper, Failure without matplotlib.
     """
     ladder = read_ladders(configs)[0]
+    if all(step.paper.top1 is None for step in ladder.steps):
+        raise ValueError(f"{configs} has no results of the paper to draw: expected {configs / 'paper.json'}")
     report = summarise(runs, configs) if runs else None
     with _matplotlib():
         write_atomically(path, draw_paper(ladder, report, kind))

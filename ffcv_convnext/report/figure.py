@@ -84,7 +84,7 @@ def draw(report: Report, kinds: Sequence[Kind]) -> list[bytes]:
     return _render(panels, kinds)
 
 
-def draw_paper(ladder: ReferenceLadder, report: Report | None, kind: Kind, *, input_size: int = 224) -> bytes:
+def draw_paper(ladder: ReferenceLadder, report: Report | None, kind: Kind) -> bytes:
     """Return the paper's own ladder as a figure, and on its bars the finished runs of a report that can be compared."""
     measured = {
         row.name: row.top1
@@ -97,7 +97,7 @@ def draw_paper(ladder: ReferenceLadder, report: Report | None, kind: Kind, *, in
         if step.optional:
             continue
         paper = None if step.paper.top1 is None else Stats(step.paper.top1, step.paper.std, 3)
-        _, gmacs = size_of(step.step.config.model, input_size, 1000)
+        _, gmacs = size_of(step.step.config.model, 224, 1000)  # as in the paper
         words = "no value in the paper" if paper is None else plus_minus(paper)
         bars.append(_reference_bar(ladder, step, paper, words, other=measured.get(step.name), gmacs=gmacs))
     first, last = bars[0].label, bars[-1].label
@@ -119,7 +119,8 @@ def _render(panels: Sequence[Panel], kinds: Sequence[Kind]) -> list[bytes]:
 
 def _themed(svg: bytes) -> bytes:
     """Return an SVG without date and version, with THEME's background and text colour."""
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", svg.decode(), flags=re.DOTALL).replace(INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>\s*| +(?=\n)", "", svg.decode(), flags=re.DOTALL)
+    text = text.replace(INK, "currentColor")
     start = text.index(">", text.index("<svg")) + 1
     return f"{text[:start]}{THEME}{text[start:]}".encode()
 

@@ -645,6 +645,8 @@ def test_the_papers_ladder_shows_measured_runs_and_carries_its_own_background(la
     assert "prefers-color-scheme:dark" in pictures["alone"]
     assert texts_of(pictures["alone"]).count("no value in the paper") == 1
     assert run_command("ladder", ["figure", "--out", str(tmp_path / "x.pdf")]) == 2
+    demo = str(REPOSITORY / "docs" / "demo_ladder")
+    assert run_command("ladder", ["figure", "--out", str(tmp_path / "x.svg"), "--configs", demo]) == 2
 
 
 def test_labels_of_the_figure_do_not_overlap(ladder: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def _repair_file(beton: Path, num_workers: int) -> list[RepairedPage]:
 def _encode_page(
     start: int, samples: list[int], crc32: int, manifest: Manifest, tables: Tables, originals: Source | None
 ) -> bytes | str:
-    """Return the bytes of the page at `start` with these samples, or the reason why the original files do not give them."""
+    """Return the bytes of the page at `start` with these samples, or why the original files do not give them."""
     if originals is None:
         return "the list of original files is missing or damaged"
     encoding = Encoding(
