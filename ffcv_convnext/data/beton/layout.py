@@ -29,6 +29,9 @@ HEADER = np.dtype(
 )
 FIELD = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+LABEL = np.dtype("<i8")  # a sample's row in an integer field
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])  # ... in an image field
+FIELD_TYPES = {0: np.dtype("<f8"), 1: LABEL, 2: IMAGE}  # by a descriptor's type_id; FFCV has further ones
 JPG, RAW = 0, 1  # how an image is stored: a JPEG, or RGB pixels row by row
 MODES = {"jpg": JPG, "raw": RAW}
 CONVERT_AGAIN = "convert it again with write_ffcv_dataset.py --overwrite"

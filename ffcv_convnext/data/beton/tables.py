@@ -17,12 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_convnext.data.beton.ffcv_import import importing_ffcv
-from ffcv_convnext.data.beton.layout import ALLOCATION, CONVERT_AGAIN, FIELD, HEADER, VERSION, read_header
-
-with importing_ffcv():
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.types import get_handlers, get_metadata_type
+from ffcv_convnext.data.beton.layout import (
+    ALLOCATION,
+    CONVERT_AGAIN,
+    FIELD,
+    FIELD_TYPES,
+    HEADER,
+    IMAGE,
+    LABEL,
+    VERSION,
+    read_header,
+)
 
 UNKNOWN = -1  # as a length or an owner: the allocation table has no entry for the sample's address
 SPLITS = ("train", "val")
@@ -100,10 +105,7 @@ def read_tables(beton: Path) -> Tables:
             f"damaged header; copy it again, or {CONVERT_AGAIN}"
         )
     rows = np.fromfile(beton, row_type, num_samples, offset=start)
-    image, label = (
-        next((f"f{i}" for i in range(len(names)) if row_type[i] == kind().metadata_type), None)
-        for kind in (RGBImageField, IntField)
-    )
+    image, label = (next((f"f{i}" for i in range(len(names)) if row_type[i] == kind), None) for kind in (IMAGE, LABEL))
     if image is None:
         raise UnreadableTables(
             f"{beton} has no images, only {', '.join(names)}; write image, label with write_ffcv_dataset.py"
@@ -146,13 +148,26 @@ def _fields(beton: Path, num_fields: int, num_bytes: int) -> tuple[tuple[str, ..
     descriptors = np.fromfile(beton, FIELD, num_fields, offset=HEADER.itemsize)
     names = tuple(bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace") for name in descriptors["name"])
     try:
-        row_type = get_metadata_type(get_handlers(descriptors))
+        row_type = _row_type(descriptors)
     except Exception as error:  # FFCV raises anything on broken or custom descriptors
         raise UnreadableTables(
             f"{beton}: the fields {', '.join(names)} cannot be read ({type(error).__name__}): damaged, or of a custom "
             "type; write image, label with write_ffcv_dataset.py"
         ) from None
     return names, row_type, start
+
+
+def _row_type(descriptors: NDArray[Any]) -> np.dtype[Any]:
+    """Return the dtype of a row of the sample table. Imports ffcv, which takes seconds, for its rarer fields only."""
+    type_ids = descriptors["type_id"].tolist()
+    if set(type_ids) <= FIELD_TYPES.keys():
+        return np.dtype([("", FIELD_TYPES[type_id]) for type_id in type_ids], align=True)
+    from ffcv_convnext.data.beton.ffcv_import import importing_ffcv
+
+    with importing_ffcv():
+        from ffcv.types import get_handlers, get_metadata_type
+    row_type: np.dtype[Any] = get_metadata_type(get_handlers(descriptors))
+    return row_type
 
 
 def damaged_pages(tables: Tables, page_crc32: Sequence[int], num_workers: int = 1) -> list[int]:
