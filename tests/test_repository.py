@@ -41,6 +41,7 @@ DOORS = {
     *("data.beton", "data.beton.tables", "data.beton.ffcv_import"),
     *("data.codec", "data.convert", "data.load", "data.check"),
     *("bench.compare", "bench.stages", "bench.synthetic_data"),
+    *("training.preflight", "training.distributed", "training.engine", "training.run"),  # its init is free of torch
 }
 
 # Third parties that some places only may import.

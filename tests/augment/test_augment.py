@@ -120,9 +120,7 @@ def test_a_mixed_target_equals_the_area_pasted_after_clipping_at_the_border(mode
 @WAYS
 @MODES
 @pytest.mark.parametrize("config", [{"mixup": 0}, {"cutmix": 0}])
-def test_mixing_keeps_its_inputs_type_and_memory_format(
-    mode: str, config: dict[str, Any], batched: bool
-) -> None:
+def test_mixing_keeps_its_inputs_type_and_memory_format(mode: str, config: dict[str, Any], batched: bool) -> None:
     images, targets = float_images(), soft_targets(labels(), NUM_CLASSES, 0.1)
     images_before, targets_before = images.clone(), targets.clone()
     draws = draws_of(mode, **config)

@@ -101,7 +101,9 @@ def test_weights_of_another_layout_are_refused() -> None:
         step7 = build_model(load_config(CONFIGS / "07_kernel7.yaml").model, 10).state_dict()
     with pytest.raises(ValueError, match=r"not have the layout of our ConvNeXt: .*missing: stem\.norm"):
         to_timm_convnext(step13)
-    with pytest.raises(ValueError, match=r"not have the layout of our ResNet-50: .*unexpected: stem\.conv\.bias|missing"):
+    with pytest.raises(
+        ValueError, match=r"not have the layout of our ResNet-50: .*unexpected: stem\.conv\.bias|missing"
+    ):
         to_torchvision_resnet(step7)
     with pytest.raises(ValueError, match=r"not have the layout of timm's ConvNeXt"):
         from_timm_convnext(step7)
