@@ -122,81 +122,83 @@ _WIDE = (
 
 def parse_policy(text: str) -> Policy:
     """Parse a policy string. Raises ValueError with the problem and the grammar."""
+    try:
+        return _parse(text)
+    except ValueError as error:
+        raise ValueError(f"aa = {text}: {error}; {GRAMMAR}") from None
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ValueError(problem)
+
+
+def _parse(text: str) -> Policy:
     name, *sections = text.split("-")
-    if name == "augmix":
-        raise ValueError(f"aa = {text}: AugMix is not available on the device; {GRAMMAR}")
-    settings = _settings(text, sections)
-    allowed: tuple[str, ...] = ("m", "n", "p", "mstd", "mmax", "inc", "t", "w") if name == "rand" else ("mstd",)
-    if name == "ta_wide":
-        allowed = ()
-    elif name != "rand" and name not in _SEQUENCES:
-        raise ValueError(f"aa = {text}: unknown policy {name or 'without a name'}; {GRAMMAR}")
+    _require(name != "augmix", "AugMix is not available on the device")
+    settings = _settings(sections)
+    _require(name in ("rand", "ta_wide", *_SEQUENCES), f"unknown policy {name or 'without a name'}")
+    allowed = {"rand": ("m", "n", "p", "mstd", "mmax", "inc", "t", "w"), "ta_wide": ()}.get(name, ("mstd",))
     for key in settings:
-        if key not in allowed:
-            raise ValueError(f"aa = {text}: unknown section {key} of {name}; {GRAMMAR}")
+        _require(key in allowed, f"unknown section {key} of {name}")
     if name == "rand":
-        return _rand(text, settings)
+        return _rand(settings)
     if name == "ta_wide":
         return Policy(tuple((Step(each, 1.0, 0.0),) for each in _WIDE), wide=True)
     sequences = tuple(
         tuple(Step(each, float(prob), float(magnitude)) for each, prob, magnitude in map(str.split, steps.split(",")))
         for steps in re.split(r"[;\n]", _SEQUENCES[name].strip())
     )
-    return Policy(sequences, magnitude_std=_number(text, settings, "mstd", 0.0))
+    return Policy(sequences, magnitude_std=_number(settings, "mstd", 0.0))
 
 
-def _settings(text: str, sections: list[str]) -> dict[str, str]:
+def _settings(sections: list[str]) -> dict[str, str]:
     """Split sections into key -> value: letters and a number, or t and a name."""
     found: dict[str, str] = {}
     for section in sections:
         match = re.fullmatch(r"(t)(.+)|([a-z]+)(\d.*)", section)
         if match is None:
-            raise ValueError(f"aa = {text}: unknown section {section!r}; {GRAMMAR}")
+            raise ValueError(f"unknown section {section!r}")
         key, value = (each for each in match.groups() if each is not None)
-        if key in found:
-            raise ValueError(f"aa = {text}: section {key} occurs twice; {GRAMMAR}")
+        _require(key not in found, f"section {key} occurs twice")
         found[key] = value
     return found
 
 
-def _number(text: str, settings: dict[str, str], key: str, default: float, *, integer: bool = False) -> float:
+def _number(settings: dict[str, str], key: str, default: float) -> float:
     value = settings.get(key)
     if value is None:
         return default
-    if not re.fullmatch(r"\d+" if integer else r"\d+(\.\d*)?(e[+-]?\d+)?", value):
-        kind = "an integer" if integer else "a number"
-        raise ValueError(f"aa = {text}: {key}{value} is not {kind}; {GRAMMAR}")
+    _require(bool(re.fullmatch(r"\d+(\.\d*)?(e[+-]?\d+)?", value)), f"{key}{value} is not a number")
     return float(value)
 
 
-def _rand(text: str, settings: dict[str, str]) -> Policy:
-    def number(key: str, default: float, *, integer: bool = False) -> float:
-        return _number(text, settings, key, default, integer=integer)
+def _integer(settings: dict[str, str], key: str, default: float) -> float:
+    value = settings.get(key, "0")
+    _require(bool(re.fullmatch(r"\d+", value)), f"{key}{value} is not an integer")
+    return float(settings.get(key, default))
 
-    def require(condition: bool, wrong: str) -> None:
-        if not condition:
-            raise ValueError(f"aa = {text}: {wrong}; {GRAMMAR}")
 
-    names: tuple[str, ...] = _RAND_INCREASING if number("inc", 0, integer=True) else _RAND
+def _rand(settings: dict[str, str]) -> Policy:
+    names: tuple[str, ...] = _RAND_INCREASING if _integer(settings, "inc", 0) else _RAND
     shares: tuple[float, ...] | None = None
     if "w" in settings:
-        require("t" not in settings, "w and t cannot be combined")
-        require(settings["w"] == "0", f"unknown weights w{settings['w']}")
-        weighted = [(each, _W0[plain]) for each, plain in zip(names, _RAND, strict=True) if plain in _W0]
-        names, shares = tuple(each for each, _ in weighted), tuple(share for _, share in weighted)
+        _require("t" not in settings, "w and t cannot be combined")
+        _require(settings["w"] == "0", f"unknown weights w{settings['w']}")
+        weighted = {each: _W0[plain] for each, plain in zip(names, _RAND, strict=True) if plain in _W0}
+        names, shares = tuple(weighted), tuple(weighted.values())
     elif settings.get("t") == "3a":
         names = _SET_3A
     elif "t" in settings:
-        require(settings["t"] in _SETS, f"unknown set of operations t{settings['t']}")
+        _require(settings["t"] in _SETS, f"unknown set of operations t{settings['t']}")
         names, shares = tuple(_SETS[settings["t"]]), tuple(_SETS[settings["t"]].values())
-    num_draws, prob = int(number("n", 2, integer=True)), number("p", 0.5)
-    largest = number("mmax", FULL_MAGNITUDE, integer=True)
-    std = number("mstd", 0.0)
-    require(num_draws >= 1, f"n{num_draws} is not a number of operations")
-    require(shares is None or num_draws <= len(names), f"n{num_draws} of {len(names)} weighted operations")
-    require(prob <= 1, f"p{settings.get('p')} is not a probability")
-    require(largest >= 1, "mmax0 leaves no magnitude")
-    magnitude = number("m", FULL_MAGNITUDE, integer=True)
+    num_draws, prob = int(_integer(settings, "n", 2)), _number(settings, "p", 0.5)
+    largest, std = _integer(settings, "mmax", FULL_MAGNITUDE), _number(settings, "mstd", 0.0)
+    _require(num_draws >= 1, f"n{num_draws} is not a number of operations")
+    _require(shares is None or num_draws <= len(names), f"n{num_draws} of {len(names)} weighted operations")
+    _require(prob <= 1, f"p{settings.get('p')} is not a probability")
+    _require(largest >= 1, "mmax0 leaves no magnitude")
+    magnitude = _integer(settings, "m", FULL_MAGNITUDE)
     return Policy(
         tuple((Step(each, prob, magnitude),) for each in names),
         num_draws=num_draws,

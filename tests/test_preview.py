@@ -245,7 +245,7 @@ def test_the_command_writes_a_picture(
         (["--num", "many"], "argument --num: invalid int value: 'many'"),
         (["--raw", "maybe"], "argument --raw: 'maybe': expected true or false"),
         (["--data_path", "nowhere"], "data_path: nowhere/train.beton does not exist; create it with: python write_"),
-        (["--nb_classes", "3"], "nb_classes = 3: the data has 4 classes; leave it out, or raise it"),
+        (["--nb_classes", "3"], "nb_classes = 3: the data has 4 classes; remove it, or raise it"),
         (["--mixupp", "1"], "unknown option '--mixupp'; did you mean --mixup"),
         (["--stepp", "1"], "unknown option '--stepp'; did you mean --step"),
     ],

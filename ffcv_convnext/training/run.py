@@ -234,38 +234,24 @@ def _network(config: Config, num_classes: int, device: torch.device) -> nn.Modul
 
 def _announce(run: Run, parameters: int) -> None:
     config, device, shares, loader = run.learner.config, run.learner.processes.device, run.sampler, run.train_loader
+    schedule = config.schedule
     log.info(
-        "%s, %.2f M parameters, %d classes; %d training and %d validation images",
-        config.model.model,
-        parameters / 1e6,
-        loader.num_classes,
-        loader.num_samples,
-        run.val_loader.num_samples,
+        f"{config.model.model}, {parameters / 1e6:.2f} M parameters, {loader.num_classes} classes; "
+        f"{loader.num_samples} training and {run.val_loader.num_samples} validation images"
     )
     log.info(
-        "global batch %d = batch_size %d x update_freq %d x %d processes on %s; peak lr %g; %d epochs of %d steps",
-        shares.global_batch,
-        shares.batch_size,
-        shares.update_freq,
-        shares.world,
-        device,
-        config.schedule.lr,
-        config.schedule.epochs,
-        loader.steps_per_epoch,
+        f"global batch {shares.global_batch} = batch_size {shares.batch_size} x update_freq {shares.update_freq} x "
+        f"{shares.world} processes on {device}; peak lr {schedule.lr:g}; {schedule.epochs} epochs of "
+        f"{loader.steps_per_epoch} steps"
     )
     if compiles(config, device):
         log.info("the network and the augmentation are compiled in the first step, which may take minutes")
-    recipe = config.schedule.recipe_batch
-    if shares.global_batch != recipe:
+    if shares.global_batch != schedule.recipe_batch:
         log.warning(
-            "the global batch is %d, but lr = %g is meant for %d (recipe_batch): set update_freq so that the product "
-            "is %d, or scale lr (linearly: %.3g) and set recipe_batch to %d",
-            shares.global_batch,
-            config.schedule.lr,
-            recipe,
-            recipe,
-            config.schedule.lr * shares.global_batch / recipe,
-            shares.global_batch,
+            f"the global batch is {shares.global_batch}, but lr = {schedule.lr:g} is meant for {schedule.recipe_batch} "
+            f"(recipe_batch): set update_freq so that the product is {schedule.recipe_batch}, or scale lr (linearly: "
+            f"{schedule.lr * shares.global_batch / schedule.recipe_batch:.3g}) and set recipe_batch to "
+            f"{shares.global_batch}"
         )
 
 
@@ -302,14 +288,11 @@ def _announce_world(run: Run, update_freq: int) -> None:
     """Log a change of the number of processes. update_freq: before the change."""
     shares = run.sampler
     if update_freq != shares.update_freq:
+        before = shares.global_batch // (shares.batch_size * update_freq)
         log.info(
-            "the checkpoint was made on %d processes with update_freq %d; the run continues on %d with %d: the same "
-            "global batch of %d, divided into the same micro-batches",
-            shares.global_batch // (shares.batch_size * update_freq),
-            update_freq,
-            shares.world,
-            shares.update_freq,
-            shares.global_batch,
+            f"the checkpoint was made on {before} processes with update_freq {update_freq}; the run continues on "
+            f"{shares.world} with {shares.update_freq}: the same global batch of {shares.global_batch}, divided into "
+            "the same micro-batches"
         )
 
 

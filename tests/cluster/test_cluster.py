@@ -149,8 +149,8 @@ def test_a_run_of_two_processes_continues_on_one(small_settings: dict[str, Any],
     torch.save(content, tmp_path / LAST)
     train_here(settings)
     assert (
-        "it was made on 2 processes with update_freq 1 and continues on 1 with 2: the same global batch of 16, cut "
-        "into the same micro-batches"
+        "the checkpoint was made on 2 processes with update_freq 1; the run continues on 1 with 2: the same global "
+        "batch of 16, divided into the same micro-batches"
     ) in (tmp_path / "rank0.log").read_text()
 
 

@@ -109,10 +109,10 @@ def test_every_legal_combination_of_switches_runs(seed: int) -> None:
         ({"resnet_stem_norm": True}, "resnet_stem_norm = true needs --resnet_stem patch_embed"),
         ({"resnet_ds_norm": "pre"}, "resnet_ds_norm = pre needs --resnet_sep_downsample true"),
         ({"model": "resnet18", "resnet_embed_dim": 96}, "resnet_embed_dim = 96 has no effect with model = resnet18"),
-        ({"resnet_layers": (3, 0, 9, 3)}, "resnet_layers = 3-0-9-3: expected four positive numbers"),
+        ({"resnet_layers": (3, 0, 9, 3)}, "resnet_layers = 3-0-9-3: expected 4 whole numbers >= 1"),
         ({"resnet_embed_dim": 0}, "resnet_embed_dim = 0: expected a whole number >= 1"),
         ({"resnet_ls_init_values": -1.0}, "resnet_ls_init_values = -1.0: expected a number >= 0"),
-        ({"drop_path": 1.0}, r"drop_path = 1.0: expected a rate in \[0, 1\)"),
+        ({"drop_path": 1.0}, r"drop_path = 1.0: expected a number in \[0, 1\)"),
         ({"nb_classes": 0}, "nb_classes = 0: expected a whole number >= 1"),
     ],
 )
