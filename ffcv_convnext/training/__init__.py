@@ -8,6 +8,8 @@ from __future__ import annotations
 from ffcv_convnext.config import Config
 from ffcv_convnext.signals import stopping_at_once
 
+__all__ = ["run_config"]
+
 
 def run_config(config: Config) -> int:
     """Train, continue or evaluate in this process; return exit status 0. Raises as `run.train` does."""

@@ -13,7 +13,10 @@ from ffcv_convnext.bench.startup import quick_commands
 from ffcv_convnext.cli import run_command
 
 HEAVY = ("torch", "torchvision", "timm", "ffcv", "numba", "matplotlib", "submitit")
-NEEDED = {"train.py --dry_run": {"submitit"}}  # it writes the batch script
+NEEDED = {
+    "train.py --dry_run": {"submitit"},  # it writes the batch script
+    "ffcv-convnext data info": {"numba"},  # it reads JPEG headers with the loader's code
+}
 COMMANDS = [
     "ffcv-convnext --help",
     "ffcv-convnext ladder describe",

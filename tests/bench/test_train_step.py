@@ -142,7 +142,7 @@ def test_bench_augment_measures_every_peer(capsys: pytest.CaptureFixture[str], t
     [
         (["step", "--ladder", "nowhere"], "no step found"),
         (["step", "--peers", "keras"], "timm convnext_tiny"),
-        (["step", "--batch_sise", "4"], "did you mean --batch_size?"),
+        (["step", "--batch_sise", "4"], "did you mean --batch_size"),
         (["augment", "--aa", "augmix-m3"], "augmix"),
         (["augment", "--photographs", str(Path(__file__).parent / "nowhere")], "no photographs found"),
         (["augment", "--num_images", "4"], "unknown option '--num_images'"),

@@ -101,9 +101,9 @@ def test_other_options_of_sbatch_are_taken_out_of_a_command_line() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"nodes": 0}, "nodes = 0: expected at least 1"),
-        ({"timeout": -1.0}, "timeout = -1.0: expected more than 0"),
-        ({"mem_gb": 0.0}, "mem_gb = 0.0: expected more than 0"),
+        ({"nodes": 0}, "nodes = 0: expected a whole number >= 1"),
+        ({"timeout": -1.0}, "timeout = -1.0: expected a number > 0"),
+        ({"mem_gb": 0.0}, "mem_gb = 0.0: expected a number > 0"),
         ({"executor": "local", "nodes": 2}, "nodes = 2: executor local uses only this machine"),
         ({"job_dir": Path("x/%j")}, "job_dir = x/%j: expected a path without %"),
     ],

@@ -399,7 +399,7 @@ def test_without_data_synthetic_images_are_measured(
         (["--seconds", "0"], "seconds = 0"),
         (["--data_path", "nowhere"], "nowhere/train.beton not found"),
         (["--json", "."], "expected a file"),
-        (["--core", "96"], "did you mean --cores?"),
+        (["--core", "96"], "did you mean --cores"),
         (["--device", "cpu", "--amp", "fp16"], "fp16"),
     ],
 )

@@ -273,7 +273,7 @@ def test_a_cut_off_file_is_bad_as_a_whole(own_dir: Path, run: Run) -> None:
     assert [bad.sample for bad in train.bad_samples] == [78, 79]
     for remaining, words in (
         (size // 2, "no sample could be located"),
-        (100, "do not fit into it"),
+        (100, "do not fit into the file"),
         (5, "less than a header"),
     ):
         with open(beton, "r+b") as file:

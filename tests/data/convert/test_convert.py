@@ -25,8 +25,9 @@ from support import REPOSITORY
 from support.imagefolder import class_name, draw_every_mode, draw_image, identify, make_image_folder
 
 from ffcv_convnext import cli
+from ffcv_convnext.data.beton import RAW
 from ffcv_convnext.data.beton.manifest import Manifest
-from ffcv_convnext.data.beton.tables import RAW, read_tables
+from ffcv_convnext.data.beton.tables import read_tables
 from ffcv_convnext.data.convert import ConversionOptions, convert
 from ffcv_convnext.data.convert.encode import Encoding, encode
 from ffcv_convnext.data.convert.journal import open_journal

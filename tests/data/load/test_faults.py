@@ -178,7 +178,9 @@ def test_a_first_compilation_is_announced_and_kept_for_later_starts_however_many
     for _, news in results:
         lines = news.splitlines()
         assert len(lines) == 4, news
-        assert re.fullmatch(r"compiling the decoder of train\.beton for this processor, .* once; kept in .*", lines[0])
+        assert re.fullmatch(
+            r"compiling the decoder of train\.beton for this processor; .* once; cached in .*", lines[0]
+        )
         assert re.fullmatch(r"compiled the decoder of train\.beton in \d+\.\d s", lines[1])
         assert lines[2].startswith("data_cache = os: train.beton and val.beton take ")
         assert lines[3] == "loaders are built", "the first batch does not wait for the compiler"
@@ -295,7 +297,7 @@ REFUSALS: dict[Callable[[Path], None], str] = {
     take_another_manifest: r"has \d+ bytes, its manifest states \d+: .* from another conversion",
     break_manifest: r"is not usable \(.*\); convert it again",
     mislabel: r"labels 0 to 1000 do not fit 4 classes",
-    rename_fields: r"has the fields picture, target: expected image, label; convert it again with write\.py",
+    rename_fields: r"has the fields picture, target: expected image, label; convert it again with write_ffcv",
 }
 
 
