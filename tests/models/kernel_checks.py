@@ -1,6 +1,6 @@
 """The Triton kernels against their twins in float64: natively on a GPU, else under Triton's interpreter.
 
-test_kernels.py runs this file in a process of its own, since TRITON_INTERPRET must be set before Triton is imported.
+test_kernels.py runs this file in a separate process, because TRITON_INTERPRET must be set before Triton is imported.
 """
 
 from __future__ import annotations

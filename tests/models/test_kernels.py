@@ -1,4 +1,4 @@
-"""The kernels' place in the network, their twins, and, in a process of its own, the kernels themselves."""
+"""The kernels' place in the network, their twins, and, in a separate process, the kernels themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decodes mutated samples in memory whose every edge is guarded; test_faults.py runs it in a process of its own.
+"""Decode mutated samples in memory with guarded edges; test_faults.py runs this file in a separate process.
 
 The decoders are the real ones, in BatchDecoders of real .beton files. The mapped file, every scratch buffer and the
 images end where a page begins that cannot be touched, and begin behind bytes that must stay as they are: reading or
@@ -56,7 +56,7 @@ EXTREMES = (0, 1, 2, 7, 8, 255, 256, 65534, 65535)
 
 
 class Guarded:
-    """Memory that ends at a page nobody may touch."""
+    """Memory that ends at an inaccessible page."""
 
     def __init__(self, num_bytes: int) -> None:
         self.end = (-(-num_bytes // PAGE) + 1) * PAGE
@@ -418,7 +418,7 @@ def mapped(decoder: BatchDecoder) -> Mmap:
 
 
 def describe(status: int) -> str:
-    return "ok" if status == OK else REASONS[status]  # a KeyError: nobody knows that status
+    return "ok" if status == OK else REASONS[status]  # KeyError: an unknown status
 
 
 def main(folder: str, num: str, seed: str, first: str = "0") -> None:

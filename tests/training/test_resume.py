@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or damaged ends like one that nobody disturbed."""
+"""A run that was stopped, killed or damaged ends like an undisturbed one."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_resume_continues_another_folders_checkpoint_in_a_new_one(
     for part in ("model", "ema", "optimizer"):
         assert_equal(ours[part], theirs[part], where=part)
     assert log_without_timings(tmp_path) == log_without_timings(undisturbed)[2:]
-    assert (tmp_path / BEST).exists(), "a folder keeps the best of its own epochs"
+    assert (tmp_path / BEST).exists(), "a folder keeps the best of the epochs computed in it"
     assert (stopped / LAST).read_bytes() == before
 
 

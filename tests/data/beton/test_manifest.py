@@ -29,7 +29,7 @@ def beton(converted: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy" / "train.beton"
 
 
-def test_a_manifest_tells_what_the_beton_holds(beton: Path) -> None:
+def test_a_manifest_describes_its_beton(beton: Path) -> None:
     manifest = Manifest.check(beton)
     assert manifest == Manifest.for_beton(beton) == Manifest.read(beton.with_suffix(".json"))
     assert manifest.class_to_idx == {class_name(0): 0, class_name(1): 1}
@@ -70,7 +70,7 @@ def test_a_missing_file_is_named(beton: Path) -> None:
         Manifest.read(beton.with_suffix(".json"))
 
 
-def test_a_truncated_beton_is_told_by_its_size(beton: Path) -> None:
+def test_a_truncated_beton_has_another_size_than_its_manifest_states(beton: Path) -> None:
     with open(beton, "r+b") as file:
         file.truncate(beton.stat().st_size - 1)
     with pytest.raises(ValueError, match=r"has \d+ bytes, its manifest states \d+: an incomplete copy"):
@@ -105,7 +105,7 @@ def test_a_flipped_bit_of_ffcv_s_version_number_is_noticed(beton: Path) -> None:
         Manifest.check(beton)
 
 
-def test_a_manifest_of_another_conversion_is_noticed(beton: Path) -> None:
+def test_a_manifest_of_another_conversion_is_an_error(beton: Path) -> None:
     """A crash between the renames of an overwriting conversion leaves such a pair."""
     shutil.copy(beton.with_name("val.beton"), beton)
     with pytest.raises(ValueError, match="bytes, its manifest states"):

@@ -110,7 +110,7 @@ def test_a_restart_marker_out_of_order_is_not_cut_and_the_whole_image_is_damaged
     assert decode(data, 100, 160)[0] == CORRUPT
 
 
-def test_a_damaged_jpeg_is_told_from_a_good_one(photograph: Bytes) -> None:
+def test_a_damaged_jpeg_has_another_status_than_a_good_one(photograph: Bytes) -> None:
     data = encode(photograph[:100, :160], "420", 2)
     assert decode(data, 100, 161)[0] == WRONG_SIZE
     assert decode(data[: data.size // 2].copy(), 100, 160)[0] == CORRUPT

@@ -1,4 +1,4 @@
-"""JPEGs encoded anew from their planes: as near to their originals as through RGB, or nearer."""
+"""JPEGs encoded again from their planes: at least as close to their originals as through RGB."""
 
 from __future__ import annotations
 

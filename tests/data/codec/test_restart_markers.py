@@ -303,7 +303,9 @@ def put(at: int, value: bytes) -> Callable[[bytearray], None]:
         (lambda jpeg: re.sub(rb"\xff\xc4.*?\xff\xda", b"\xff\xda", jpeg, flags=re.DOTALL), "no Huffman tables"),
     ],
 )
-def test_what_cannot_be_transcoded_tells_why(small: Image.Image, spoil: Callable[[bytes], bytes], reason: str) -> None:
+def test_a_jpeg_that_cannot_be_transcoded_gives_the_reason(
+    small: Image.Image, spoil: Callable[[bytes], bytes], reason: str
+) -> None:
     with pytest.raises(NotTranscodable, match=reason):
         add_restart_markers(spoil(save(small)))
 
@@ -314,7 +316,7 @@ def test_four_colour_components_are_refused(small: Image.Image) -> None:
             add_restart_markers(save(small, "CMYK", **options))
 
 
-def test_progressive_data_that_lacks_a_scan_is_refused(small: Image.Image) -> None:
+def test_progressive_data_with_a_missing_scan_is_an_error(small: Image.Image) -> None:
     """libjpeg smooths what such a file shows; its coefficients alone do not give these pixels."""
     jpeg = save(small, progressive=True)
     scans = [found.start() for found in re.finditer(rb"\xff\xda", jpeg)]
@@ -367,7 +369,7 @@ def test_unusual_ways_to_write_a_usual_subsampling_keep_every_pixel(
 # --- arbitrary files ---------------------------------------------------------------------------------------------
 
 
-def test_a_file_cut_off_anywhere_is_refused_until_only_its_end_marker_is_missing(small: Image.Image) -> None:
+def test_a_truncated_file_is_an_error_unless_only_its_end_marker_is_missing(small: Image.Image) -> None:
     for options in ({}, {"restart_marker_blocks": 7}, {"optimize": True, "mode": "L"}):
         jpeg = save(small.resize((40, 24)), **options)
         for size in range(len(jpeg) - 2):
@@ -472,7 +474,7 @@ print(accepted)
 
 @pytest.mark.slow
 def test_no_mutated_file_reads_or_writes_outside_its_buffers(tmp_path: Path) -> None:
-    """Compiled anew with numba's check of every index, which raises IndexError."""
+    """Compiled again with numba's bounds checks, which raises IndexError."""
     here = Path(__file__).resolve().parent
     done = subprocess.run(
         [sys.executable, "-c", BOUNDS_CHECK, str(here.parent), str(here)],

@@ -37,7 +37,7 @@ from ffcv_convnext.errors import Failure
 
 SCRIPT = REPOSITORY / "write_ffcv_dataset.py"
 
-# Creating an FFCV Loader changes numba's types for the whole process, so it gets one of its own.
+# Creating an FFCV Loader changes numba's types for the whole process, so it gets a separate one.
 READ_WITH_STOCK_FFCV = """
 import sys
 import numpy as np

@@ -161,7 +161,7 @@ def two_passes(picture: Image.Image, size: tuple[int, int], kind: Image.Resampli
 
 
 def within(seconds: float, function: Callable[[], Any]) -> Any:
-    """Call it in a thread of its own; a hang is a TimeoutError."""
+    """Call it in a thread; a hang is a TimeoutError."""
     return ThreadPoolExecutor(1).submit(function).result(seconds)
 
 
@@ -380,7 +380,7 @@ def test_a_step_is_update_freq_micro_batches(train: TrainLoader, monkeypatch: py
 
 
 @pytest.mark.parametrize("changes", [{}, {"order": "quasi_random", "shuffle_window_mb": 8, "data_cache": "process"}])
-def test_copies_of_a_sample_have_its_label_and_crops_of_their_own(
+def test_copies_of_a_sample_have_its_label_and_different_crops(
     beton_dir: Path, train: TrainLoader, changes: dict[str, Any]
 ) -> None:
     """Two global batches of 24: 8 samples, three times each, in three micro-batches."""
@@ -456,7 +456,7 @@ def test_an_epoch_left_early_leaves_no_work_behind_and_the_loader_usable(
         steps.close()
         assert not running
     num_started = len(started)
-    assert num_started < 10 * 10, "batches that nobody asked for were not decoded"
+    assert num_started < 10 * 10, "batches that were not requested were not decoded"
     for step in train.steps(0):  # left inside a step, without closing
         next(step)
         break
@@ -606,7 +606,7 @@ def test_a_damaged_sample_is_an_error_that_names_it_and_its_file(own_dir: Path, 
     assert [identify(image.permute(1, 2, 0).numpy())[0] for image in images] == labels.tolist()
 
 
-def test_a_bad_training_sample_gives_way_to_the_next_good_one_when_asked(
+def test_bad_samples_skip_replaces_a_bad_training_sample_by_the_next_good_one(
     own_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(own_dir / "train.beton", {5: zero_everything, 6: flip_first_byte, 9: zero_everything})

@@ -190,7 +190,7 @@ def windows() -> PageShuffle:
     return PageShuffle.of(stored(), MB, 30 * MB)
 
 
-def test_each_page_wise_epoch_is_a_permutation_of_its_own(windows: PageShuffle) -> None:
+def test_each_page_shuffle_epoch_is_another_permutation(windows: PageShuffle) -> None:
     orders = [windows.order(seed, epoch) for seed, epoch in ((5, 0), (5, 1), (6, 0))]
     assert all(np.array_equal(np.sort(order), np.arange(3000)) for order in orders)
     assert all((a != b).mean() > 0.99 for a, b in itertools.combinations(orders, 2))
@@ -275,7 +275,7 @@ def test_the_next_window_s_pages_are_due_while_this_one_is_used(windows: PageShu
         assert due == set(order[300:].tolist())
 
 
-def test_files_in_class_order_are_told_from_shuffled_ones() -> None:
+def test_is_shuffled_is_false_for_files_in_class_order() -> None:
     random = np.random.default_rng(0)
     for num_classes, per_class in ((2, 50), (1000, 20), (5, 4)):
         labels = np.repeat(np.arange(num_classes), per_class)

@@ -252,7 +252,9 @@ def test_a_mapped_file_s_coming_samples_are_read_before_they_are_touched(paged: 
 
 
 @pytest.mark.parametrize("data_cache", ["os", "process"])
-def test_of_a_cold_file_little_more_is_read_than_the_samples_asked_for(paged: dict[str, Path], data_cache: str) -> None:
+def test_little_more_than_the_requested_samples_is_read_from_a_cold_file(
+    paged: dict[str, Path], data_cache: str
+) -> None:
     """A page that is touched without having been asked for would bring up to some MB around it."""
     train = TrainLoader(settings(paged["shuffled"], data_cache=data_cache), CPU, seed=0)
     file, wanted = train.decoder.source, np.arange(5, 300, 20)
@@ -355,7 +357,7 @@ def test_a_file_that_cannot_be_read_any_more_is_an_error_with_the_reason(own_dir
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def test_memory_that_does_not_suffice_is_told_before_the_start(
+def test_too_little_memory_is_reported_before_the_start(
     beton_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     little = AvailableMemory(100_000, "of this machine", 0)
