@@ -68,7 +68,7 @@ class AvailableMemory:
 def available_memory(root: Path = _ROOT) -> AvailableMemory:
     """Return the minimum of /proc/meminfo's MemAvailable and the free memory of each control group."""
     meminfo = _numbers(root / "proc/meminfo")
-    free, limited_by = meminfo["MemAvailable:"] * 1024, "of this machine"
+    free, limited_by = meminfo["MemAvailable:"] * 1024, "on this machine"
     for group, version in _groups(root, "memory"):
         limit_name, usage_name, prefix = _MEMORY_FILES[version]
         limit = _read(group / limit_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from xdist.scheduler import LoadScopeScheduling
 from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
 
 NURSERY_FILES = {f"tests/training/{name}.py" for name in ("test_compile", "test_distributed", "test_resume")}
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a background job; processes of the tests inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class ByFile(LoadScopeScheduling):

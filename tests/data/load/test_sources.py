@@ -360,10 +360,10 @@ def test_a_file_that_cannot_be_read_any_more_is_an_error_with_the_reason(own_dir
 def test_too_little_memory_is_reported_before_the_start(
     beton_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    little = AvailableMemory(100_000, "of this machine", 0)
+    little = AvailableMemory(100_000, "on this machine", 0)
     monkeypatch.setattr(loader, "available_memory", lambda: little)
     message = (
-        r"data_cache = ram: train\.beton and val\.beton take [\d.]+ .?B of memory, 100\.0 kB are available of this "
+        r"data_cache = ram: train\.beton and val\.beton take [\d.]+ .?B of memory, 100\.0 kB are available on this "
         r"machine, 90% of it at most for data; use --data_cache os, with --order quasi_random"
     )
     with pytest.raises(ValueError, match=message) as caught:
