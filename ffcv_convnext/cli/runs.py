@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -21,9 +22,13 @@ def train(argv: Sequence[str]) -> int:
     parser = parser_of("train", train)
     add_flags(parser)
     add_cluster_flags(parser)
+    # torch.distributed.launch passes it as an argument, torchrun in the environment only.
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     rest, sbatch = split_slurm_options(argv)
     config, options = config_from_args(parser, rest)
     cluster = cluster_from_args(options, sbatch)
+    if options.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     if cluster.job_dir is None:
         return run_config(config)
     command = [sys.argv[0], *argv]
