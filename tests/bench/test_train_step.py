@@ -134,7 +134,7 @@ def test_bench_augment_measures_every_peer(capsys: pytest.CaptureFixture[str], t
     rows, found = table(capsys, ["augment", *SMALL], tmp_path / "figures.json")
     assert [row[0] for row in rows[1:]] == ["timm (PIL)", "torchvision v2 (tensors, bilinear)", "ours"]
     assert [row["error"] for row in found["rows"]] == [None] * 3
-    assert found["columns"]["ms a batch"]["ours"] == pytest.approx(4000 / found["rows"][2]["median"])
+    assert found["columns"]["ms per batch"]["ours"] == pytest.approx(4000 / found["rows"][2]["median"])
 
 
 @pytest.mark.parametrize(
