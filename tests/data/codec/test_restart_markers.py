@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from support import REPOSITORY
 
 from ffcv_convnext.bench.synthetic_data import find_photographs
 from ffcv_convnext.data.codec.crop import HEIGHT, INTERVAL, MCU_WIDTH, WIDTH, cut_jpeg, read_layout
@@ -457,10 +458,10 @@ def test_no_mutated_file_writes_outside_its_buffers_and_what_is_accepted_keeps_i
 BOUNDS_CHECK = """
 import sys
 from pathlib import Path
-sys.path[:0] = sys.argv[1:3]
+sys.path[:0] = sys.argv[1:]
 from numba.core import config
 assert config.BOUNDSCHECK
-import test_transcode as t
+import test_restart_markers as t
 small = t.find_photographs()[0].resize((150, 90))
 accepted = 0
 for jpeg in [*t.victims(small), *t.mutations(t.victims(small), 1500, seed=4)]:
@@ -477,7 +478,7 @@ def test_no_mutated_file_reads_or_writes_outside_its_buffers(tmp_path: Path) -> 
     """Compiled again with numba's bounds checks, which raises IndexError."""
     here = Path(__file__).resolve().parent
     done = subprocess.run(
-        [sys.executable, "-c", BOUNDS_CHECK, str(here.parent), str(here)],
+        [sys.executable, "-c", BOUNDS_CHECK, str(REPOSITORY), str(REPOSITORY / "tests"), str(here)],
         env={**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
