@@ -55,7 +55,7 @@ images, labels = next(iter(loader))
 REFERENCE = "stock FFCV"
 CONTESTANTS = {
     "ours": _OURS,
-    "ours, as train.py imports it": "import ffcv_convnext.training" + _OURS,
+    "ours, as train.py imports it": "import ffcv_convnext.training.run" + _OURS,
     REFERENCE: _STOCK,
 }
 STARTS = ("first", "second")

@@ -177,7 +177,7 @@ def answer(content: Any) -> None:
 def main(beton_dir: Path) -> int:
     import torch
 
-    import ffcv_convnext.training  # noqa: F401  the children have it then
+    import ffcv_convnext.training.run  # noqa: F401  the children have it then
     from ffcv_convnext.cli import run_command
     from ffcv_convnext.config import DataConfig
     from ffcv_convnext.data.load.loader import EvalLoader, TrainLoader
