@@ -18,6 +18,7 @@ import os
 import re
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -92,7 +93,8 @@ class FolderLock:
             raise PermissionError(
                 f"output_dir = {folder} cannot be written: {error.strerror}; choose another"
             ) from None
-        deadline = time.monotonic() + 0.5  # readers hold the lock for an instant
+        patience_s = 0.5 if _read(self.file) else 5.0  # readers hold the lock for an instant; a run leaves its name
+        deadline = time.monotonic() + patience_s
         while (lock := _flock(self.file, fcntl.LOCK_EX)) == "held" and time.monotonic() < deadline:
             time.sleep(0.05)
         if lock == "held":
@@ -108,8 +110,8 @@ class FolderLock:
 
     def release(self) -> None:
         """Release the lock and clear the holder's name."""
-        self.file.truncate(0)
-        self.file.close()
+        with self.file, suppress(OSError):  # the run's result counts, not this
+            self.file.truncate(0)
 
 
 def _flock(file: IO[str], kind: int) -> Literal["free", "held", "unsupported"]:
@@ -133,9 +135,14 @@ def _inspect_lock(folder: Path) -> tuple[Literal["free", "held", "unsupported"],
     """Return the lock's state and the process that took it last, '' if there is none."""
     try:
         with open(folder / LOCK) as file:
-            return _flock(file, fcntl.LOCK_SH), _read(file)
+            lock = _flock(file, fcntl.LOCK_SH)
+            if lock == "free":
+                fcntl.flock(file, fcntl.LOCK_UN)  # before the read, which may take long on a network disk
+            return lock, _read(file)
     except FileNotFoundError:
         return "free", ""
+    except OSError:  # e.g. another user's file
+        return "unsupported", "an unknown process"
 
 
 def lock_holder(folder: Path) -> str | None:
@@ -149,16 +156,20 @@ def is_running(folder: Path) -> bool:
 
     A lock that is held means yes. A free lock means no if it was last taken on this host. If it was taken on another
     host, or the file system has no locks, this host may not see it: then the run counts as running if it wrote to its
-    logs in the last RECENT_S seconds.
+    logs in the last RECENT_S seconds, and no end of its job was noted since.
     """
     lock, process = _inspect_lock(folder)
     if lock == "held" or not process:
         return lock == "held"
     if lock == "free" and process.endswith(f" on {socket.gethostname()}"):
         return False
-    files = [folder / EPOCHS, folder / STEPS, log_of_rank(folder, 0)]
-    written = max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
-    return time.time() - written < RECENT_S
+    written = _last_write(folder / EPOCHS, folder / STEPS, log_of_rank(folder, 0))
+    return written > _last_write(folder / ATTEMPTS) and time.time() - written < RECENT_S
+
+
+def _last_write(*paths: Path) -> float:
+    """Return when the last of some files was written, seconds since 1970; 0 if none exists."""
+    return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
 
 def read_error(folder: Path) -> str | None:
@@ -184,9 +195,11 @@ def read_error(folder: Path) -> str | None:
 
 
 def run_state(folder: Path) -> RunState:
-    """Return the state of a run from its folder alone: the one answer of `report` and `ladder status`."""
+    """Return the state of a run from its folder alone, for `report` and `ladder status`, which adds the queue's."""
     if (folder / DONE).exists():
         return "done"
     if is_running(folder):
         return "running"
+    if (folder / DONE).exists():  # it has just finished
+        return "done"
     return "failed" if read_error(folder) else "stopped"

@@ -413,7 +413,7 @@ def find_setting(name: str) -> Setting:
 
 
 def steps_per_epoch(num_samples: int, batch_size: int, update_freq: int, world: int, copies: int) -> int:
-    """Return the number of optimiser steps in an epoch; leftover samples, fewer than a global batch, are skipped.
+    """Return the number of optimiser steps in an epoch; leftover samples are skipped.
 
     copies: of a sample in a global batch.   Raises ValueError if they exceed it, or if the samples do not fill it.
     """

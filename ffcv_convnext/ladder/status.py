@@ -92,7 +92,7 @@ def _state(submission: Submission, queue: dict[str, str] | None, *, began: bool)
     job = (queue or {}).get(submission.job)
     if job is not None:
         return "running" if job in ("RUNNING", "CONFIGURING") else "requeued" if began else "pending"
-    return state if began else "missing"
+    return state if began or state == "failed" else "missing"
 
 
 def last_error(path: Path) -> str:

@@ -41,7 +41,7 @@ STYLE = {
     "svg.hashsalt": "ladder",  # equal input gives equal bytes
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
-THEME = (  # a background of its own, light or dark as the reader's system is set
+THEME = (  # its own background, light or dark as the reader's system is set
     "<style>svg{color:#1a1a1b}.page{fill:#fff}"
     "@media (prefers-color-scheme:dark){svg{color:#e6e7ea}.page{fill:#16181c}}</style>"
     '<rect class="page" width="100%" height="100%"/>'

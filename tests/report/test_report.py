@@ -290,6 +290,24 @@ def test_without_a_visible_lock_a_run_that_wrote_lately_is_running(
     assert run_state(run) == "stopped", "a run that ends clears its name"
 
 
+def test_a_job_whose_end_was_noted_after_its_last_log_line_is_not_running(tmp_path: Path) -> None:
+    """A node was lost: the lock is of another host, and the batch script noted the end."""
+    run = write_run(tmp_path / "run", KERNEL7, epochs=120, age_s=60)
+    (run / LOCK).write_text("process 7 on node17\n")
+    assert run_state(run) == "running"
+    should_requeue(run, "7", 137)
+    assert run_state(run) == "failed"
+
+
+def test_a_lock_file_that_cannot_be_opened_leaves_the_other_signs(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", KERNEL7, epochs=120, age_s=60)
+    (run / LOCK).mkdir()  # opening it raises an OSError for any user
+    assert run_state(run) == "running"
+    write_run(tmp_path / "old", KERNEL7, epochs=120, age_s=1200)
+    (tmp_path / "old" / LOCK).mkdir()
+    assert run_state(tmp_path / "old") == "stopped"
+
+
 def test_a_job_that_was_killed_has_failed_until_the_next_start(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", KERNEL7, epochs=120)
     should_requeue(run, "7", 137)

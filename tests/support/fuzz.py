@@ -41,7 +41,7 @@ from ffcv_convnext.config import DataConfig
 from ffcv_convnext.data.codec.decode import OK, REASONS
 from ffcv_convnext.data.codec.recompress import restart_interval
 from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
-from ffcv_convnext.data.load.crops import CropKernel, Key, center_crop_kernel, random_crop_kernel
+from ffcv_convnext.data.load.crops import CropKernel, Key, Scratch, center_crop_kernel, random_crop_kernel
 from ffcv_convnext.data.load.decoder import BatchDecoder
 from ffcv_convnext.data.load.sampler import Samples
 from ffcv_convnext.data.load.sources import Mmap, Stored
@@ -99,7 +99,8 @@ class Bench:
                 self.scratch.append(memory)
             return memory.last(num_bytes).view(dtype)
 
-        self.decoder._own.scratch = self.decoder.kernel.scratch(rows, max_bytes, allocate)
+        sizes = self.decoder.kernel.scratch_sizes(rows, max_bytes)
+        self.decoder._own.scratch = Scratch(**{name: allocate(*size) for name, size in sizes.items()})
 
     def decode(self, samples: list[int], stored: Stored, draws: tuple[int, int]) -> tuple[Bytes, NDArray[np.int32]]:
         """Images (n, SIZE, SIZE, 3) and status (n,) as views.   draws: seed, epoch."""

@@ -41,7 +41,7 @@ Row = tuple[int, int, int, int, int]  # of a sample: mode, width, height, label,
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page that is on the disk."""
+    """A page that was written."""
 
     crc32: int  # of its bytes, including the unused ones at its end
     rows: list[Row]

@@ -69,12 +69,15 @@ class BetonWriter:
 
     def keep_pages(self, pages: Sequence[Page]) -> int:
         """Continue after pages that an earlier writer of this capacity left in the file; return how many are whole."""
+        if not self.path.exists():  # e.g. lost in a power failure
+            return 0
         with open(self.path, "rb") as file:
             file.seek(self.pages_start)
             for page in pages:
                 if zlib.crc32(file.read(self.page_size)) != page.crc32:  # power failed before it reached the disk
                     break
                 self.pages.append(page)
+        self.num_bytes = self._page_start(len(self.pages))
         return len(self.pages)
 
     def write(self, samples: Iterable[tuple[EncodedImage, int]], on_page: Callable[[Page], None]) -> int:

@@ -7,7 +7,6 @@ is an argument of it. So its compiled code is cached, and another loader or proc
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,23 +82,20 @@ class CropKernel:
     decode: Any  # decode_random_crops or decode_center_crops, compiled
     parameters: RandomCrop | CenterCrop
 
-    def scratch(
-        self, rows: NDArray[Any], max_bytes: int, allocate: Callable[[int, Any], NDArray[Any]] = np.empty
-    ) -> Scratch:
-        """Allocate scratch memory for one thread.
+    def scratch_sizes(self, rows: NDArray[Any], max_bytes: int) -> dict[str, tuple[int, type]]:
+        """Return length and dtype of each array of a thread's Scratch.
 
         rows: of the file's sample table, with height and width.   max_bytes: of its largest stored image.
-        allocate: (number of elements, dtype) -> array.
         """
         heights, widths = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
         height, width, largest = int(heights.max()), int(widths.max()), int((heights * widths).max())
-        return Scratch(
-            pixels=allocate(3 * largest + LANES, np.uint8),
-            resize=allocate(scratch_size(height, width, self.size), np.uint8),
-            jpeg=allocate(max_bytes, np.uint8),
-            segments=allocate((height // 8 + 1) * (width // 8 + 1) + 1, np.int64),
-            layout=allocate(8, np.int64),
-        )
+        return {
+            "pixels": (3 * largest + LANES, np.uint8),
+            "resize": (scratch_size(height, width, self.size), np.uint8),
+            "jpeg": (max_bytes, np.uint8),
+            "segments": ((height // 8 + 1) * (width // 8 + 1) + 1, np.int64),
+            "layout": (8, np.int64),
+        }
 
 
 def random_crop_kernel(config: DataConfig) -> CropKernel:

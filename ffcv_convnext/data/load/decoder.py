@@ -2,8 +2,8 @@
 
 FFCV supplies the file format and its Reader. Its own Loader is not used, because it hangs if an operation raises, hands
 out views into a ring of buffers that it overwrites later, leaks a thread if an epoch is left early, and sets PyTorch's
-thread count. Here a batch is cut into small chunks for a thread pool (compiled code releases the GIL), and every batch
-has memory of its own.
+thread count. Here a batch is cut into small chunks for a thread pool (compiled code releases the GIL), and batches do
+not share memory.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ class BatchDecoder:
         self.transfer = DeviceTransfer(device)
         self._functions = addresses()
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
+        self._scratch_sizes = kernel.scratch_sizes(self.rows, self.source.max_bytes)
         self._own = threading.local()  # a thread's scratch
         self._compile()
 
@@ -166,7 +167,7 @@ class BatchDecoder:
     def _decode(self, batch: _Pending, part: slice, key: Key) -> None:
         """Decode a part of a batch, in a thread of the pool."""
         if not hasattr(self._own, "scratch"):
-            self._own.scratch = self.kernel.scratch(self.rows, self.source.max_bytes)
+            self._own.scratch = Scratch(**{name: np.empty(*size) for name, size in self._scratch_sizes.items()})
         scratch: Scratch = self._own.scratch
         stored, samples = batch.data.wait(), batch.samples.part(part)
         chunk = Chunk(samples.indices, samples.copies, batch.images.numpy()[part], batch.status[part])

@@ -1,4 +1,4 @@
-"""Copy batches to the device: the one place where images reach the GPU."""
+"""Copy batches to the device: the one place where a loader's images reach the GPU."""
 
 from __future__ import annotations
 

@@ -93,13 +93,17 @@ def test_a_killed_conversion_resumes_to_the_bytes_of_an_uninterrupted_one(
     assert (killed / "train.beton").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("damage", ["journal cut off", "page never reached the disk", "no page reached the disk"])
+@pytest.mark.parametrize(
+    "damage", ["journal cut off", "page never reached the disk", "no page reached the disk", "file lost"]
+)
 def test_pages_lost_in_a_power_failure_are_written_again(folder: Path, killed: Path, whole: Path, damage: str) -> None:
     place = Journal(killed, "train")
     if damage == "journal cut off":
         place.path.write_bytes(place.path.read_bytes()[:-40])
     elif damage == "page never reached the disk":
         os.truncate(place.beton, place.beton.stat().st_size - (9 << 20))
+    elif damage == "file lost":
+        place.beton.unlink()
     else:
         os.truncate(place.beton, 100)
     convert(options(folder, killed, resume=True))
