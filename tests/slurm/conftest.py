@@ -44,10 +44,19 @@ def cluster(slurm: TwoNodes) -> Iterator[TwoNodes]:
 def settings(small_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A LayerNorm network and 800 images; on four processes 25 steps an epoch, 50 in all. Each step is logged.
 
-    GELU, because gradients are compared: with ReLU, rounding near zero changes them much more.
+    64 pixels make steps long enough for Slurm to act between them. GELU, because gradients are compared: with ReLU,
+    rounding near zero changes them much more.
     """
     images = make_image_folder(tmp_path_factory.mktemp("images"), train_per_class=200, val_per_class=5)
     data = tmp_path_factory.mktemp("beton")
     convert(ConversionOptions(data_path=images, out_dir=data, split="all", num_workers=1))
     smooth = {"resnet_norm_layer": "ln", "resnet_act_layer": "gelu"}
-    return {**small_settings, **smooth, "data_path": data, "recipe_batch": 32, "num_workers": 1, "log_every": 1}
+    return {
+        **small_settings,
+        **smooth,
+        "data_path": data,
+        "recipe_batch": 32,
+        "num_workers": 1,
+        "log_every": 1,
+        "input_size": 64,
+    }

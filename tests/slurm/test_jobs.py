@@ -84,7 +84,7 @@ def preempt(job: Job) -> None:
     [(requeue, TWO_BY_TWO), (lose_a_node, TWO_BY_ONE), (preempt, TWO_BY_ONE)],
     ids=["requeue", "lost node", "pre-emption"],
 )
-def test_a_job_that_slurm_requeues_continues_within_its_epoch(
+def test_a_job_that_slurm_requeues_continues_where_it_stopped(
     disturb: Callable[[Job], None],
     tasks: tuple[str, ...],
     cluster: TwoNodes,
@@ -98,7 +98,7 @@ def test_a_job_that_slurm_requeues_continues_within_its_epoch(
     assert job.finish()["Restarts"] == "1"
     first, second = starts(job.folder)
     assert first["from_step"] == 0
-    assert 5 <= second["from_step"] < 25, "saved at the step where it was stopped, in its first epoch"
+    assert 5 <= second["from_step"] < 50, "saved at the step where it was stopped"
     assert_same_training(job.folder, undisturbed.folder, tolerance=TOLERANCE)
 
 
