@@ -66,7 +66,7 @@ class Journal:
     def begin(self, identity: str, kept: Sequence[JournalEntry] = ()) -> None:
         """Start a new journal with the entries to keep; without any, remove all files of the earlier attempt."""
         if not kept:
-            self.path.unlink(missing_ok=True)  # first: without pages it would lead a later attempt astray
+            self.path.unlink(missing_ok=True)  # first: a journal must not outlive its pages
             for path in self.folder.iterdir():
                 path.unlink()
         new = self.folder / "pages.new"
