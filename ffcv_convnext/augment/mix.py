@@ -1,8 +1,8 @@
 """Mixup and CutMix on the device, targets included.
 
-Sources: Zhang et al. 2018, "mixup", arXiv:1710.09412; Yun et al. 2019, "CutMix", arXiv:1905.04899. The three modes
-and the computation of a box from a draw are those of timm's Mixup, so a timm recipe has the same meaning here; the
-draws come from (seed, optimiser step, micro-batch).
+Sources: Zhang et al. 2018, "mixup", arXiv:1710.09412; Yun et al. 2019, "CutMix", arXiv:1905.04899. The three modes are
+those of timm's Mixup, so a timm recipe has the same meaning here; the draws come from (seed, optimiser step,
+micro-batch).
 """
 
 from __future__ import annotations
@@ -59,13 +59,7 @@ def draw_mix(config: AugmentConfig, num: int, height: int, width: int, generator
         else:
             share = np.sqrt(1 - generator.beta(config.cutmix, config.cutmix))
             center = int(generator.integers(0, height)), int(generator.integers(0, width))
-            size = int(height * share), int(width * share)
-            box = (
-                max(center[0] - size[0] // 2, 0),
-                min(center[0] + (size[0] + 1) // 2, height),
-                max(center[1] - size[1] // 2, 0),
-                min(center[1] + (size[1] + 1) // 2, width),
-            )
+            box = cutmix_box(share, center, height, width)
         boxes[i] = box
         lam[i] = 1 - (box[1] - box[0]) * (box[3] - box[2]) / (height * width)  # after clipping at the border
     if mode == "batch":
@@ -73,6 +67,23 @@ def draw_mix(config: AugmentConfig, num: int, height: int, width: int, generator
     elif mode == "pair":
         lam, boxes = np.concatenate([lam, lam[::-1]]), np.concatenate([boxes, boxes[::-1]])
     return MixDraws(lam.astype(np.float32), boxes)
+
+
+def cutmix_box(share: float, center: tuple[int, int], height: int, width: int) -> tuple[int, int, int, int]:
+    """Return the box (top, bottom, left, right) that CutMix pastes, clipped at the border of a height x width image.
+
+    share: of the box's side in the image's.   center: row and column of the box's middle.   As in the paper's timm
+    (0.3.2, and later ones up to 1.0.28), half the side is rounded down on both sides, so a box inside the image has
+    even sides; newer versions add the odd pixel.
+    """
+    half_height, half_width = int(height * share) // 2, int(width * share) // 2
+    row, column = center
+    return (
+        max(row - half_height, 0),
+        min(row + half_height, height),
+        max(column - half_width, 0),
+        min(column + half_width, width),
+    )
 
 
 def mix_image(image: Tensor, partner: Tensor, lam: float, box: Sequence[int]) -> Tensor:

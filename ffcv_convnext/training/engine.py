@@ -228,7 +228,7 @@ def train_step(learner: Learner, micro_batches: Iterator[tuple[Tensor, Tensor]])
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
     if learner.ema is not None:
-        learner.ema.update(learner.network, step=step)
+        learner.ema.update(learner.network)  # from the initial weights on: with step=, timm copies the first two
 
 
 def log_point(run: Run, epoch: int, throughput: Throughput, images: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torchvision.transforms import functional as F
 from ffcv_convnext.augment import TrainAugment, normalise, soft_targets
 from ffcv_convnext.augment.color import IMAGENET_MEAN, IMAGENET_STD, color_jitter, draw_jitter, normalised_planes
 from ffcv_convnext.augment.erasing import ErasingDraws, draw_erasing, erase, erase_batched, noise
-from ffcv_convnext.augment.mix import MixDraws, draw_mix, mix_batched, mix_image, mix_targets
+from ffcv_convnext.augment.mix import MixDraws, cutmix_box, draw_mix, mix_batched, mix_image, mix_targets
 from ffcv_convnext.augment.to_device import all_to_device
 from ffcv_convnext.config import AugmentConfig, ModelConfig
 from ffcv_convnext.models import build_model
@@ -182,6 +183,33 @@ def test_draws_of_the_recipe_have_its_distribution() -> None:
     assert (left >= 0).all()
     assert (right <= 224).all()
     assert np.allclose(draws.lam[cut], 1 - (bottom - top) * (right - left) / 224**2)
+
+
+@pytest.mark.parametrize(
+    ("share", "center", "expected"),
+    [
+        (0.5, (24, 16), (12, 36, 8, 24)),  # sides 24 and 16
+        (0.53, (24, 16), (12, 36, 8, 24)),  # 25.4 and 17.0 pixels: the odd pixel is left out on both axes
+        (0.53, (3, 30), (0, 15, 22, 32)),  # clipped at the top and on the right
+        (0.03, (24, 16), (24, 24, 16, 16)),  # 1 and 0 pixels: empty
+        (1.0, (24, 16), (0, 48, 0, 32)),
+        (1.0, (0, 0), (0, 24, 0, 16)),
+    ],
+)
+def test_cutmix_boxes_equal_the_papers_timm_to_the_pixel(
+    share: float, center: tuple[int, int], expected: tuple[int, int, int, int]
+) -> None:
+    assert cutmix_box(share, center, 48, 32) == expected
+
+
+@pytest.mark.parametrize("side", range(0, 48, 2))
+def test_cutmix_boxes_of_even_sides_equal_those_of_any_timm(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    share = (side + 0.5) / 48  # both round down to side
+    for center in product(range(0, 48, 5), repeat=2):
+        drawn = iter(center)
+        monkeypatch.setattr(timm.data.mixup.np.random, "randint", lambda *_, drawn=drawn, **__: next(drawn))
+        assert cutmix_box(share, center, 48, 48) == timm.data.mixup.rand_bbox((3, 48, 48), 1 - share**2)
+        assert cutmix_box((side + 1.5) / 48, center, 48, 48) == cutmix_box(share, center, 48, 48), "the odd pixel"
 
 
 def test_cutmix_boxes_are_distributed_like_timm_s() -> None:
