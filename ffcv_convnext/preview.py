@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ffcv_convnext.augment import TrainAugment, normalise
+from ffcv_convnext.augment import Normalisation, TrainAugment
 from ffcv_convnext.config import Config
 from ffcv_convnext.files import write_atomically
 from ffcv_convnext.formatting import format_bytes
@@ -131,6 +131,7 @@ def images_of_step(config: Config, loader: TrainLoader, device: torch.device, ep
         num_classes=count_classes(config.model, len(classes)),
         seed=config.run.seed,
         device=device,
+        normalisation=Normalisation.of(config.data),
         interpolation=config.data.train_interpolation,
     )
     with closing(loader.steps(epoch, step)) as steps:
@@ -142,18 +143,17 @@ def images_of_step(config: Config, loader: TrainLoader, device: torch.device, ep
             policy = augment.draw(num, height, width, step=step_of_run, micro_batch=number).policy
             operations: list[list[str]] = [[]] * num if policy is None else policy.words()
             for pixels, crop, target, label, words, sample, copy in zip(
-                denormalise(inputs), _arrays(images), targets.cpu(), labels.tolist(), operations,
+                denormalise(inputs, augment.normalisation), _arrays(images), targets.cpu(), labels.tolist(), operations,
                 listed.indices, listed.copies, strict=True,
             ):  # fmt: skip
                 weights = [(classes[i], w) for i, w in mixing_weights(target, label, config.augment.smoothing)]
                 yield Shown(pixels, crop, weights, words, int(sample), int(copy))
 
 
-def denormalise(inputs: Tensor) -> Pixels:
+def denormalise(inputs: Tensor, by: Normalisation) -> Pixels:
     """Convert the network's input (N, 3, H, W) to pixels (N, H, W, 3), clipped to 0 to 255."""
-    ends = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 1, 1)
-    black, white = normalise(ends.contiguous()).unbind()
-    levels = (inputs.float().cpu() - black) / (white - black) * 255
+    scale, shift = torch.from_numpy(by.constants)[:, :, None, None]
+    levels = (inputs.double().cpu() - shift) / scale
     return _arrays(levels.round().clamp(0, 255).to(torch.uint8))
 
 

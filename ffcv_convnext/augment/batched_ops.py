@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ffcv_convnext.augment import pil_ops as pil
+from ffcv_convnext.augment.color import Colour
 from ffcv_convnext.augment.randaugment import (
     BLENDS,
-    FILL,
     OPERATIONS,
     TABLES,
     WIDE_OPERATIONS,
@@ -67,19 +67,20 @@ def policy_kinds(policy: Policy) -> frozenset[Kind]:
 
 
 def apply_policy_batched(
-    images: Tensor, tensors: PolicyTensors, kinds: frozenset[Kind], interpolation: Interpolation
+    images: Tensor, tensors: PolicyTensors, kinds: frozenset[Kind], interpolation: Interpolation, fill: Colour
 ) -> Tensor:
     """Compute the result of randaugment.apply_policy without branches that depend on the draws.
 
     images: (N, 3, H, W) uint8, channels_last, not modified.   tensors: of N images, made for their height and width.
     kinds: those that the policy can draw (policy_kinds); others are not in the graph.   interpolation: as in the draws.
+    fill: the colour outside of an image.
     Returns a new tensor like images. Raises ValueError for other images. Under `torch.compile` a product may be
     fused with a sum, without its rounding; a value next to a whole number can then differ by 1.
     """
     check_images(images, tensors.kinds.shape[1])
     packed = _from_channels([channel.int() for channel in images.unbind(1)])
     for kind, bicubic, numbers, tables in zip(*(each.unbind(0) for each in tensors), strict=True):
-        packed = _round(packed, kind, bicubic, numbers, tables, kinds, interpolation)
+        packed = _round(packed, kind, bicubic, numbers, tables, kinds, interpolation, fill)
     return _pixels(packed).permute(0, 3, 1, 2)
 
 
@@ -91,6 +92,7 @@ def _round(
     tables: Tensor,
     kinds: frozenset[Kind],
     interpolation: Interpolation,
+    fill: Colour,
 ) -> Tensor:
     """Apply one round. packed: (N, H, W) int32.   kind, bicubic: (N,).   numbers: (N, 10).   tables: (N, 256)."""
     if Kind.GAUSSIAN_BLUR in kinds:
@@ -103,7 +105,7 @@ def _round(
         tables = tables[:, None].expand(-1, 3, -1)
     base = _base(packed, values, kind, kinds)
     if kinds & _GEOMETRIC:
-        values = _resampled(packed, numbers[:, :6], bicubic, interpolation)
+        values = _resampled(packed, numbers[:, :6], bicubic, interpolation, fill)
     if kinds & (TABLES | {Kind.AUTO_CONTRAST, Kind.EQUALIZE}):
         first = torch.arange(len(packed), device=packed.device)[:, None, None] * 768
         entries = tables.reshape(-1)
@@ -147,7 +149,9 @@ def _base(packed: Tensor, values: list[Tensor], kind: Tensor, kinds: frozenset[K
     return base
 
 
-def _resampled(packed: Tensor, matrices: Tensor, bicubic: Tensor, interpolation: Interpolation) -> list[Tensor]:
+def _resampled(
+    packed: Tensor, matrices: Tensor, bicubic: Tensor, interpolation: Interpolation, fill: Colour
+) -> list[Tensor]:
     """Return the channels, (N, H, W) int32 each, of images resampled at the positions that a matrix gives."""
     num, height, width = packed.shape
     place = pil.places(matrices, height, width)
@@ -165,7 +169,7 @@ def _resampled(packed: Tensor, matrices: Tensor, bicubic: Tensor, interpolation:
         totals = [total + line * share_y for total, line in zip(totals, lines, strict=True)]
     return [
         torch.where(place.outside < 0, colour, (total + pil.NUDGE).clamp(0, 255).int())
-        for total, colour in zip(totals, FILL, strict=True)
+        for total, colour in zip(totals, fill, strict=True)
     ]
 
 

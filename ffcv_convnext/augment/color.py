@@ -10,22 +10,45 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ffcv_convnext.augment.to_device import to_device
+from ffcv_convnext.config import DataConfig
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; the recipe's normalisation
-IMAGENET_STD = (0.229, 0.224, 0.225)
-_SCALE = tuple(1 / (255 * std) for std in IMAGENET_STD)
-_SHIFT = tuple(-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's grayscale
 
+Colour = tuple[int, int, int]  # red, green, blue from 0 to 255
 Planes = list[Tensor]  # the three channels of a batch, (N, H, W) each, dense or not
 
 
-def normalise(images: Tensor) -> Tensor:
-    """Scale images (N, 3, H, W) of values 0 to 255 to float32 with mean 0 and standard deviation 1 over ImageNet.
+@dataclass(frozen=True, slots=True)
+class Normalisation:
+    """Mean and standard deviation of the pixels, red, green and blue from 0 to 1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, config: DataConfig) -> Normalisation:
+        """Return a run's."""
+        return cls(config.mean, config.std)
+
+    @property
+    def constants(self) -> NDArray[np.float64]:
+        """Scale and shift, (2, 3): a value from 0 to 255 becomes value * scale + shift."""
+        mean, std = np.array(self.mean), np.array(self.std)
+        return np.stack([1 / (255 * std), -mean / std])
+
+    @property
+    def fill(self) -> Colour:
+        """The mean colour, which fills the outside of an image in geometric operations."""
+        red, green, blue = (round(255 * value) for value in self.mean)
+        return red, green, blue
+
+
+def normalise(images: Tensor, by: Normalisation) -> Tensor:
+    """Scale images (N, 3, H, W) of values 0 to 255 to float32 with mean 0 and standard deviation 1 over the data.
 
     Returns a new tensor of the same memory format.
     """
-    constants = np.array([_SCALE, _SHIFT], np.float32)
+    constants = by.constants.astype(np.float32)
     if not images.is_contiguous(memory_format=torch.channels_last):
         scale, shift = to_device(constants, images.device)[:, :, None, None]
         return torch.addcmul(shift, images.float(), scale)
@@ -35,9 +58,9 @@ def normalise(images: Tensor) -> Tensor:
     return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
 
-def normalised_planes(images: Tensor) -> Planes:
-    """Normalise as above, with constants that a compiler folds."""
-    planes = zip(images.unbind(1), _SCALE, _SHIFT, strict=True)
+def normalised_planes(images: Tensor, constants: list[list[float]]) -> Planes:
+    """Normalise as above, with constants that a compiler folds: Normalisation.constants as lists."""
+    planes = zip(images.unbind(1), *constants, strict=True)
     return [plane.float() * scale + shift for plane, scale, shift in planes]
 
 

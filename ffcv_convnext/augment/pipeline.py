@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ffcv_convnext.augment.batched_ops import PolicyTensors, apply_policy_batched, policy_kinds, policy_tensors
-from ffcv_convnext.augment.color import JitterDraws, color_jitter, draw_jitter, normalise, normalised_planes
+from ffcv_convnext.augment.color import (
+    JitterDraws,
+    Normalisation,
+    color_jitter,
+    draw_jitter,
+    normalise,
+    normalised_planes,
+)
 from ffcv_convnext.augment.erasing import ErasingDraws, draw_erasing, erase, erase_batched
 from ffcv_convnext.augment.mix import MixDraws, draw_mix, mix_batched, mix_image, mix_targets
 from ffcv_convnext.augment.randaugment import Interpolation, PolicyDraws, apply_policy, draw_policy
@@ -59,12 +66,14 @@ class TrainAugment:
         num_classes: int,
         seed: int,
         device: torch.device,
+        normalisation: Normalisation,
         interpolation: Interpolation = "bicubic",
         compile: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Prepare the augmentation of a run.
 
+        normalisation: of the inputs; its mean colour fills the outside of an image in geometric operations.
         interpolation: of the policy's geometric operations; random: drawn for each operation of each image.
         compile: one graph for a whole run, by torch.compile.   dtype: of the returned inputs.
         """
@@ -72,6 +81,8 @@ class TrainAugment:
         self.num_classes = num_classes
         self.seed = seed
         self.device = device
+        self.normalisation = normalisation
+        self.constants = normalisation.constants.tolist()
         self.interpolation = interpolation
         self.dtype = dtype
         self.policy = None if config.aa == "none" else parse_policy(config.aa)
@@ -99,7 +110,7 @@ class TrainAugment:
             policy = None if draws.policy is None else policy_tensors(draws.policy, height, width, self.device)
             return self._compiled(images, labels, policy, _tensors(draws, self.device))
         if draws.policy is not None:
-            images = apply_policy(images, draws.policy)
+            images = apply_policy(images, draws.policy, self.normalisation.fill)
         if self.device.type == "cpu":
             return self._image_by_image(images, labels, draws)
         return self._batched(images, labels, None, _tensors(draws, self.device))
@@ -146,7 +157,7 @@ class TrainAugment:
         if draws.jitter is not None:
             steps, factors = draws.jitter.steps[index : index + 1], draws.jitter.factors[index : index + 1]
             image = color_jitter(image, torch.from_numpy(steps), torch.from_numpy(factors))
-        result = normalise(image)[0].permute(1, 2, 0)
+        result = normalise(image, self.normalisation)[0].permute(1, 2, 0)
         if draws.erasing is not None:
             erase(result, index, draws.erasing)
         return result
@@ -156,10 +167,10 @@ class TrainAugment:
     ) -> tuple[Tensor, Tensor]:
         """Apply everything, as a function of tensors whose shapes never change in a run."""
         if policy is not None:
-            images = apply_policy_batched(images, policy, self.kinds, self.interpolation)
+            images = apply_policy_batched(images, policy, self.kinds, self.interpolation, self.normalisation.fill)
         if draws.jitter is not None:
             images = color_jitter(images, *draws.jitter)
-        planes = normalised_planes(images)
+        planes = normalised_planes(images, self.constants)
         targets = soft_targets(labels, self.num_classes, self.config.smoothing)
         if draws.erasing is not None:
             planes = erase_batched(planes, *draws.erasing)

@@ -19,13 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ffcv_convnext.augment import pil_ops as pil
-from ffcv_convnext.augment.color import IMAGENET_MEAN
+from ffcv_convnext.augment.color import Colour
 from ffcv_convnext.augment.to_device import to_device
 from ffcv_convnext.policy_grammar import FULL_MAGNITUDE, NUM_WIDE_LEVELS, Policy
 
 Interpolation = Literal["bicubic", "bilinear", "random"]
-# Colour outside of the image, for geometric operations.
-FILL = round(255 * IMAGENET_MEAN[0]), round(255 * IMAGENET_MEAN[1]), round(255 * IMAGENET_MEAN[2])
 
 
 class Kind(IntEnum):
@@ -215,10 +213,11 @@ def draw_policy(
     return PolicyDraws(kinds, arguments, bicubic)
 
 
-def apply_policy(images: Tensor, draws: PolicyDraws) -> Tensor:
+def apply_policy(images: Tensor, draws: PolicyDraws, fill: Colour) -> Tensor:
     """Apply each image's operations, one round after the other. For a CPU: on other devices the host waits for it.
 
     images: (N, 3, H, W) uint8, not modified.   draws: of N images, made for their height and width.
+    fill: the colour outside of an image, for geometric operations.
     Returns a new tensor of the same shape, dtype and memory format. Raises ValueError for other images.
     """
     check_images(images, len(draws.kinds))
@@ -229,7 +228,7 @@ def apply_policy(images: Tensor, draws: PolicyDraws) -> Tensor:
     ):
         for kind, argument, cubic in zip(kinds, arguments, bicubic, strict=True):
             if kind != Kind.IDENTITY:
-                image = _APPLY[Kind(kind)](image, argument, cubic)
+                image = _APPLY[Kind(kind)](image, argument, cubic, fill)
         found.copy_(image)
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
     result = result.permute(0, 3, 1, 2)
@@ -245,33 +244,33 @@ def check_images(images: Tensor, num: int) -> None:
         raise ValueError(f"{num} rows of draws for {len(images)} images")
 
 
-def _rotate(image: Tensor, angle: float, bicubic: bool) -> Tensor:
+def _rotate(image: Tensor, angle: float, bicubic: bool, fill: Colour) -> Tensor:
     height, width, _ = image.shape
     matrix = _matrices(np.array(Kind.ROTATE), np.array(angle), height, width)
-    return pil.affine(image, to_device(matrix, image.device), FILL, bicubic=bicubic)
+    return pil.affine(image, to_device(matrix, image.device), fill, bicubic=bicubic)
 
 
-def _blur(image: Tensor, sigma: float, _: bool) -> Tensor:
+def _blur(image: Tensor, sigma: float, _: bool, __: Colour) -> Tensor:
     return pil.gaussian_blur(image, torch.tensor(_box_weights(sigma), dtype=torch.int64, device=image.device))
 
 
-# An image (H, W, 3), the operation's argument, and whether to interpolate bicubically.
-_APPLY: dict[Kind, Callable[[Tensor, float, bool], Tensor]] = {
-    Kind.AUTO_CONTRAST: lambda image, _, __: pil.autocontrast(image),
-    Kind.EQUALIZE: lambda image, _, __: pil.equalize(image),
-    Kind.INVERT: lambda image, _, __: pil.invert(image),
-    Kind.POSTERIZE: lambda image, bits, _: pil.posterize(image, min(max(int(bits), 0), 8)),
-    Kind.SOLARIZE: lambda image, threshold, _: pil.solarize(image, math.ceil(threshold)),
-    Kind.SOLARIZE_ADD: lambda image, amount, _: pil.solarize_add(image, int(amount)),
-    Kind.BRIGHTNESS: lambda image, factor, _: pil.brightness(image, factor),
-    Kind.COLOR: lambda image, factor, _: pil.color(image, factor),
-    Kind.CONTRAST: lambda image, factor, _: pil.contrast(image, factor),
-    Kind.SHARPNESS: lambda image, factor, _: pil.sharpness(image, factor),
+# An image (H, W, 3), the operation's argument, whether to interpolate bicubically, the colour outside of the image.
+_APPLY: dict[Kind, Callable[[Tensor, float, bool, Colour], Tensor]] = {
+    Kind.AUTO_CONTRAST: lambda image, *_: pil.autocontrast(image),
+    Kind.EQUALIZE: lambda image, *_: pil.equalize(image),
+    Kind.INVERT: lambda image, *_: pil.invert(image),
+    Kind.POSTERIZE: lambda image, bits, *_: pil.posterize(image, min(max(int(bits), 0), 8)),
+    Kind.SOLARIZE: lambda image, threshold, *_: pil.solarize(image, math.ceil(threshold)),
+    Kind.SOLARIZE_ADD: lambda image, amount, *_: pil.solarize_add(image, int(amount)),
+    Kind.BRIGHTNESS: lambda image, factor, *_: pil.brightness(image, factor),
+    Kind.COLOR: lambda image, factor, *_: pil.color(image, factor),
+    Kind.CONTRAST: lambda image, factor, *_: pil.contrast(image, factor),
+    Kind.SHARPNESS: lambda image, factor, *_: pil.sharpness(image, factor),
     Kind.GAUSSIAN_BLUR: _blur,
-    Kind.SHEAR_X: lambda image, slope, cubic: pil.shear_rows(image, slope, FILL, bicubic=cubic),
-    Kind.SHEAR_Y: lambda image, slope, cubic: pil.shear_columns(image, slope, FILL, bicubic=cubic),
-    Kind.TRANSLATE_X: lambda image, by, cubic: pil.translate(image, by, 1, FILL, bicubic=cubic),
-    Kind.TRANSLATE_Y: lambda image, by, cubic: pil.translate(image, by, 0, FILL, bicubic=cubic),
+    Kind.SHEAR_X: lambda image, slope, cubic, fill: pil.shear_rows(image, slope, fill, bicubic=cubic),
+    Kind.SHEAR_Y: lambda image, slope, cubic, fill: pil.shear_columns(image, slope, fill, bicubic=cubic),
+    Kind.TRANSLATE_X: lambda image, by, cubic, fill: pil.translate(image, by, 1, fill, bicubic=cubic),
+    Kind.TRANSLATE_Y: lambda image, by, cubic, fill: pil.translate(image, by, 0, fill, bicubic=cubic),
     Kind.ROTATE: _rotate,
 }
 

@@ -10,8 +10,11 @@ from ffcv_convnext.config.fields import (
     to_plain,
 )
 from ffcv_convnext.config.flags import add_flags, add_setting_flags, config_from_args, settings_from_args
+from ffcv_convnext.config.timm_defaults import timm_images
 from ffcv_convnext.config.train import (
     GROUPS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     KERNEL_SIZES,
     SETTINGS,
     AugmentConfig,
@@ -29,6 +32,8 @@ from ffcv_convnext.config.yaml_files import load_config, read_mapping, read_yaml
 
 __all__ = [
     "GROUPS",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
     "KERNEL_SIZES",
     "SETTINGS",
     "AugmentConfig",
@@ -54,5 +59,6 @@ __all__ = [
     "setting",
     "settings_from_args",
     "steps_per_epoch",
+    "timm_images",
     "to_plain",
 ]

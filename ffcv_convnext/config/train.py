@@ -23,7 +23,12 @@ from ffcv_convnext.config.fields import (
     setting,
     to_plain,
 )
+from ffcv_convnext.config.timm_defaults import TIMM_IMAGES, timm_images
 from ffcv_convnext.policy_grammar import parse_policy
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+WARPED_FROM = 384  # pixels; datasets.py of the paper's code
 
 
 def _require(condition: bool, message: str) -> None:
@@ -53,12 +58,25 @@ class DataConfig:
         minimum=1,
     )
     input_size: int = setting(224, "side of the square input image, pixels", minimum=32)
+    mean: tuple[float, float, float] = setting(
+        IMAGENET_MEAN, "mean of the pixels, red, green and blue from 0 to 1, for normalisation", minimum=0, maximum=1
+    )
+    std: tuple[float, float, float] = setting(
+        IMAGENET_STD, "standard deviation of the pixels, for normalisation", above=0, maximum=1
+    )
     crop_pct: float | None = setting(
         None,
-        "evaluation resizes the short side to input_size / crop_pct; none: 224/256 below 384 pixels, else 1",
+        "evaluation resizes images to input_size / crop_pct before the central crop; none: 224/256, or 1 from 384 "
+        "pixels on and for warped images",
         above=0,
         maximum=1,
     )
+    eval_resize: Literal["auto", "crop", "warp"] = setting(
+        "auto",
+        "evaluation images are resized by their short side (crop) or to a square (warp), then cropped; auto, as the "
+        "paper's code: crop below 384 pixels, from there on warp to input_size without a crop",
+    )
+    eval_interpolation: Literal["bicubic", "bilinear"] = setting("bicubic", "antialiased resize of evaluation images")
     train_interpolation: Literal["bicubic", "bilinear", "random"] = setting(
         "bicubic", "antialiased resize of training crops; random: one of the two for each sample"
     )
@@ -110,11 +128,18 @@ class DataConfig:
             _require(low <= high, f"{name} = {low},{high}: expected min,max with min <= max")
 
     @property
-    def eval_resize(self) -> int:
-        """Short side of an evaluation image before its central input_size crop, pixels."""
+    def eval_warps(self) -> bool:
+        """Whether evaluation images are resized to a square, which changes their aspect ratio."""
+        return self.eval_resize == "warp" or (self.eval_resize == "auto" and self.input_size >= WARPED_FROM)
+
+    @property
+    def eval_side(self) -> int:
+        """Side of a resized evaluation image before its crop, pixels: the short one, or both if it is warped."""
+        if self.eval_resize == "auto" and self.eval_warps:
+            return self.input_size  # the paper's code does not use crop_pct here
         crop_pct = self.crop_pct
         if crop_pct is None:
-            crop_pct = 224 / 256 if self.input_size < 384 else 1.0
+            crop_pct = 224 / 256 if self.input_size < WARPED_FROM and not self.eval_warps else 1.0
         return int(self.input_size / crop_pct)
 
 
@@ -354,12 +379,17 @@ class Config:
     def from_flat(cls, values: Mapping[str, Any]) -> Config:
         """Build a config from flat names; strings are parsed, missing settings keep their defaults.
 
+        With a timm model, missing settings about images are the model's own (see timm_images).
         Raises ValueError for an unknown name, with the most similar ones, or an unusable value.
         """
         groups: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
         for name, raw in values.items():
             declared = find_setting(name)
             groups[declared.group][name] = declared.parse(raw)
+        model = groups["model"].get("model", "resnet")
+        if model != "resnet" and (missing := [name for name in TIMM_IMAGES if name not in values]):
+            own = timm_images(model)
+            groups["data"] |= {name: own[name] for name in missing if name in own}
         return cls(**{name: GROUPS[name](**group) for name, group in groups.items()})
 
     def flat(self) -> dict[str, Any]:
@@ -369,7 +399,7 @@ class Config:
         }
 
     def replace(self, **changes: Any) -> Config:
-        """Return a copy with some settings changed, checked again."""
+        """Return a copy with some settings changed, checked again; all others stay, also with another model."""
         return Config.from_flat({**self.flat(), **changes})
 
     def for_world(self, world: int) -> Config:

@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ffcv_convnext.augment import TrainAugment
+from ffcv_convnext.augment import Normalisation, TrainAugment
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import Failure, Interrupted
 from ffcv_convnext.rng import Stream, step_seed
@@ -265,7 +265,14 @@ def evaluate_network(
 ) -> dict[str, float]:
     """Return test_acc1, test_acc5 and test_loss, each with `suffix`; with dist_eval the processes share the work."""
     sharing = processes if config.run.dist_eval else replace(processes, rank=0, world=1)
-    scores = evaluate(network, loader, sharing, lambda: autocast(config, processes.device), memory_format(config))
+    scores = evaluate(
+        network,
+        loader,
+        sharing,
+        lambda: autocast(config, processes.device),
+        Normalisation.of(config.data),
+        memory_format(config),
+    )
     return {f"test_{key}{suffix}": scores[key] for key in ("acc1", "acc5", "loss")}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ffcv_convnext.augment import normalise
+from ffcv_convnext.augment import Normalisation, normalise
 from ffcv_convnext.errors import Failure
 from ffcv_convnext.training.distributed import Processes
 
@@ -104,6 +104,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     processes: Processes,
     autocast: Callable[[], torch.autocast],
+    normalisation: Normalisation,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> dict[str, float]:
     """Return exact top-1 and top-5 accuracy (percent) and mean cross-entropy over all processes' batches.
@@ -116,7 +117,7 @@ def evaluate(
     with torch.inference_mode():
         for images, labels in batches:
             with autocast():
-                logits = network(normalise(images).contiguous(memory_format=memory_format))
+                logits = network(normalise(images, normalisation).contiguous(memory_format=memory_format))
             logits = logits.float()
             best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")

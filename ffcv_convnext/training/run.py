@@ -19,8 +19,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ffcv_convnext.augment import TrainAugment
-from ffcv_convnext.config import Config, differences, format_value
+from ffcv_convnext.augment import Normalisation, TrainAugment
+from ffcv_convnext.config import IMAGENET_MEAN, IMAGENET_STD, Config, differences, format_value, timm_images
 from ffcv_convnext.files import remove_leftovers
 from ffcv_convnext.models import build_model, load_pretrained, use_triton
 from ffcv_convnext.rng import Stream, step_seed
@@ -157,6 +157,7 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
             num_classes=num_classes,
             seed=seed,
             device=device,
+            normalisation=Normalisation.of(config.data),
             interpolation=config.data.train_interpolation,
             compile=compile,  # a graph of its own, beside the network's
             dtype=input_dtype(config),
@@ -235,6 +236,7 @@ def _network(config: Config, num_classes: int, device: torch.device) -> nn.Modul
 def _announce(run: Run, parameters: int) -> None:
     config, device, shares, loader = run.learner.config, run.learner.processes.device, run.sampler, run.train_loader
     schedule = config.schedule
+    _announce_timm_images(config)
     log.info(
         f"{config.model.model}, {parameters / 1e6:.2f} M parameters, {loader.num_classes} classes; "
         f"{loader.num_samples} training and {run.val_loader.num_samples} validation images"
@@ -255,6 +257,22 @@ def _announce(run: Run, parameters: int) -> None:
         )
 
 
+def _announce_timm_images(config: Config) -> None:
+    """With a timm model, log which settings of the images are the model's own in timm, and which are not."""
+    model = config.model.model
+    if model == "resnet":
+        return
+    own = timm_images(model)
+    used = {name: getattr(config.data, name) for name in own}
+    words = {name: f"{name} {format_value(value)}" for name, value in used.items()}
+    same = [words[name] for name in own if used[name] == own[name]]
+    changed = [f"{words[name]} (timm: {format_value(own[name])})" for name in own if used[name] != own[name]]
+    log.info(
+        f"{model}: images as in timm's configuration of the model: {', '.join(same) or 'nothing'}"
+        + (f"; set otherwise: {', '.join(changed)}" if changed else "")
+    )
+
+
 def _resume(run: Run) -> None:
     """Continue from the newest checkpoint of the run folder, else from --resume, else start from the beginning."""
     learner = run.learner
@@ -270,6 +288,7 @@ def _resume(run: Run) -> None:
         _check_resumable(*found, learner.config)
     if found is not None:
         path, content = found
+        _check_same_normalisation(path, content, learner.config)
         run.restore(content)
         if path.parent.resolve() != run.checkpoints.folder.resolve():
             learner.state.best.clear()  # this folder has no best checkpoint yet
@@ -322,6 +341,7 @@ def evaluate_only(config: Config) -> dict[str, float]:
     """
     processes = _processes(config)
     setup_logging(None, processes)
+    _announce_timm_images(config)
     path, content = _weights_to_evaluate(config)
     with processes.joined(), closing(_val_loader(config, processes)) as val_loader:
         network = _network(config, count_classes(config.model, val_loader.num_classes), processes.device)
@@ -360,6 +380,16 @@ def _weights_to_evaluate(config: Config) -> tuple[Path, dict[str, Any] | None]:
     return found
 
 
+def _check_same_normalisation(path: Path, content: dict[str, Any], config: Config) -> None:
+    """Raise ValueError if a checkpoint of version 0.2 or older gets other inputs: all had ImageNet's mean and std."""
+    data = config.data
+    if "mean" not in content["config"] and (data.mean, data.std) != (IMAGENET_MEAN, IMAGENET_STD):
+        raise ValueError(
+            f"{path} was made with ImageNet's mean and std; continue with --mean {format_value(IMAGENET_MEAN)} "
+            f"--std {format_value(IMAGENET_STD)}"
+        )
+
+
 def _check_same_network(path: Path, content: dict[str, Any], config: Config) -> None:
     if "config" not in content or ("model" not in content and "ema" not in content):
         raise ValueError(
@@ -371,3 +401,4 @@ def _check_same_network(path: Path, content: dict[str, Any], config: Config) -> 
         raise ValueError(
             f"{path} has another network than these settings; use its own: --config {path.parent / 'config.yaml'}"
         )
+    _check_same_normalisation(path, content, config)

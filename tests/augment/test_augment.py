@@ -18,15 +18,16 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 from torchvision.transforms import functional as F
 
-from ffcv_convnext.augment import TrainAugment, normalise, soft_targets
-from ffcv_convnext.augment.color import IMAGENET_MEAN, IMAGENET_STD, color_jitter, draw_jitter, normalised_planes
+from ffcv_convnext.augment import Normalisation, TrainAugment, normalise, soft_targets
+from ffcv_convnext.augment.color import color_jitter, draw_jitter, normalised_planes
 from ffcv_convnext.augment.erasing import ErasingDraws, draw_erasing, erase, erase_batched, noise
 from ffcv_convnext.augment.mix import MixDraws, cutmix_box, draw_mix, mix_batched, mix_image, mix_targets
 from ffcv_convnext.augment.to_device import all_to_device
-from ffcv_convnext.config import AugmentConfig, ModelConfig
+from ffcv_convnext.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, DataConfig, ModelConfig
 from ffcv_convnext.models import build_model
 
 CPU = torch.device("cpu")
+OF_IMAGENET = Normalisation.of(DataConfig())
 NUM, NUM_CLASSES, HEIGHT, WIDTH = 8, 10, 24, 36
 MODES = pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 WAYS = pytest.mark.parametrize("batched", [False, True], ids=["image by image", "batched"])
@@ -443,12 +444,14 @@ def test_no_erasing_draws_no_box() -> None:
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_normalising_equals_torchvision_s(memory_format: torch.memory_format) -> None:
     images = uint8_images().contiguous(memory_format=memory_format)
-    found = normalise(images)
+    found = normalise(images, OF_IMAGENET)
     expected = F.normalize(images.float() / 255, list(IMAGENET_MEAN), list(IMAGENET_STD))
     assert found.dtype == torch.float32
     assert found.stride() == images.stride()
     assert torch.allclose(found, expected, atol=2e-6)
-    assert torch.allclose(torch.stack(normalised_planes(images), 1), expected, atol=2e-6)
+    assert torch.allclose(
+        torch.stack(normalised_planes(images, OF_IMAGENET.constants.tolist()), 1), expected, atol=2e-6
+    )
 
 
 def test_colour_jitter_equals_torchvision_s_for_the_same_factors_and_orders() -> None:
@@ -516,7 +519,9 @@ def augmentation(
     seed: int = 0, compile: bool = False, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> TrainAugment:
     config = AugmentConfig(**{"aa": "none", "reprob": 0.5, **settings})
-    return TrainAugment(config, num_classes=NUM_CLASSES, seed=seed, device=CPU, compile=compile, dtype=dtype)
+    return TrainAugment(
+        config, num_classes=NUM_CLASSES, seed=seed, device=CPU, normalisation=OF_IMAGENET, compile=compile, dtype=dtype
+    )
 
 
 COMPILED_SETTINGS: list[dict[str, Any]] = [
@@ -629,8 +634,10 @@ def test_compiled_is_the_same_as_eager(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("settings", COMPILED_SETTINGS)
 def test_a_gpu_gives_what_a_cpu_gives(settings: dict[str, Any], compile: bool) -> None:
     config, device = AugmentConfig(aa="none", **settings), torch.device("cuda")
-    on_gpu = TrainAugment(config, num_classes=NUM_CLASSES, seed=0, device=device, compile=compile)
-    on_cpu = TrainAugment(config, num_classes=NUM_CLASSES, seed=0, device=CPU)
+    on_gpu = TrainAugment(
+        config, num_classes=NUM_CLASSES, seed=0, device=device, normalisation=OF_IMAGENET, compile=compile
+    )
+    on_cpu = TrainAugment(config, num_classes=NUM_CLASSES, seed=0, device=CPU, normalisation=OF_IMAGENET)
     for step in range(6):
         inputs, targets = on_gpu(uint8_images().to(device), labels().to(device), step=step, micro_batch=0)
         expected, expected_targets = on_cpu(uint8_images(), labels(), step=step, micro_batch=0)
@@ -721,5 +728,24 @@ def test_the_global_random_state_is_neither_used_nor_changed() -> None:
 def test_with_everything_off_a_batch_is_normalised_and_its_labels_are_one_hot() -> None:
     plain = augmentation(color_jitter=None, reprob=0, mixup=0, cutmix=0, smoothing=0)
     inputs, targets = plain(uint8_images(), labels(), step=0, micro_batch=0)
-    assert torch.equal(inputs, normalise(uint8_images()))
+    assert torch.equal(inputs, normalise(uint8_images(), OF_IMAGENET))
     assert torch.equal(targets, torch.eye(NUM_CLASSES)[labels()])
+
+
+def test_another_normalisation_reaches_inputs_and_the_outside_of_rotated_images() -> None:
+    half = Normalisation((0.5, 0.5, 0.25), (0.5, 1.0, 0.25))
+    assert half.fill == (128, 128, 64)
+    same: dict[str, Any] = {"num_classes": NUM_CLASSES, "seed": 0, "device": CPU, "normalisation": half}
+    off = {"reprob": 0, "mixup": 0, "cutmix": 0}
+    images = uint8_images()
+    plain = TrainAugment(AugmentConfig(aa="none", color_jitter=0, **off), **same)
+    inputs, _ = plain(images, labels(), step=0, micro_batch=0)
+    expected = F.normalize(images.float() / 255, list(half.mean), list(half.std))
+    assert torch.allclose(inputs, expected, atol=2e-6)
+    black = torch.zeros_like(images)
+    geometric = TrainAugment(AugmentConfig(aa="rand-m9-n1-p1.0-mstd0.5", **off), **same)
+    found = [geometric(black, labels(), step=step, micro_batch=0)[0] for step in range(8)]
+    levels = (torch.cat(found) * torch.tensor(half.std)[:, None, None] + torch.tensor(half.mean)[:, None, None]) * 255
+    colours = {tuple(colour) for colour in levels.permute(0, 2, 3, 1).reshape(-1, 3).round().int().tolist()}
+    assert half.fill in colours, "some image was turned, sheared or moved"
+    assert Normalisation.of(DataConfig()).fill not in colours

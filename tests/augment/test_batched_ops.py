@@ -11,9 +11,13 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
+from ffcv_convnext.augment import Normalisation
 from ffcv_convnext.augment.batched_ops import apply_policy_batched, policy_kinds, policy_tensors
 from ffcv_convnext.augment.randaugment import Interpolation, Kind, PolicyDraws, apply_policy, draw_policy
+from ffcv_convnext.config import DataConfig
 from ffcv_convnext.policy_grammar import parse_policy
+
+FILL = Normalisation.of(DataConfig()).fill
 
 RECIPE = "rand-m9-mstd0.5-inc1"
 CPU = torch.device("cpu")
@@ -44,8 +48,8 @@ def test_the_pixels_are_those_of_apply_policy(aa: str, interpolation: Interpolat
     draws = draw_policy(policy, 60, *SIZE, interpolation, np.random.default_rng(5))
     tensors = policy_tensors(draws, *SIZE, CPU)
     before = images.clone()
-    found = apply_policy_batched(images, tensors, policy_kinds(policy), interpolation)
-    assert_the_same(found, apply_policy(images, draws))
+    found = apply_policy_batched(images, tensors, policy_kinds(policy), interpolation, FILL)
+    assert_the_same(found, apply_policy(images, draws, FILL))
     assert torch.equal(images, before)
     assert found.dtype == torch.uint8
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -68,8 +72,8 @@ def test_colours_are_the_same_to_the_last_bit(kind: Kind) -> None:
     kinds[: len(arguments), 1], values[: len(arguments), 1] = kind, arguments
     draws = PolicyDraws(kinds, values, np.ones(kinds.shape, dtype=bool))
     everything = frozenset(Kind) - {Kind.IDENTITY}
-    found = apply_policy_batched(images, policy_tensors(draws, *SIZE, CPU), everything, "bicubic")
-    assert torch.equal(found, apply_policy(images, draws))
+    found = apply_policy_batched(images, policy_tensors(draws, *SIZE, CPU), everything, "bicubic", FILL)
+    assert torch.equal(found, apply_policy(images, draws, FILL))
     assert torch.equal(found[len(arguments) :], images[len(arguments) :])
 
 
@@ -99,9 +103,9 @@ def test_images_without_three_channels_and_other_numbers_of_draws_are_refused() 
     policy = parse_policy(RECIPE)
     tensors = policy_tensors(draw_policy(policy, 2, *SIZE, "bicubic", np.random.default_rng(0)), *SIZE, CPU)
     with pytest.raises(ValueError, match=r"images are float32 \(2, 3, 8, 8\)"):
-        apply_policy_batched(torch.zeros(2, 3, 8, 8), tensors, policy_kinds(policy), "bicubic")
+        apply_policy_batched(torch.zeros(2, 3, 8, 8), tensors, policy_kinds(policy), "bicubic", FILL)
     with pytest.raises(ValueError, match="2 rows of draws for 3 images"):
-        apply_policy_batched(photographs(3), tensors, policy_kinds(policy), "bicubic")
+        apply_policy_batched(photographs(3), tensors, policy_kinds(policy), "bicubic", FILL)
 
 
 def compiled_once(function: Callable[..., Tensor], backend: str, batches: list[tuple[Any, ...]]) -> list[Tensor]:
@@ -128,10 +132,10 @@ def test_one_compiled_graph_serves_all_draws(aa: str, backend: str) -> None:
     images = [photographs(num + i)[i:] for i in range(3)]
     draws = [draw_policy(policy, num, *SIZE, "bicubic", np.random.default_rng(seed)) for seed in range(3)]
     batches = [
-        (each, policy_tensors(drawn, *SIZE, CPU), kinds, "bicubic")
+        (each, policy_tensors(drawn, *SIZE, CPU), kinds, "bicubic", FILL)
         for each, drawn in zip(images, draws, strict=True)
     ]  # fmt: skip
     results = compiled_once(apply_policy_batched, backend, batches)
     for found, each, drawn in zip(results, images, draws, strict=True):
-        assert_the_same(found, apply_policy(each, drawn))
+        assert_the_same(found, apply_policy(each, drawn, FILL))
         assert found.is_contiguous(memory_format=torch.channels_last)

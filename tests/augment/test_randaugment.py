@@ -16,9 +16,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import autoaugment as torchvision_policies
 
-from ffcv_convnext.augment import TrainAugment, normalise
+from ffcv_convnext.augment import Normalisation, TrainAugment, normalise
 from ffcv_convnext.augment.randaugment import (
-    FILL,
     OPERATIONS,
     WIDE_OPERATIONS,
     Kind,
@@ -27,8 +26,11 @@ from ffcv_convnext.augment.randaugment import (
     apply_policy,
     draw_policy,
 )
-from ffcv_convnext.config import AugmentConfig
+from ffcv_convnext.config import AugmentConfig, DataConfig
 from ffcv_convnext.policy_grammar import NUM_WIDE_LEVELS, parse_policy
+
+OF_IMAGENET = Normalisation.of(DataConfig())
+FILL = OF_IMAGENET.fill
 
 RECIPE = "rand-m9-mstd0.5-inc1"
 SIZES = [(224, 224), (97, 131), (61, 40)]  # width, height
@@ -104,7 +106,7 @@ def differences(size: tuple[int, int], name: str, interpolation: str) -> tuple[i
     strength = Strength(magnitudes.ravel(), signs.ravel(), np.linspace(0, 0.99, 22), extent)
     largest, mean = 0, 0.0
     for value in np.unique(argument(strength)):
-        found = apply_policy(batch, one_round(kind, [value] * num, interpolation)).permute(0, 2, 3, 1).numpy()
+        found = apply_policy(batch, one_round(kind, [value] * num, interpolation), FILL).permute(0, 2, 3, 1).numpy()
         for ours, image in zip(found, images, strict=True):
             difference = np.abs(ours - by_timm(image, kind, value, interpolation))
             largest, mean = max(largest, int(difference.max())), max(mean, float(difference.mean()))
@@ -135,7 +137,7 @@ def test_the_outside_is_filled_as_in_timm(kind: Kind, interpolation: str) -> Non
     size, num = (90, 64), 41
     black = Image.new("RGB", size)
     arguments = np.linspace(-1.0, 1.0, num) * {Kind.ROTATE: 180.0}.get(kind, 0.99 if "SHEAR" in kind.name else 100.5)
-    found = apply_policy(batch_of([black] * num), one_round(kind, arguments, interpolation)).permute(0, 2, 3, 1)
+    found = apply_policy(batch_of([black] * num), one_round(kind, arguments, interpolation), FILL).permute(0, 2, 3, 1)
     for ours, argument in zip(found.numpy(), arguments, strict=True):
         assert np.array_equal(ours, by_timm(black, kind, argument, interpolation))
     assert {tuple(pixel) for pixel in found.reshape(-1, 3).unique(dim=0).tolist()} == {(0, 0, 0), FILL}
@@ -155,7 +157,7 @@ def test_wide_operations_are_torchvision_s_at_every_level() -> None:
             # rounded: cutting off 15.999999, float32, would make 15 pixels of 16
             expected_value = round(float(magnitudes[level]), 4) if magnitudes.ndim else 0.0
             image = images[level // 3 % 3]
-            found = apply_policy(batch_of([image]), one_round(kind, value))[0].permute(1, 2, 0).numpy()
+            found = apply_policy(batch_of([image]), one_round(kind, value), FILL)[0].permute(1, 2, 0).numpy()
             expected = torchvision_policies._apply_op(
                 image, name, -expected_value if signed else expected_value, InterpolationMode.BICUBIC, list(FILL)
             )
@@ -168,7 +170,7 @@ def test_rounds_follow_one_another_and_images_do_not_mix() -> None:
     first, second = [Kind.COLOR, Kind.EQUALIZE, Kind.ROTATE], [Kind.ROTATE, Kind.IDENTITY, Kind.SOLARIZE]
     arguments = [(0.3, -20.0), (0.0, 0.0), (15.0, 33.0)]
     draws = PolicyDraws(np.array([first, second]).T, np.array(arguments), np.ones((3, 2), dtype=bool))
-    found = apply_policy(batch_of(images), draws).permute(0, 2, 3, 1).numpy()
+    found = apply_policy(batch_of(images), draws, FILL).permute(0, 2, 3, 1).numpy()
     for ours, image, kinds, values in zip(found, images, draws.kinds, arguments, strict=True):
         expected = image
         for kind, value in zip(kinds, values, strict=True):
@@ -182,7 +184,7 @@ def test_a_policy_keeps_type_shape_and_memory_format_and_its_input(memory_format
     images = uint8_images(40).contiguous(memory_format=memory_format)
     before = images.clone()
     draws = draw_policy(parse_policy("rand-m9-n3-p1"), 40, 32, 32, "random", generator())
-    found = apply_policy(images, draws)
+    found = apply_policy(images, draws, FILL)
     assert torch.equal(images, before)
     assert found.dtype == torch.uint8
     assert found.shape == images.shape
@@ -194,10 +196,10 @@ def test_a_policy_keeps_type_shape_and_memory_format_and_its_input(memory_format
 def test_an_image_s_result_does_not_depend_on_its_neighbours() -> None:
     images = uint8_images(40)
     draws = draw_policy(parse_policy(RECIPE), 40, 32, 32, "random", generator())
-    found = apply_policy(images, draws)
+    found = apply_policy(images, draws, FILL)
     for i in range(0, 40, 7):
         alone = PolicyDraws(draws.kinds[i : i + 1], draws.arguments[i : i + 1], draws.bicubic[i : i + 1])
-        assert torch.equal(apply_policy(images[i : i + 1], alone), found[i : i + 1])
+        assert torch.equal(apply_policy(images[i : i + 1], alone, FILL), found[i : i + 1])
 
 
 @pytest.mark.parametrize(
@@ -211,12 +213,12 @@ def test_an_image_s_result_does_not_depend_on_its_neighbours() -> None:
 )
 def test_other_images_are_refused(images: Tensor, found: str) -> None:
     with pytest.raises(ValueError, match=rf"images are {found}: a policy needs uint8 \(N, 3, H, W\)"):
-        apply_policy(images, one_round(Kind.INVERT, [0.0, 0.0]))
+        apply_policy(images, one_round(Kind.INVERT, [0.0, 0.0]), FILL)
 
 
 def test_draws_for_another_number_of_images_are_refused() -> None:
     with pytest.raises(ValueError, match="3 rows of draws for 2 images"):
-        apply_policy(uint8_images(2), one_round(Kind.INVERT, [0.0] * 3))
+        apply_policy(uint8_images(2), one_round(Kind.INVERT, [0.0] * 3), FILL)
 
 
 # --- what magnitudes mean ----------------------------------------------------------------------------------------
@@ -411,7 +413,7 @@ OFF = {"reprob": 0.0, "mixup": 0.0, "cutmix": 0.0}
 
 def augmented(images: Tensor, seed: int = 0, step: int = 0, micro_batch: int = 0, **settings: Any) -> Tensor:
     config = AugmentConfig(**{**OFF, **settings})
-    augment = TrainAugment(config, num_classes=4, seed=seed, device=torch.device("cpu"))
+    augment = TrainAugment(config, num_classes=4, seed=seed, device=torch.device("cpu"), normalisation=OF_IMAGENET)
     return augment(images, torch.zeros(len(images), dtype=torch.int64), step=step, micro_batch=micro_batch)[0]
 
 
@@ -427,7 +429,7 @@ def test_a_run_s_policy_is_a_function_of_seed_step_and_micro_batch(aa: str) -> N
 def test_a_run_applies_the_policy_before_it_normalises() -> None:
     images = uint8_images(24)
     found = augmented(images, aa="rand-m9-mstd0.5-inc1")
-    unchanged = (found == normalise(images)).flatten(1).all(1)
+    unchanged = (found == normalise(images, OF_IMAGENET)).flatten(1).all(1)
     assert 0 < int(unchanged.sum()) < 16, "about a quarter of the images draw no operation"
 
 

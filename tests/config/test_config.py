@@ -25,6 +25,7 @@ from ffcv_convnext.config import (
     nearest,
     read_yaml,
 )
+from ffcv_convnext.config.timm_defaults import TIMM_IMAGES
 from ffcv_convnext.errors import Failure, Interrupted
 
 # One accepted value for each setting, other than its default, in the words of a command line.
@@ -34,7 +35,11 @@ OTHER_WORDS: dict[str, str] = {
     "update_freq": "4",
     "global_batch": "512",
     "input_size": "160",
+    "mean": "0.5,0.5,0.5",
+    "std": "0.25,0.5,1",
     "crop_pct": "0.95",
+    "eval_resize": "warp",
+    "eval_interpolation": "bilinear",
     "train_interpolation": "random",
     "scale": "0.35,1",
     "ratio": "0.5,2",
@@ -126,6 +131,7 @@ NEEDED: dict[str, dict[str, str]] = {
 FLAGS_OF_THE_RECIPE = """--epochs --lr --min_lr --warmup_epochs --warmup_steps --weight_decay --weight_decay_end --opt
     --opt_betas --opt_eps --clip_grad --smoothing --mixup --cutmix --cutmix_minmax --mixup_prob --mixup_switch_prob
     --mixup_mode --aa --color_jitter --reprob --remode --recount --train_interpolation --crop_pct --input_size
+    --mean --std --eval_resize --eval_interpolation
     --model_ema --model_ema_decay --model_ema_eval --save_ckpt_freq --save_ckpt_steps --resume --auto_resume --eval
     --finetune --seed --num_workers --output_dir --dist_eval --amp --compile --channels_last --data_path --model
     --batch_size --update_freq --drop_path --resnet_layers --resnet_stem --log_wandb"""
@@ -160,10 +166,11 @@ def test_a_setting_survives_flag_flat_and_yaml(name: str) -> None:
     assert value(config, name) != SETTINGS[name].default
     assert Config.from_flat(config.flat()) == config
     assert Config.from_flat(yaml.safe_load(config.to_yaml())) == config
-    assert Config().replace(**words) == config
     assert set(config.flat()) == set(SETTINGS)
     changed = {key for key in SETTINGS if value(config, key) != SETTINGS[key].default}
-    assert changed == set(words), "a setting changed another one"
+    followed = {key for key in TIMM_IMAGES if name == "model" and key in changed}  # the timm model's own
+    assert Config().replace(**words, **{key: value(config, key) for key in followed}) == config
+    assert changed - followed == set(words), "a setting changed another one"
 
 
 def test_defaults_survive_yaml() -> None:
@@ -184,15 +191,67 @@ def test_defaults_are_the_paper_s_recipe() -> None:
         "reprob": 0.25, "remode": "pixel", "smoothing": 0.1, "model_ema_decay": 0.9999, "input_size": 224,
     }  # fmt: skip
     assert {name: value(config, name) for name in expected} == expected
-    assert config.data.eval_resize == 256
+    assert config.data.eval_side == 256
 
 
 @pytest.mark.parametrize(
     ("settings", "pixels"),
-    [({"input_size": 384}, 384), ({"input_size": 160}, 182), ({"crop_pct": 0.95}, 235), ({"crop_pct": 1}, 224)],
+    [
+        ({"input_size": 160}, (182, False)),
+        ({"crop_pct": 0.95}, (235, False)),
+        ({"crop_pct": 1}, (224, False)),
+        ({"input_size": 352}, (402, False)),
+        ({"input_size": 384}, (384, True)),  # the paper's code warps from here on, whatever crop_pct
+        ({"input_size": 384, "crop_pct": 0.875}, (384, True)),
+        ({"input_size": 384, "eval_resize": "crop"}, (384, False)),
+        ({"input_size": 384, "eval_resize": "crop", "crop_pct": 0.875}, (438, False)),
+        ({"eval_resize": "warp"}, (224, True)),
+        ({"eval_resize": "warp", "crop_pct": 0.875}, (256, True)),  # timm's squash
+    ],
 )
-def test_the_evaluation_resize_follows_crop_pct(settings: dict[str, Any], pixels: int) -> None:
-    assert Config.from_flat(settings).data.eval_resize == pixels
+def test_evaluation_images_are_resized_as_in_the_papers_code(
+    settings: dict[str, Any], pixels: tuple[int, bool]
+) -> None:
+    data = Config.from_flat(settings).data
+    assert (data.eval_side, data.eval_warps) == pixels
+
+
+# --- timm models --------------------------------------------------------------------------------------------------
+
+OF_TIMM: dict[str, dict[str, Any]] = {
+    "vit_tiny_patch16_224": {"input_size": 224, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_pct": 0.9},
+    "inception_v3": {"input_size": 299, "mean": (0.5, 0.5, 0.5), "crop_pct": 0.875, "eval_resize": "crop"},
+    "vgg16": {"input_size": 224, "eval_interpolation": "bilinear", "mean": (0.485, 0.456, 0.406)},
+    "fastvit_mci0": {"input_size": 256, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)},
+    "coat_lite_medium_384": {"input_size": 384, "eval_resize": "warp", "crop_pct": 1.0},
+}
+
+
+@pytest.mark.parametrize("model", OF_TIMM)
+def test_a_timm_models_images_are_its_own(model: str) -> None:
+    data = Config.from_flat({"model": model}).data
+    assert {name: getattr(data, name) for name in OF_TIMM[model]} == OF_TIMM[model]
+
+
+def test_settings_override_a_timm_models_images() -> None:
+    data = Config.from_flat({"model": "vit_tiny_patch16_224", "mean": "0.4,0.5,0.6", "crop_pct": "none"}).data
+    assert (data.mean, data.std, data.crop_pct) == ((0.4, 0.5, 0.6), (0.5, 0.5, 0.5), None)
+
+
+def test_a_recorded_config_keeps_the_images_of_its_timm_model(tmp_path: Path) -> None:
+    config = Config.from_flat({"model": "vit_tiny_patch16_224"})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert "mean: 0.5,0.5,0.5\n" in config.to_yaml()
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_timm_model_without_a_configuration_in_timm_gets_the_recipes_images() -> None:
+    assert Config.from_flat({"model": "no_such_model"}).data == Config().data, "building it is the error"
+
+
+def test_a_timm_model_of_images_that_are_not_square_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"takes images of 3 x 1024 x 768; expected square RGB"):
+        Config.from_flat({"model": "vit_base_patch16_sapiens2"})
 
 
 # --- precedence ---------------------------------------------------------------------------------------------------

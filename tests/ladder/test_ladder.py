@@ -156,7 +156,7 @@ def test_the_base_has_the_papers_recipe() -> None:
         **{"batch_size": 128, "update_freq": 1, "clip_grad": None},
     }
     assert {name: config[name] for name in expected} == expected
-    assert load_config(CONFIGS / "00_resnet50.yaml").data.eval_resize == 256
+    assert load_config(CONFIGS / "00_resnet50.yaml").data.eval_side == 256
 
 
 @pytest.mark.parametrize("recipe", sorted((CONFIGS / "recipes").glob("*.yaml")), ids=lambda p: p.stem)

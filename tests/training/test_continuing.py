@@ -51,16 +51,51 @@ def test_a_finetuned_run_starts_from_averaged_weights_and_resumes_without_their_
     train(config)
 
 
-def test_weights_of_timm_are_evaluated(small_settings: dict[str, Any], tmp_path: Path) -> None:
+def test_weights_of_timm_are_evaluated(
+    small_settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     network = timm.create_model("test_convnext", num_classes=4)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     changes = {name: None for name in small_settings if name.startswith("resnet_")}
     settings = {k: v for k, v in small_settings.items() if k not in changes} | {"model": "test_convnext"}
-    scores = evaluate_only(config_from(settings, eval=True, finetune=tmp_path / "weights.pth"))
+    settings = {name: value for name, value in settings.items() if name not in ("input_size", "crop_pct")}
+    with caplog.at_level("INFO", "ffcv_convnext"):
+        scores = evaluate_only(
+            config_from(settings, eval=True, finetune=tmp_path / "weights.pth", std="1,1,1", eval_resize="warp")
+        )
+    (line,) = [record.getMessage() for record in caplog.records if "timm's configuration" in record.getMessage()]
+    assert line == (
+        "test_convnext: images as in timm's configuration of the model: input_size 160, mean 0.5,0.5,0.5, "
+        "crop_pct 0.95, eval_interpolation bicubic; "
+        "set otherwise: std 1.0,1.0,1.0 (timm: 0.5,0.5,0.5), eval_resize warp (timm: crop)"
+    )
     assert scores["images"] == 20
     assert 0 <= scores["test_acc1"] <= 100
     with pytest.raises(ValueError, match="give one of them"):
         evaluate_only(config_from(settings, eval=True, finetune="a.pth", resume="b.pth"))
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["auto_resume", "eval"])
+def test_a_timm_run_from_before_mean_and_std_were_settings_keeps_imagenets(
+    small_settings: dict[str, Any], tmp_path: Path, by_name: bool
+) -> None:
+    plain = {name: value for name, value in small_settings.items() if not name.startswith("resnet_")}
+    imagenet = {"mean": "0.485,0.456,0.406", "std": "0.229,0.224,0.225"}
+    settings = plain | {"model": "test_convnext", "epochs": 1, "output_dir": tmp_path}
+    train(config_from(settings, **imagenet))
+    path = tmp_path / "checkpoint-last.pth"
+    content = read_checkpoint(path)
+    content["config"] = {name: value for name, value in content["config"].items() if name not in imagenet}
+    torch.save(content, path)
+    recorded = (tmp_path / "config.yaml").read_text().splitlines()
+    (tmp_path / "config.yaml").write_text("\n".join(line for line in recorded if line.split(":")[0] not in imagenet))
+    (tmp_path / "done").unlink()
+    start = evaluate_only if by_name else train
+    changes: dict[str, Any] = {"eval": True, "resume": path, "output_dir": None} if by_name else {}
+    with pytest.raises(ValueError, match=r"was made with ImageNet's mean and std; continue with --mean 0\.485,"):
+        start(config_from(settings, **changes))
+    (tmp_path / "config.yaml").write_text("\n".join(recorded))
+    start(config_from(settings, **changes, **imagenet))
 
 
 def test_auto_resume_false_removes_old_checkpoints(small_settings: dict[str, Any], tmp_path: Path) -> None:

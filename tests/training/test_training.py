@@ -16,6 +16,7 @@ from support.runs import TIMINGS, assert_equal, log_without_timings, train_here
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
+from ffcv_convnext.augment import Normalisation
 from ffcv_convnext.cli import run_command
 from ffcv_convnext.config import Config, OptimConfig, load_config
 from ffcv_convnext.data.beton.manifest import Manifest
@@ -308,20 +309,20 @@ def batches(labels: list[int], size: int) -> list[tuple[Tensor, Tensor]]:
 def test_evaluation_counts_top1_and_top5_by_hand() -> None:
     row = torch.arange(7.0, 0.0, -1.0)  # class 0 is first, class 4 fifth, class 5 sixth
     labels = [0, 0, 1, 4, 5]
-    scores = evaluate(Lookup(row.repeat(5, 1)), batches(labels, 2), ALONE, no_autocast)
+    scores = evaluate(Lookup(row.repeat(5, 1)), batches(labels, 2), ALONE, no_autocast, Normalisation.of(Config().data))
     losses = [row.exp().sum().log().item() - row[label].item() for label in labels]
     assert scores == pytest.approx({"acc1": 40.0, "acc5": 80.0, "loss": sum(losses) / 5, "images": 5})
 
 
 def test_evaluation_with_fewer_than_five_classes_counts_them_all() -> None:
     logits = torch.eye(3)[[0, 1, 2, 0]]
-    scores = evaluate(Lookup(logits), batches([0, 1, 2, 2], 3), ALONE, no_autocast)
+    scores = evaluate(Lookup(logits), batches([0, 1, 2, 2], 3), ALONE, no_autocast, Normalisation.of(Config().data))
     assert (scores["acc1"], scores["acc5"], scores["images"]) == (75.0, 100.0, 4)
 
 
 def test_evaluation_leaves_the_network_in_evaluation_mode() -> None:
     network = Lookup(torch.eye(3)).train()
-    evaluate(network, batches([0, 1, 2], 3), ALONE, no_autocast)
+    evaluate(network, batches([0, 1, 2], 3), ALONE, no_autocast, Normalisation.of(Config().data))
     assert not network.training
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ffcv_convnext.augment import TrainAugment
+from ffcv_convnext.augment import Normalisation, TrainAugment
 from ffcv_convnext.bench.compare import Contestant, imports_done, use_cores
 from ffcv_convnext.bench.timing import repeated_round
 from ffcv_convnext.config import Config
@@ -35,6 +35,7 @@ def ours(config: dict[str, Any], crops: str, seconds: float, compile: bool) -> C
         num_classes=NUM_CLASSES,
         seed=settings.run.seed,
         device=device,
+        normalisation=Normalisation.of(settings.data),
         interpolation=settings.data.train_interpolation,
         compile=compile,
         dtype=input_dtype(settings),

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ffcv_convnext.augment import normalise, soft_targets
+from ffcv_convnext.augment import Normalisation, normalise, soft_targets
 from ffcv_convnext.bench.compare import Contestant, Timed, imports_done, note
 from ffcv_convnext.bench.profile import AUGMENTATION, UPDATE, ceilings, marked, profile_step, step_bytes
 from ffcv_convnext.bench.timing import Batch, RepeatedDecoding, random_batch, repeated_round
@@ -108,7 +108,7 @@ def peer(config: dict[str, Any], seconds: float, library: Literal["timm", "torch
     model: nn.Module = torch.compile(network) if settings.run.compile == "true" else network  # type: ignore[assignment]
     criterion = SoftTargetCrossEntropy()
     pixels, labels = random_batch(settings, size, device, num_classes=NUM_CLASSES)
-    inputs, targets = normalise(pixels), soft_targets(labels, NUM_CLASSES, 0.1)
+    inputs, targets = normalise(pixels, Normalisation.of(settings.data)), soft_targets(labels, NUM_CLASSES, 0.1)
     num_steps = 0
 
     def step() -> int:

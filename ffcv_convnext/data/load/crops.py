@@ -61,7 +61,9 @@ class RandomCrop(NamedTuple):
 class CenterCrop(NamedTuple):
     """Parameters of `decode_center_crops`."""
 
-    resize: float  # short side of the whole image before the crop, pixels
+    side: int  # of the resized image before the crop, pixels: the short one, or both if it is warped
+    warp: bool  # resize to a square
+    bicubic: bool  # otherwise bilinear
 
 
 class Scratch(NamedTuple):
@@ -106,8 +108,9 @@ def random_crop_kernel(config: DataConfig) -> CropKernel:
 
 
 def center_crop_kernel(config: DataConfig) -> CropKernel:
-    """Return the evaluation kernel: short side to eval_resize (bicubic), then the central crop, as in torchvision."""
-    return CropKernel(config.input_size, decode_center_crops, CenterCrop(float(config.eval_resize)))
+    """Return the evaluation kernel: resize by the short side or to a square, then crop, as in torchvision."""
+    parameters = CenterCrop(config.eval_side, config.eval_warps, config.eval_interpolation == "bicubic")
+    return CropKernel(config.input_size, decode_center_crops, parameters)
 
 
 @jit
@@ -224,22 +227,20 @@ def decode_center_crops(
     chunk: Chunk, rows: Any, stored: Stored, _key: Key, parameters: CenterCrop, scratch: Scratch, functions: Ints
 ) -> None:
     """Decode the central crop of each sample of a chunk; arguments as in `decode_random_crops`, a CenterCrop."""
-    size, resize = chunk.images.shape[1], parameters.resize
+    size, side = chunk.images.shape[1], parameters.side
+    kind = BICUBIC if parameters.bicubic else BILINEAR
     for i in range(len(chunk.indices)):
         row = rows[chunk.indices[i]]
         height, width = int(row["height"]), int(row["width"])
-        if width <= height:
-            out_size = int(resize * height / width), int(resize)
-        else:
-            out_size = int(resize), int(resize * width / height)
+        out_size = side, side
+        if not parameters.warp:
+            out_size = (int(side * height / width), side) if width <= height else (side, int(side * width / height))
         corner = int(np.rint((out_size[0] - size) / 2)), int(np.rint((out_size[1] - size) / 2))
-        first_row, num_rows = source_span(height, out_size[0], corner[0], size, BICUBIC)
-        first_column, num_columns = source_span(width, out_size[1], corner[1], size, BICUBIC)
+        first_row, num_rows = source_span(height, out_size[0], corner[0], size, kind)
+        first_column, num_columns = source_span(width, out_size[1], corner[1], size, kind)
         box = (first_row, first_column, num_rows, num_columns)
         status, pixels, top, left = read_region(row, box, stored, scratch, functions)
         chunk.status[i] = status
         if status == OK:
             in_size = (height, width)
-            resize_window(
-                pixels, (top, left), in_size, out_size, corner, BICUBIC, False, scratch.resize, chunk.images[i]
-            )
+            resize_window(pixels, (top, left), in_size, out_size, corner, kind, False, scratch.resize, chunk.images[i])

@@ -16,17 +16,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from support.imagefolder import identify
 from support.samples import COPY, lists, pack, pack_all
+from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 from torchvision import transforms as T
 
 ffcv_reader = pytest.importorskip("ffcv.reader")
 
-from ffcv_convnext.config import DataConfig  # noqa: E402
+from ffcv_convnext.augment import Normalisation, normalise  # noqa: E402
+from ffcv_convnext.config import Config, DataConfig  # noqa: E402
 from ffcv_convnext.data.beton.manifest import Manifest  # noqa: E402
 from ffcv_convnext.data.convert.conversion import ConversionOptions, convert  # noqa: E402
 from ffcv_convnext.data.load.crops import (  # noqa: E402
@@ -168,21 +171,50 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
 # --- pixels ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("input_size", "crop_pct"), [(224, None), (96, 1.0)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"input_size": 96, "crop_pct": 1.0},
+        {"input_size": 96, "eval_interpolation": "bilinear"},
+        {"input_size": 384},  # warped, as in the paper's code
+        {"input_size": 384, "eval_resize": "crop"},
+        {"input_size": 96, "eval_resize": "warp"},
+        {"input_size": 96, "eval_resize": "warp", "crop_pct": 0.75, "eval_interpolation": "bilinear"},
+    ],
+    ids=str,
+)
 def test_evaluation_equals_torchvision_s_resize_and_centre_crop_on_pillow_images(
-    photo_dir: Path, input_size: int, crop_pct: float | None
+    photo_dir: Path, changes: dict[str, Any]
 ) -> None:
     """Exactly, with Pillow's passes in the order of its versions up to 12; nearly where 13 swaps them."""
-    config = settings(photo_dir, input_size=input_size, crop_pct=crop_pct)
-    resize, crop = T.Resize(config.eval_resize, T.InterpolationMode.BICUBIC), T.CenterCrop(input_size)
+    config = settings(photo_dir, **{"input_size": 224, **changes})
+    kind = Image.Resampling.BILINEAR if config.eval_interpolation == "bilinear" else Image.Resampling.BICUBIC
+    side = (config.eval_side, config.eval_side) if config.eval_warps else config.eval_side
+    resize, crop = T.Resize(side, T.InterpolationMode(config.eval_interpolation)), T.CenterCrop(config.input_size)
     images = torch.cat([images for images, _ in EvalLoader(config, CPU)]).permute(0, 2, 3, 1).numpy()
     assert len(images) == 22
     for sample, found in enumerate(images):
         picture = stored_picture(photo_dir / "val.beton", sample)
         resized = resize(picture)
-        in_two_passes = two_passes(picture, resized.size, Image.Resampling.BICUBIC)
+        in_two_passes = two_passes(picture, resized.size, kind)
         assert np.array_equal(found, np.asarray(crop(in_two_passes))), (sample, picture.size)
         assert np.abs(found.astype(int) - np.asarray(crop(resized))).max() <= 16
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vgg16", "coat_lite_medium_384"])
+def test_a_timm_models_evaluation_images_are_those_of_timms_own_transform(photo_dir: Path, model: str) -> None:
+    config = Config.from_flat({"model": model, "data_path": photo_dir, "batch_size": 8}).data
+    cfg = timm.get_pretrained_cfg(model)
+    transform = create_transform(**resolve_data_config(pretrained_cfg=cfg.to_dict()))
+    images = torch.cat([images for images, _ in EvalLoader(config, CPU)])
+    inputs = normalise(images, Normalisation.of(config))
+    for sample, found in enumerate(inputs):
+        expected = transform(stored_picture(photo_dir / "val.beton", sample))
+        assert found.shape == expected.shape
+        levels = (found - expected).abs() * torch.tensor(cfg.std)[:, None, None] * 255
+        assert levels.mean() < 0.5, "Pillow 13 swaps the passes, which changes a few values"
+        assert levels.max() <= 17
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
