@@ -79,12 +79,15 @@ def report(argv: Sequence[str]) -> int:
 
 
 def export(argv: Sequence[str]) -> int:
-    """Write a checkpoint's weights with the parameter names of timm or torchvision."""
+    """Write a checkpoint's weights with the parameter names of timm, torchvision or the paper's released files."""
     parser = parser_of("export", export)
     parser.add_argument("checkpoint", type=Path, help="checkpoint in a run folder")
-    parser.add_argument("--out", type=Path, required=True, help="file to write, readable with torch.load")
+    parser.add_argument("--out", type=Path, required=True, help="file to write: .safetensors, or else torch.save's")
     parser.add_argument(
-        "--layout", choices=["timm", "torchvision", "ours"], default="ours", help="parameter names (default ours)"
+        "--layout",
+        choices=["timm", "torchvision", "released", "ours"],
+        default="ours",
+        help="parameter names; released: those of the paper's released files (default ours)",
     )
     parser.add_argument("--ema", action="store_true", help="averaged weights instead of raw weights")
     options = parser.parse_args(argv)

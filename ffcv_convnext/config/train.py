@@ -332,6 +332,10 @@ class RunConfig:
     finetune: Path | None = setting(
         None, "start from the weights in this checkpoint; a head of a different size is not loaded"
     )
+    model_key: str = setting(
+        "model|module", "with finetune: entry of the file that holds the weights, or several to try, separated by |"
+    )
+    model_prefix: str = setting("", "with finetune: load only names that begin with this prefix, without it")
     save_ckpt_freq: int = setting(1, "epochs between checkpoints", free=True, minimum=1)
     save_ckpt_steps: int = setting(
         0, "optimiser steps between checkpoints inside an epoch; 0: none", free=True, minimum=0
@@ -344,6 +348,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        for field in dataclasses.fields(self):
+            if field.name in ("model_key", "model_prefix") and self.finetune is None:
+                value = getattr(self, field.name)
+                _require(value == field.default, f"{field.name} = {value} needs --finetune FILE")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,27 +10,23 @@ from ffcv_convnext.models.complexity import count_gmacs, count_parameters
 from ffcv_convnext.models.kernels import use_triton
 from ffcv_convnext.models.resnet import ResNet
 from ffcv_convnext.models.weights import (
-    Layout,
+    ExportLayout,
     export_weights,
-    from_timm_convnext,
-    from_torchvision_resnet,
+    fit_pretrained,
     load_pretrained,
-    to_timm_convnext,
-    to_torchvision_resnet,
+    read_weights_file,
 )
 
 __all__ = [
-    "Layout",
+    "ExportLayout",
     "ResNet",
     "build_model",
     "count_gmacs",
     "count_parameters",
     "export_weights",
-    "from_timm_convnext",
-    "from_torchvision_resnet",
+    "fit_pretrained",
     "load_pretrained",
-    "to_timm_convnext",
-    "to_torchvision_resnet",
+    "read_weights_file",
     "use_triton",
 ]
 

@@ -36,13 +36,14 @@ def check_config(config: Config, world: int) -> Plan:
     check_same_classes(train, val, data.data_path)
     num_steps = steps_per_epoch(train.num_samples, data.batch_size, data.update_freq, world, data.repeated_aug)
     num_classes = count_classes(config.model, len(train.classes))
-    if config.model.model != "resnet" or config.optim.opt not in ADAM_LIKE or config.optim.momentum is not None:
-        _build(config, num_classes)
-    build_schedules(config, num_steps)
     for name in ("resume", "finetune"):
         path: Path | None = getattr(config.run, name)
         if path is not None and not path.is_file():
             raise FileNotFoundError(f"{name} = {path} does not exist")
+    our_own = config.model.model == "resnet" and config.optim.opt in ADAM_LIKE and config.optim.momentum is None
+    if not our_own or config.run.finetune is not None:
+        _build(config, num_classes)
+    build_schedules(config, num_steps)
     if config.run.output_dir is not None:
         check_same_config(config.run.output_dir, config)
     return Plan(train.num_samples, data.batch_size * data.update_freq * world, num_steps)
@@ -55,15 +56,18 @@ def _manifest(folder: Path | None, split: str) -> Manifest:
 
 
 def _build(config: Config, num_classes: int) -> None:
-    """Build network and optimiser without memory for the weights, to let timm raise its errors."""
+    """Build network and optimiser without memory for the weights, to let timm raise its errors; fit --finetune."""
     import torch
 
-    from ffcv_convnext.models import build_model
+    from ffcv_convnext.models import build_model, fit_pretrained
     from ffcv_convnext.training.optim import build_optimizer
 
     with torch.device("meta"):
         network = build_model(config.model, num_classes)
     build_optimizer(network, config.optim, peak_lr=config.schedule.lr)
+    run = config.run
+    if run.finetune is not None:
+        fit_pretrained(network, run.finetune, model_key=run.model_key, model_prefix=run.model_prefix)
 
 
 def check_same_classes(train: Manifest, val: Manifest, folder: Path | None) -> None:

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ffcv_convnext.augment import Normalisation, TrainAugment
 from ffcv_convnext.config import IMAGENET_MEAN, IMAGENET_STD, Config, differences, format_value, timm_images
 from ffcv_convnext.files import remove_leftovers
-from ffcv_convnext.models import build_model, load_pretrained, use_triton
+from ffcv_convnext.models import build_model, load_pretrained, read_weights_file, use_triton
 from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.run_folder import FolderLock, check_same_config, read_scores
 from ffcv_convnext.training.checkpoint import Checkpoints, read_checkpoint
@@ -295,7 +295,7 @@ def _resume(run: Run) -> None:
         log.info("continuing from %s: epoch %d, optimiser step %d", path, learner.state.epoch, learner.state.step)
         _announce_world(run, content["config"]["update_freq"])
     elif config.finetune is not None:
-        load_pretrained(learner.network, config.finetune)
+        load_pretrained(learner.network, config.finetune, model_key=config.model_key, model_prefix=config.model_prefix)
         if learner.ema is not None:
             learner.ema.module.load_state_dict(learner.network.state_dict())
     if not config.auto_resume and learner.processes.is_main:
@@ -336,8 +336,8 @@ def _check_resumable(path: Path, content: dict[str, Any], config: Config) -> Non
 def evaluate_only(config: Config) -> dict[str, float]:
     """Evaluate the raw and averaged weights of a checkpoint, as far as it has them, on the validation set.
 
-    The checkpoint is --resume, or else the newest one in output_dir. Other weights (timm's, torchvision's, a published
-    state dict) are evaluated with --finetune.
+    The checkpoint is --finetune or --resume, or else the newest one in output_dir. A file that is not a run's (a
+    published state dict) is read as by `load_pretrained`.
     """
     processes = _processes(config)
     setup_logging(None, processes)
@@ -348,7 +348,7 @@ def evaluate_only(config: Config) -> dict[str, float]:
         scores: dict[str, float] = {}
         for part, suffix in (("model", ""), ("ema", "_ema")):
             if content is None and part == "model":
-                load_pretrained(network, path)
+                load_pretrained(network, path, model_key=config.run.model_key, model_prefix=config.run.model_prefix)
             elif content is not None and content.get(part) is not None:
                 network.load_state_dict(content[part])
             else:
@@ -360,7 +360,7 @@ def evaluate_only(config: Config) -> dict[str, float]:
 
 
 def _weights_to_evaluate(config: Config) -> tuple[Path, dict[str, Any] | None]:
-    """Return a checkpoint's path and content; the content of a --finetune file is None, as it is read later."""
+    """Return a checkpoint's path and content; the content is None for `load_pretrained` to read."""
     run = config.run
     if run.finetune is not None:
         if run.resume is not None:
@@ -368,7 +368,10 @@ def _weights_to_evaluate(config: Config) -> tuple[Path, dict[str, Any] | None]:
         return run.finetune, None
     found = None
     if run.resume is not None:
-        found = run.resume, read_checkpoint(run.resume)
+        content = read_weights_file(run.resume)
+        if "config" not in content:
+            return run.resume, None
+        found = run.resume, content
     elif run.output_dir is not None:
         found = Checkpoints(run.output_dir).newest()
     if found is None:

@@ -112,6 +112,8 @@ OTHER_WORDS: dict[str, str] = {
     "resume": "/runs/a/checkpoint-last.pth",
     "auto_resume": "false",
     "finetune": "/runs/b/checkpoint-best.pth",
+    "model_key": "model_ema",
+    "model_prefix": "backbone.",
     "save_ckpt_freq": "2",
     "save_ckpt_steps": "500",
     "log_every": "50",
@@ -126,6 +128,8 @@ NEEDED: dict[str, dict[str, str]] = {
     "resnet_pre_norm": {"resnet_block": "inverted", "resnet_conv_first": "true", "resnet_reorg_norm": "true"},
     "resnet_stem_norm": {"resnet_stem": "patch_embed"},
     "resnet_ds_norm": {"resnet_sep_downsample": "true"},
+    "model_key": {"finetune": "/runs/b/checkpoint-best.pth"},
+    "model_prefix": {"finetune": "/runs/b/checkpoint-best.pth"},
 }
 
 FLAGS_OF_THE_RECIPE = """--epochs --lr --min_lr --warmup_epochs --warmup_steps --weight_decay --weight_decay_end --opt
@@ -133,8 +137,9 @@ FLAGS_OF_THE_RECIPE = """--epochs --lr --min_lr --warmup_epochs --warmup_steps -
     --mixup_mode --aa --color_jitter --reprob --remode --recount --train_interpolation --crop_pct --input_size
     --mean --std --eval_resize --eval_interpolation
     --model_ema --model_ema_decay --model_ema_eval --save_ckpt_freq --save_ckpt_steps --resume --auto_resume --eval
-    --finetune --seed --num_workers --output_dir --dist_eval --amp --compile --channels_last --data_path --model
-    --batch_size --update_freq --drop_path --resnet_layers --resnet_stem --log_wandb"""
+    --finetune --model_key --model_prefix --seed --num_workers --output_dir --dist_eval --amp --compile
+    --channels_last --data_path --model --batch_size --update_freq --drop_path --resnet_layers
+    --resnet_stem --log_wandb"""
 
 
 def parse(*words: str) -> Config:

@@ -1,64 +1,47 @@
-"""Weights move between our names and those of timm and torchvision, and the logits stay."""
+"""Weights come in every usual naming and wrapping, and the logits stay."""
 
 from __future__ import annotations
 
+import argparse
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torchvision
-from support import REPOSITORY
+from support.weights import (
+    CONFIGS,
+    IMAGES,
+    LAYOUTS,
+    SMALL_CONVNEXT,
+    State,
+    as_they_are,
+    assert_same_logits,
+    logits,
+    our_network,
+    randomise,
+    released,
+    renamed,
+    small_timm_convnext,
+)
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from ffcv_convnext.config import Config, ModelConfig, load_config
-from ffcv_convnext.models import (
-    build_model,
-    export_weights,
-    from_timm_convnext,
-    from_torchvision_resnet,
-    load_pretrained,
-    to_timm_convnext,
-    to_torchvision_resnet,
-)
+from ffcv_convnext.config import load_config
+from ffcv_convnext.errors import Interrupted
+from ffcv_convnext.models import build_model, load_pretrained
+from ffcv_convnext.models.layouts import recognise
 
-CONFIGS = REPOSITORY / "rn_configs"
-SMALL_CONVNEXT = load_config(
-    CONFIGS / "convnext_tiny.yaml", overrides={"resnet_layers": "1-2-1-1", "resnet_embed_dim": 8, "drop_path": 0}
-)
-SMALL_RESNET = load_config(CONFIGS / "00_resnet50.yaml", overrides={"resnet_layers": "1-2-1-1", "drop_path": 0})
-IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+# --- reading: names -------------------------------------------------------------------------------------------------
 
 
-def randomise(model: nn.Module) -> nn.Module:
-    """Random norms, biases, layer scales and running statistics: fresh ones would hide a wrong name."""
-    generator = torch.Generator().manual_seed(0)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.ndim == 1:
-            tensor.data.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
-    return model.eval()
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model.eval()(IMAGES)
-    return result
-
-
-def assert_same_logits(ours: nn.Module, theirs: nn.Module) -> None:
-    assert (logits(theirs).std(0) > 1e-4).any(), "logits do not depend on the image"
-    assert (logits(ours) - logits(theirs)).abs().max() < 1e-5
-
-
-def checkpoint(path: Path, model: nn.Module, config: Config, **more: Any) -> Path:
-    torch.save({"model": model.state_dict(), "config": config.flat(), **more}, path)
-    return path
-
-
-def test_step_0_is_torchvisions_resnet50() -> None:
+def test_step_0_is_torchvisions_resnet50(tmp_path: Path) -> None:
     theirs = torchvision.models.resnet50()
     for name, module in theirs.named_modules():
         if isinstance(module, nn.BatchNorm2d):  # lively, but small enough to keep 16 residual sums near 1
@@ -66,176 +49,322 @@ def test_step_0_is_torchvisions_resnet50() -> None:
             nn.init.normal_(module.bias, std=0.1)
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
+    torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
     ours = build_model(load_config(CONFIGS / "00_resnet50.yaml").model, 1000)
-    ours.load_state_dict(from_torchvision_resnet(theirs.state_dict()))
+    load_pretrained(ours, tmp_path / "resnet50.pth")
     assert_same_logits(ours, theirs)
-    back = torchvision.models.resnet50()
-    back.load_state_dict(to_torchvision_resnet(ours.state_dict()), strict=True)
-    assert torch.equal(logits(back), logits(theirs))
 
 
-def test_convnext_tiny_is_timms_and_the_reverse() -> None:
-    theirs = timm.create_model("convnext_tiny")
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_convnext_tiny_is_every_librarys(tmp_path: Path, library: str) -> None:
+    theirs = torchvision.models.convnext_tiny() if library == "torchvision" else timm.create_model("convnext_tiny")
     for name, parameter in theirs.named_parameters():
-        if parameter.ndim == 1:
+        if parameter.ndim == 1 or "layer_scale" in name:
             nn.init.uniform_(parameter, *((0.5, 1.5) if name.endswith("weight") else (-0.5, 0.5)))
+    state = theirs.state_dict()
     ours = build_model(load_config(CONFIGS / "convnext_tiny.yaml").model, 1000)
-    ours.load_state_dict(from_timm_convnext(theirs.state_dict()))
+    for content in [state, {"model": released(state)}] if library == "timm" else [state]:
+        torch.save(content, tmp_path / "tiny.pth")
+        load_pretrained(ours, tmp_path / "tiny.pth")
+        assert_same_logits(ours, theirs)
+        nn.init.zeros_(ours.get_parameter("stem.conv.weight"))
+    load_pretrained(ours.to(memory_format=torch.channels_last), tmp_path / "tiny.pth")
     assert_same_logits(ours, theirs)
-    assert_same_logits(ours.to(memory_format=torch.channels_last), theirs)
-    back = timm.create_model("convnext_tiny")
-    back.load_state_dict(to_timm_convnext(ours.state_dict()), strict=True)
-    assert torch.equal(logits(back), logits(theirs))
 
 
-def test_convnext_base_has_timms_names_and_shapes() -> None:
-    with torch.device("meta"):
-        theirs = timm.create_model("convnext_base").state_dict()
-        ours = build_model(load_config(CONFIGS / "resnet200/convnext_base.yaml").model, 1000).state_dict()
-    assert {k: v.shape for k, v in from_timm_convnext(theirs).items()} == {k: v.shape for k, v in ours.items()}
-
-
-def test_weights_of_another_layout_are_refused() -> None:
-    with torch.device("meta"):
-        step13 = build_model(load_config(CONFIGS / "13_separate_downsampling.yaml").model, 10).state_dict()
-        step7 = build_model(load_config(CONFIGS / "07_kernel7.yaml").model, 10).state_dict()
-    with pytest.raises(ValueError, match=r"not have the layout of our ConvNeXt: .*missing: stem\.norm"):
-        to_timm_convnext(step13)
-    with pytest.raises(
-        ValueError, match=r"not have the layout of our ResNet-50: .*unexpected: stem\.conv\.bias|missing"
-    ):
-        to_torchvision_resnet(step7)
-    with pytest.raises(ValueError, match=r"not have the layout of timm's ConvNeXt"):
-        from_timm_convnext(step7)
-
-
-# --- export ---------------------------------------------------------------------------------------------------------
-
-
-def test_export_writes_what_timm_loads_strictly(tmp_path: Path) -> None:
-    model = randomise(build_model(SMALL_CONVNEXT.model, 7)).to(memory_format=torch.channels_last)
-    export_weights(checkpoint(tmp_path / "last.pth", model, SMALL_CONVNEXT), tmp_path / "timm.pth", "timm")
-    theirs = ConvNeXt(num_classes=7, depths=(1, 2, 1, 1), dims=(8, 16, 32, 64))
-    theirs.load_state_dict(torch.load(tmp_path / "timm.pth", weights_only=True), strict=True)
-    assert_same_logits(model, theirs)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pth", "timm.pth"]
-
-
-@pytest.mark.parametrize("layout", ["torchvision", "timm"])
-def test_export_of_step_0_fits_torchvision_and_timm(tmp_path: Path, layout: Any) -> None:
-    model = randomise(build_model(SMALL_RESNET.model, 7))
-    export_weights(checkpoint(tmp_path / "last.pth", model, SMALL_RESNET), tmp_path / "out.pth", layout)
-    theirs: nn.Module = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 2, 1, 1], num_classes=7)
-    if layout == "timm":
-        theirs = timm.models.ResNet(timm.models.resnet.Bottleneck, (1, 2, 1, 1), num_classes=7)
-    theirs.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=True)
-    torch.testing.assert_close(logits(model), logits(theirs))
-
-
-def test_export_with_ema_writes_the_averaged_weights(tmp_path: Path) -> None:
-    raw, averaged = (build_model(SMALL_CONVNEXT.model, 7) for _ in range(2))
-    path = checkpoint(tmp_path / "last.pth", raw, SMALL_CONVNEXT, ema=averaged.state_dict())
-    for ema, model in ((False, raw), (True, averaged)):
-        export_weights(path, tmp_path / "out.pth", "ours", ema=ema)
-        exported = torch.load(tmp_path / "out.pth", weights_only=True)
-        assert torch.equal(exported["head.weight"], model.state_dict()["head.weight"])
-    with pytest.raises(ValueError, match="has no averaged weights; remove --ema"):
-        export_weights(checkpoint(path, raw, SMALL_CONVNEXT), tmp_path / "out.pth", "ours", ema=True)
-
-
-def test_export_of_an_intermediate_step_is_refused(tmp_path: Path) -> None:
-    config = load_config(CONFIGS / "07_kernel7.yaml", overrides={"resnet_layers": "1-1-1-1", "resnet_embed_dim": 8})
-    path = checkpoint(tmp_path / "last.pth", build_model(config.model, 7), config)
-    with pytest.raises(ValueError, match=r"torchvision has no such network: .*resnet_depthwise = true"):
-        export_weights(path, tmp_path / "out.pth", "torchvision")
-    with pytest.raises(ValueError, match=r"timm has no such network: .*resnet_act_layer = relu \(needs gelu\)"):
-        export_weights(path, tmp_path / "out.pth", "timm")
-    assert not (tmp_path / "out.pth").exists()
-    export_weights(path, tmp_path / "out.pth", "ours")
-    build_model(config.model, 7).load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True))
-
-
-def test_export_of_a_timm_model_is_timms_own(tmp_path: Path) -> None:
-    config = Config(model=ModelConfig(model="resnet18"))
-    model = build_model(config.model, 7)
-    path = checkpoint(tmp_path / "last.pth", model, config)
-    export_weights(path, tmp_path / "out.pth", "timm")
-    build_model(config.model, 7).load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True))
-    with pytest.raises(ValueError, match="model = resnet18 is a timm model; export it with --layout timm"):
-        export_weights(path, tmp_path / "out.pth", "torchvision")
-
-
-def test_a_failed_export_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = checkpoint(tmp_path / "last.pth", build_model(SMALL_CONVNEXT.model, 7), SMALL_CONVNEXT)
-    out = tmp_path / "out.pth"
-    out.write_text("old")
-
-    def fail(*_: Any) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        export_weights(path, out, "ours")
-    assert out.read_text() == "old"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pth", "out.pth"]
-
-
-def test_export_refuses_other_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"checkpoint .* does not exist"):
-        export_weights(tmp_path / "none.pth", tmp_path / "out.pth", "ours")
-    torch.save(build_model(SMALL_CONVNEXT.model, 7).state_dict(), tmp_path / "plain.pth")
-    with pytest.raises(ValueError, match="has no 'config'"):
-        export_weights(tmp_path / "plain.pth", tmp_path / "out.pth", "ours")
-    path = checkpoint(tmp_path / "last.pth", build_model(SMALL_CONVNEXT.model, 7), SMALL_CONVNEXT)
-    with pytest.raises(FileNotFoundError, match=r"folder .*nowhere does not exist"):
-        export_weights(path, tmp_path / "nowhere/out.pth", "ours")
-
-
-# --- fine-tuning ----------------------------------------------------------------------------------------------------
-
-
-def test_finetuning_reads_every_layout(tmp_path: Path) -> None:
-    convnext, resnet = (randomise(build_model(config.model, 7)) for config in (SMALL_CONVNEXT, SMALL_RESNET))
-    files = {
-        "ours": (convnext, {"model": convnext.state_dict(), "config": {}}),
-        "wrapped": (convnext, {"state_dict": convnext.state_dict()}),
-        "plain": (convnext, convnext.state_dict()),
-        "timm": (convnext, to_timm_convnext(convnext.state_dict())),
-        "torchvision": (resnet, to_torchvision_resnet(resnet.state_dict())),
-    }
-    for name, (source, content) in files.items():
-        torch.save(content, tmp_path / name)
-        model = build_model((SMALL_CONVNEXT if source is convnext else SMALL_RESNET).model, 7)
-        load_pretrained(model, tmp_path / name)
-        assert torch.equal(logits(model), logits(source)), name
-
-
-@pytest.mark.parametrize("model_name", ["resnet", "resnet18"])
-def test_a_head_of_another_size_is_skipped_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, model_name: str
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_loaded_from_both_kinds_of_files(
+    tmp_path: Path, layout: str, suffix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = SMALL_CONVNEXT.model if model_name == "resnet" else ModelConfig(model=model_name)
-    torch.save(build_model(config, 7).state_dict(), tmp_path / "weights.pth")
-    model = build_model(config, 5)
+    build, names = LAYOUTS[layout]
+    theirs, path = build(), tmp_path / f"weights{suffix}"
+    state = {name: tensor.contiguous() for name, tensor in names(theirs.state_dict()).items()}
+    if suffix == ".safetensors":
+        safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+    else:
+        torch.save(state, path)
+    ours = our_network(layout)
+    with caplog.at_level(logging.INFO):
+        load_pretrained(ours, path)
+    assert_same_logits(ours, theirs)
+    assert f"weights with the names of {layout}" in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["the paper's ConvNeXt", "torchvision's ConvNeXt", "transformers' ConvNext", "ours"])
+def test_a_timm_network_takes_every_layout_too(tmp_path: Path, layout: str) -> None:
+    source = our_network("ConvNeXt") if layout == "ours" else LAYOUTS[layout][0]()
+    names = as_they_are if layout == "ours" else LAYOUTS[layout][1]
+    torch.save(names(randomise(source).state_dict()), tmp_path / "weights.pth")
+    model = ConvNeXt(num_classes=7, depths=(1, 2, 1, 1), dims=(8, 16, 32, 64))
+    load_pretrained(model, tmp_path / "weights.pth")
+    assert_same_logits(model, source)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("[01]*.yaml")))
+def test_every_step_of_the_ladder_loads_its_own_names(tmp_path: Path, name: str) -> None:
+    size = {"resnet_layers": "1-1-1-1", "resnet_embed_dim": 8, "drop_path": 0}
+    config = load_config(CONFIGS / f"{name}.yaml", overrides=size).model
+    source, model = randomise(build_model(config, 7)), build_model(config, 7)
+    torch.save({"state_dict": renamed(source.state_dict(), ("^", "module."))}, tmp_path / "weights.pth")
+    load_pretrained(model, tmp_path / "weights.pth")
+    assert torch.equal(logits(model), logits(source))
+
+
+# --- reading: wrapping ----------------------------------------------------------------------------------------------
+
+
+KEYS = ["model", "module", "state_dict", "model_state_dict", "net", "network", "weights", "model_ema", "ema"]
+
+
+@pytest.mark.parametrize("key", [*KEYS, "state_dict_ema", "model.state_dict", "state_dict.model", "anything"])
+def test_weights_are_found_under_every_usual_key_beside_foreign_objects(tmp_path: Path, key: str) -> None:
+    source = small_timm_convnext()
+    content: Any = released(source.state_dict())
+    for part in reversed(key.split(".")):
+        content = {part: content}
+    optimizer = torch.optim.AdamW(source.parameters())
+    source(IMAGES).sum().backward()
+    optimizer.step()
+    beside = {"optimizer": optimizer.state_dict(), "epoch": 3, "scaler": {}, "arch": "convnext_tiny"}
+    # as the paper's code and timm's store them; no code of theirs runs
+    beside |= {"args": argparse.Namespace(lr=4e-3, folder=tmp_path), "metric": np.float64(82.1)}
+    weights = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
+    torch.save({**beside, **content}, tmp_path / "weights.pth")
+    model = our_network("ConvNeXt")
+    load_pretrained(model, tmp_path / "weights.pth")
+    source.load_state_dict(weights)
+    assert_same_logits(model, source)
+
+
+def test_the_raw_weights_are_loaded_unless_model_key_says_otherwise(tmp_path: Path) -> None:
+    raw, averaged = (small_timm_convnext() for _ in range(2))
+    averaged.load_state_dict({name: tensor * 0.9 for name, tensor in raw.state_dict().items()})
+    path = tmp_path / "weights.pth"
+    for names in (("model", "model_ema"), ("state_dict", "state_dict_ema"), ("module", "ema")):
+        torch.save(dict(zip(names, (raw.state_dict(), averaged.state_dict()), strict=True)), path)
+        model = our_network("ConvNeXt")
+        load_pretrained(model, path)
+        assert_same_logits(model, raw)
+        load_pretrained(model, path, model_key=f"absent|{names[1]}")
+        assert_same_logits(model, averaged)
+        with pytest.raises(ValueError, match=rf"model_key = absent: .* has {names[0]}, {names[1]}; leave --model_key"):
+            load_pretrained(model, path, model_key="absent")
+    torch.save(raw.state_dict(), path)
+    with pytest.raises(ValueError, match=r"model_key = ema: .* has no entries, only weights"):
+        load_pretrained(model, path, model_key="ema")
+    torch.save({"generator": raw.state_dict(), "discriminator": raw.state_dict()}, path)
+    with pytest.raises(
+        ValueError, match="several sets of weights: generator, discriminator; choose one with --model_k"
+    ):
+        load_pretrained(model, path)
+
+
+WRAPPINGS: dict[str, Callable[[nn.Module], State]] = {
+    "data parallel": lambda model: nn.DataParallel(model).state_dict(),
+    "compiled": lambda model: torch.compile(model).state_dict(),
+    "averaged": lambda model: AveragedModel(model).state_dict(),
+    "compiled, then parallel": lambda model: nn.DataParallel(torch.compile(model)).state_dict(),
+    **{
+        prefix: lambda model, prefix=prefix: renamed(model.state_dict(), ("^", prefix))  # type: ignore[misc]
+        for prefix in ("backbone.", "model.", "encoder.", "net.", "model.backbone.", "module.model.encoder.")
+    },
+    "only the backbone": lambda model: renamed(model.state_dict(), (r"^(?!head\.fc|classifier\.2|fc)", "backbone.")),
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize("layout", ["timm's ConvNeXt", "torchvision's ConvNeXt", "torchvision's ResNet"])
+def test_prefixes_of_wrappers_are_removed(tmp_path: Path, layout: str, wrapping: str) -> None:
+    theirs, ours = LAYOUTS[layout][0](), our_network(layout)
+    torch.save({"state_dict": dict(WRAPPINGS[wrapping](theirs))}, tmp_path / "weights.pth")
+    load_pretrained(ours, tmp_path / "weights.pth")
+    assert_same_logits(ours, theirs)
+
+
+def test_model_prefix_chooses_one_of_several_networks(tmp_path: Path) -> None:
+    student, teacher, path = small_timm_convnext(), small_timm_convnext(), tmp_path / "weights.pth"
+    teacher.load_state_dict({name: tensor * 0.9 for name, tensor in student.state_dict().items()})
+    both = {
+        **renamed(released(student.state_dict()), ("^", "student.backbone.")),
+        **renamed(released(teacher.state_dict()), ("^", "teacher.backbone.")),
+    }
+    torch.save(both, path)
+    model = our_network("ConvNeXt")
+    for prefix, source in (("student.", student), ("teacher", teacher), ("teacher.backbone.", teacher)):
+        load_pretrained(model, path, model_prefix=prefix)
+        assert_same_logits(model, source)
+    with pytest.raises(ValueError, match=r"model_prefix = encoder\.: no name in .* begins with it; it has student\."):
+        load_pretrained(model, path, model_prefix="encoder.")
+    with pytest.raises(ValueError, match=r"none of: .*; names below a prefix are loaded with --model_prefix"):
+        load_pretrained(model, path)
+    torch.save(renamed(both, ("student", "model"), ("teacher", "net")), path)
+    with pytest.raises(ValueError, match=r"twice, under 'model\.backbone\.' and 'net\.backbone\.': .*--model_prefix"):
+        load_pretrained(model, path)
+
+
+# --- reading: heads and misfits -------------------------------------------------------------------------------------
+
+
+HEADS = {"head.fc.", "head.", "classifier.", "classifier.1.", "classifier.2.", "fc."}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "ours", "into timm's"])
+@pytest.mark.parametrize("num_classes", [21841, 0])
+def test_a_head_of_another_size_or_none_is_skipped_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, layout: str, num_classes: int
+) -> None:
+    if layout == "ours":
+        state, model = randomise(our_network(layout)).state_dict(), our_network(layout, 5)
+    elif layout == "into timm's":
+        state, model = (
+            released(timm.create_model("test_convnext").state_dict()),
+            timm.create_model("test_convnext", num_classes=5),
+        )
+    else:
+        build, names = LAYOUTS[layout]
+        state, model = names(build().state_dict()), our_network(layout, 5)
+    weight = list(state)[-2]
+    assert weight.removesuffix("weight") in HEADS
+    heads = {
+        weight: torch.ones(num_classes, state[weight].shape[1]),
+        weight.replace("weight", "bias"): torch.ones(num_classes),
+    }
+    state = {name: tensor for name, tensor in state.items() if name not in heads} | (heads if num_classes else {})
+    torch.save({"model": state}, tmp_path / "weights.pth")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with caplog.at_level(logging.WARNING):
+    load_pretrained(model, tmp_path / "weights.pth")
+    has = f"its head has {num_classes} classes, the model's 5; it is not loaded" if num_classes else "has no classifier"
+    assert has in caplog.text
+    after = model.state_dict()
+    assert [name for name in list(before)[-2:] if torch.equal(after[name], before[name])] == list(before)[-2:]
+    assert not torch.equal(
+        after["stem.0.weight" if layout == "into timm's" else "stem.conv.weight"], next(iter(before.values()))
+    )
+
+
+def light(model: nn.Module) -> dict[str, Tensor]:
+    """Weights of the model's names and shapes whose file holds one number each."""
+    return {name: torch.zeros(()).expand(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+TINY, RESNET50 = "convnext_tiny.yaml", "00_resnet50.yaml"
+MISFITS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "torchvision S": (
+        torchvision.models.convnext_small,
+        TINY,
+        r"torchvision's ConvNeXt-S \(layers 3,3,27,3; the model has 3,3,9,3\); use --resnet_layers 3,3,27,3$",
+    ),
+    "torchvision B": (
+        torchvision.models.convnext_base,
+        TINY,
+        r"torchvision's ConvNeXt-B \(layers 3,3,27,3, width 128; the model has layers 3,3,9,3, width 96\); "
+        r"use --resnet_layers 3,3,27,3 --resnet_embed_dim 128$",
+    ),
+    "timm L": (lambda: timm.create_model("convnext_large"), TINY, r"timm's ConvNeXt-L \(.*width 192; the model has"),
+    "timm nano": (lambda: timm.create_model("convnext_nano"), TINY, r"timm's ConvNeXt \(layers 2,2,8,2, width 80;"),
+    "ResNet-101": (
+        torchvision.models.resnet101,
+        RESNET50,
+        r"torchvision's ResNet-101 \(layers 3,4,23,3; the model has",
+    ),
+    "ResNet-50 into ConvNeXt": (
+        torchvision.models.resnet50,
+        TINY,
+        r"torchvision's ResNet-50, the model is another network; start from --config rn_configs/00_resnet50\.yaml$",
+    ),
+    "ConvNeXt-T into ResNet-50": (
+        torchvision.models.convnext_tiny,
+        RESNET50,
+        r"torchvision's ConvNeXt-T, the model is another network; start from --config rn_configs/convnext_tiny\.yaml$",
+    ),
+    "ConvNeXt-T into step 13": (
+        torchvision.models.convnext_tiny,
+        "13_separate_downsampling.yaml",
+        r"torchvision's ConvNeXt-T, the model is another network",
+    ),
+    "ResNet-18": (torchvision.models.resnet18, RESNET50, r"torchvision's ResNet; \d+ missing: .*conv3\.weight"),
+    "ConvNeXt V2": (
+        lambda: timm.create_model("convnextv2_tiny"),
+        TINY,
+        r"timm's ConvNeXt-T; 18 missing: .*gamma.*; 36 unexpected: .*grn",
+    ),
+    "step 11 into ConvNeXt-T": (
+        lambda: build_model(load_config(CONFIGS / "11_layernorm.yaml").model, 10),
+        TINY,
+        r"this project's network; \d+ missing: stem\.norm\.weight, .*unexpected: .*shortcut",
+    ),
+    "Swin": (torchvision.models.swin_t, TINY, r"is none of: this project's network, the paper's ConvNeXt, timm's"),
+    "ViT": (torchvision.models.vit_b_16, RESNET50, r"is none of: .*OpenMMLab's ResNet; .*missing: stem\.conv\.weight"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_weights_that_do_not_fit_are_described_by_layout_and_size(tmp_path: Path, case: str) -> None:
+    build, config, message = MISFITS[case]
+    with torch.device("meta"):
+        theirs, model = build(), build_model(load_config(CONFIGS / config).model, 1000)
+    torch.save(light(theirs), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=rf"weights\.pth does not fit the model: it (looks like )?{message}"):
         load_pretrained(model, tmp_path / "weights.pth")
-    assert "its head has 7 classes, the model's 5; it is not loaded" in caplog.text
-    head = "head.weight" if model_name == "resnet" else "fc.weight"
-    stem = "stem.conv.weight" if model_name == "resnet" else "conv1.weight"
-    assert torch.equal(model.state_dict()[head], before[head])
-    assert not torch.equal(model.state_dict()[stem], before[stem])
 
 
-def test_other_mismatches_are_named_and_change_nothing(tmp_path: Path) -> None:
+def test_a_timm_network_that_does_not_fit_is_described_too(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        small, tiny, vit = (
+            timm.create_model(f"{name}") for name in ("convnext_small", "convnext_tiny", "vit_tiny_patch16_224")
+        )
+    torch.save({"model": released(light(small))}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"the paper's ConvNeXt-S \(layers .*3,3,9,3\); use another --model$"):
+        load_pretrained(tiny, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"looks like the paper's ConvNeXt-S; \d+ missing: cls_token"):
+        load_pretrained(vit, tmp_path / "weights.pth")
+    wrong = {name: tensor for name, tensor in light(vit).items() if name != "cls_token"}
+    torch.save(wrong, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"does not fit the model: 1 missing: cls_token$"):
+        load_pretrained(vit, tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "letter"), [("tiny", "T"), ("small", "S"), ("base", "B"), ("large", "L"), ("xlarge", "XL")]
+)
+def test_every_size_of_the_paper_has_its_name(name: str, letter: str) -> None:
+    with torch.device("meta"):
+        state = released(timm.create_model(f"convnext_{name}").state_dict())
+    layout = recognise(state)
+    assert layout is not None
+    assert layout.describe(state) == f"the paper's ConvNeXt-{letter}"
+
+
+def test_a_misfit_changes_nothing(tmp_path: Path) -> None:
     torch.save(build_model(SMALL_CONVNEXT.model, 7).state_dict(), tmp_path / "weights.pth")
     model = build_model(SMALL_CONVNEXT.replace(resnet_embed_dim=16).model, 7)
-    before = model.state_dict()["norm.weight"].clone()
-    with pytest.raises(ValueError, match=r"does not fit the model: \d+ of another shape: stem.conv.weight, .*, \.\.\."):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"this project's network \(width 8; the model has 16\); use --resnet_embed_dim 8$"
+    ):
         load_pretrained(model, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"\d+ missing: .*; \d+ unexpected: "):
-        load_pretrained(build_model(SMALL_RESNET.model, 7), tmp_path / "weights.pth")
-    assert torch.equal(model.state_dict()["norm.weight"], before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_content_of_a_file_counts_not_its_suffix(tmp_path: Path) -> None:
+    source = small_timm_convnext()
+    files: dict[str, Callable[[Path], object]] = {
+        "new.safetensors": lambda path: torch.save(source.state_dict(), path),
+        "old.pth": lambda path: torch.save(source.state_dict(), path, _use_new_zipfile_serialization=False),
+        "pytorch_model.bin": lambda path: safetensors.torch.save_file(source.state_dict(), path),
+        "half.pth": lambda path: torch.save(source.half().state_dict(), path),
+    }
+    for name, save in files.items():
+        expected = logits(source)
+        save(tmp_path / name)
+        model = our_network("ConvNeXt")
+        load_pretrained(model, tmp_path / name)
+        assert all(tensor.dtype == torch.float32 for tensor in model.parameters())
+        assert (logits(model) - expected).abs().max() < (0.02 if name == "half.pth" else 1e-5), name
 
 
 def test_files_without_weights_are_refused(tmp_path: Path) -> None:
@@ -245,11 +374,40 @@ def test_files_without_weights_are_refused(tmp_path: Path) -> None:
         load_pretrained(model, path)
     torch.save(model.state_dict(), path)
     whole = path.read_bytes()
-    for content in (b"", b"no checkpoint", whole[: len(whole) // 2]):
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    tensors = safetensors.torch.save(model.state_dict())
+    header = b"{".join(tensors.split(b"{")[:3]) + b"\0" + tensors[100:]
+    for content in (
+        b"",
+        b"no checkpoint",
+        whole[: len(whole) // 2],
+        bytes(flipped),
+        tensors[: len(tensors) // 2],
+        header,
+    ):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is not a readable PyTorch checkpoint"):
+        with pytest.raises(ValueError, match="is not a readable PyTorch or safetensors file: "):
             load_pretrained(model, path)
-    for thing, message in (([1, 2], "holds a list"), ({"epoch": 3}, "has no weights"), ({}, "has no weights")):
+    things: list[tuple[Any, str]] = [
+        ([1, 2], "holds a list"),
+        (model, r"holds a Python object; .*torch\.save\(model\.state_dict\(\)\)"),
+        ({"epoch": 3}, "has no weights: .*; found epoch$"),
+        ({"model": "convnext_tiny"}, "has no weights: .*; found model$"),
+        ({}, "has no weights: .*; found nothing$"),
+    ]
+    for thing, message in things:
         torch.save(thing, path)
         with pytest.raises(ValueError, match=message):
             load_pretrained(model, path)
+
+
+def test_a_signal_while_a_file_is_read_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"model": small_timm_convnext().state_dict()}, tmp_path / "weights.pth")
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise Interrupted("SIGTERM")
+
+    monkeypatch.setattr(torch, "load", interrupted)
+    with pytest.raises(Interrupted):
+        load_pretrained(our_network("ConvNeXt"), tmp_path / "weights.pth")
