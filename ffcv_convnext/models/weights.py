@@ -167,21 +167,26 @@ def _unwrapped(state: State, path: Path, own: Iterable[str], prefix: str) -> Sta
     return {plain: state[name] for plain, name in places.items()}
 
 
-def load_pretrained(model: nn.Module, path: Path, *, model_key: str = MODEL_KEYS, model_prefix: str = "") -> None:
-    """Load the weights in `path` into `model`, in place (--finetune).
+def load_pretrained(
+    model: nn.Module, path: Path, *, model_key: str = MODEL_KEYS, model_prefix: str = "", needs_head: bool = False
+) -> None:
+    """Load the weights in `path` into `model`, in place (--finetune, and --eval, which needs the head).
 
     The arguments and errors are those of `fit_pretrained`; if it raises, nothing is changed.
     """
-    model.load_state_dict(fit_pretrained(model, path, model_key=model_key, model_prefix=model_prefix), strict=False)
+    state = fit_pretrained(model, path, model_key=model_key, model_prefix=model_prefix, needs_head=needs_head)
+    model.load_state_dict(state, strict=False)
 
 
-def fit_pretrained(model: nn.Module, path: Path, *, model_key: str = MODEL_KEYS, model_prefix: str = "") -> State:
+def fit_pretrained(
+    model: nn.Module, path: Path, *, model_key: str = MODEL_KEYS, model_prefix: str = "", needs_head: bool = False
+) -> State:
     """Return the weights in `path` with the names and shapes of `model`, which may be on the meta device.
 
     path: of torch.save or safetensors, with the names of any layout in `LAYOUTS`, also below the prefixes of wrappers.
     model_key: entries to try, separated by |; with the default also the usual ones.   model_prefix: only the names
-    that begin with it. A classifier head that is missing or has another size is left out, with a warning. Raises
-    FileNotFoundError, or ValueError if anything else does not fit.
+    that begin with it. A classifier head that is missing or has another size is left out, with a warning, unless
+    needs_head is true. Raises FileNotFoundError, or ValueError if anything else does not fit.
     """
     own = model.state_dict()
     found = _unwrapped(_state_in(read_weights_file(path), path, model_key), path, own, model_prefix)
@@ -192,12 +197,11 @@ def fit_pretrained(model: nn.Module, path: Path, *, model_key: str = MODEL_KEYS,
     loaded = [name for name in head if name in state]
     skipped = ""
     if head and not loaded:
-        skipped = "it has no classifier head; the model's keeps its initialisation"
+        skipped = "it has no classifier head"
     elif any(state[name].shape != own[name].shape for name in loaded):
-        skipped = (
-            f"its head has {len(state[loaded[0]])} classes, the model's {len(own[loaded[0]])}; it is not loaded and "
-            "keeps its initialisation"
-        )
+        skipped = f"its head has {len(state[loaded[0]])} classes, the model's {len(own[loaded[0]])}"
+    if skipped and needs_head:
+        raise ValueError(f"{path} cannot be evaluated on this data: {skipped}; train one with --finetune")
     if skipped:
         state = {name: tensor for name, tensor in state.items() if name not in head}
         own = {name: tensor for name, tensor in own.items() if name not in head}
@@ -210,7 +214,7 @@ def fit_pretrained(model: nn.Module, path: Path, *, model_key: str = MODEL_KEYS,
         raise ValueError(f"{path} does not fit the model: {reason}")
     log.info("%s: weights with the names of %s", path, source.title if source else type(model).__name__)
     if skipped:
-        log.warning("%s: %s", path, skipped)
+        log.warning("%s: %s; the model's head keeps its initialisation", path, skipped)
     return state
 
 

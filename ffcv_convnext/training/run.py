@@ -348,7 +348,8 @@ def evaluate_only(config: Config) -> dict[str, float]:
         scores: dict[str, float] = {}
         for part, suffix in (("model", ""), ("ema", "_ema")):
             if content is None and part == "model":
-                load_pretrained(network, path, model_key=config.run.model_key, model_prefix=config.run.model_prefix)
+                names = {"model_key": config.run.model_key, "model_prefix": config.run.model_prefix}
+                load_pretrained(network, path, **names, needs_head=True)
             elif content is not None and content.get(part) is not None:
                 network.load_state_dict(content[part])
             else:

@@ -233,9 +233,11 @@ def test_a_head_of_another_size_or_none_is_skipped_with_a_warning(
     state = {name: tensor for name, tensor in state.items() if name not in heads} | (heads if num_classes else {})
     torch.save({"model": state}, tmp_path / "weights.pth")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    has = f"its head has {num_classes} classes, the model's 5" if num_classes else "it has no classifier head"
+    with pytest.raises(ValueError, match=f"cannot be evaluated on this data: {has}; train one with --finetune"):
+        load_pretrained(model, tmp_path / "weights.pth", needs_head=True)
     load_pretrained(model, tmp_path / "weights.pth")
-    has = f"its head has {num_classes} classes, the model's 5; it is not loaded" if num_classes else "has no classifier"
-    assert has in caplog.text
+    assert f"{has}; the model's head keeps its initialisation" in caplog.text
     after = model.state_dict()
     assert [name for name in list(before)[-2:] if torch.equal(after[name], before[name])] == list(before)[-2:]
     assert not torch.equal(
