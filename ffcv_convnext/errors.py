@@ -25,6 +25,10 @@ class Failure(RuntimeError):
     """
 
 
+class LostRank(Failure):
+    """Another process of the run was lost first, so this one cannot go on."""
+
+
 class Interrupted(RuntimeError):
     """A signal stopped the run after its state was saved."""
 

@@ -95,7 +95,7 @@ class FolderLock:
             ) from None
         patience_s = 0.5 if _read(self.file) else 5.0  # readers hold the lock for an instant; a run leaves its name
         deadline = time.monotonic() + patience_s
-        while (lock := _flock(self.file, fcntl.LOCK_EX)) == "held" and time.monotonic() < deadline:
+        while (lock := try_lock(self.file, fcntl.LOCK_EX)) == "held" and time.monotonic() < deadline:
             time.sleep(0.05)
         if lock == "held":
             holder = _read(self.file)
@@ -114,7 +114,11 @@ class FolderLock:
             self.file.truncate(0)
 
 
-def _flock(file: IO[str], kind: int) -> Literal["free", "held", "unsupported"]:
+def try_lock(file: IO[str], kind: int) -> Literal["free", "held", "unsupported"]:
+    """Take a lock on an open file without waiting; return whether it was free, which means that it is ours now.
+
+    kind: fcntl.LOCK_EX or LOCK_SH.   It is released when the last process that has inherited the open file ends.
+    """
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -135,7 +139,7 @@ def _inspect_lock(folder: Path) -> tuple[Literal["free", "held", "unsupported"],
     """Return the lock's state and the process that took it last, '' if there is none."""
     try:
         with open(folder / LOCK) as file:
-            lock = _flock(file, fcntl.LOCK_SH)
+            lock = try_lock(file, fcntl.LOCK_SH)
             if lock == "free":
                 fcntl.flock(file, fcntl.LOCK_UN)  # before the read, which may take long on a network disk
             return lock, _read(file)
@@ -172,6 +176,15 @@ def _last_write(*paths: Path) -> float:
     return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
 
+def last_record(path: Path) -> tuple[str, str]:
+    """Return level and text of the last record in a process's log; ('', '') if it has none."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        records = _RECORD.findall(file.read().decode(errors="replace"))
+    level, text = records[-1] if records else ("", "")
+    return str(level), str(text)
+
+
 def read_error(folder: Path) -> str | None:
     """Return the error that ended the run's last start; None if there was none or the run only stopped.
 
@@ -183,11 +196,9 @@ def read_error(folder: Path) -> str | None:
         path = log_of_rank(folder, rank)
         if not path.is_file():
             continue
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            records = _RECORD.findall(file.read().decode(errors="replace"))
-        if records and records[-1][0] in ("ERROR", "CRITICAL"):
-            return str(records[-1][1])
+        level, text = last_record(path)
+        if level in ("ERROR", "CRITICAL"):
+            return text
     attempt = (read_lines(folder / ATTEMPTS) or [{}])[-1]
     if attempt.get("status", EXIT_INTERRUPTED) != EXIT_INTERRUPTED and attempt.get("time", "") >= last.get("time", ""):
         return f"job {attempt['job']} ended with exit status {attempt['status']}"

@@ -45,7 +45,14 @@ def _handling(handler: Callable[[int, FrameType | None], Any], *numbers: int) ->
         yield
     finally:
         for number, previous in before.items():
-            signal.signal(number, previous)
+            if signal.getsignal(number) == handler:  # else `ignore_sigterm` was called in the block
+                signal.signal(number, previous)
+
+
+def ignore_sigterm() -> None:
+    """Ignore SIGTERM from now on: a process that ends with an error reports it, though its launcher ends all others."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from ffcv_convnext.cluster.submission import (
     plan_task,
     submit_run,
     submit_tasks,
-    unfinished,
 )
 from ffcv_convnext.cluster.submissions import Submission, read_submissions
 
@@ -28,5 +27,4 @@ __all__ = [
     "states",
     "submit_run",
     "submit_tasks",
-    "unfinished",
 ]

@@ -2,10 +2,15 @@
 
 submitit's local executor waits until every process has ended. Here a process that fails ends the others of its run,
 and the run is started again by the same rule as on a cluster.
+
+A run is started once: its folder's `.launcher` is locked from the submission on, by this process and by the run's
+processes, which inherit the lock. So a second command leaves the run alone, also while it waits for its turn, and also
+if this process was killed and the run's processes go on.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -15,16 +20,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
-from ffcv_convnext.cluster.requeue_policy import should_requeue
+from ffcv_convnext.cluster.requeue_policy import decide, next_start
 from ffcv_convnext.cluster.submissions import LOCAL
 from ffcv_convnext.config import Config
-from ffcv_convnext.errors import EXIT_FAILURE, Interrupted
+from ffcv_convnext.errors import EXIT_FAILURE, EXIT_INTERRUPTED, Interrupted
 from ffcv_convnext.files import write_atomically
 from ffcv_convnext.formatting import format_count
+from ffcv_convnext.run_folder import read_starts, try_lock
 from ffcv_convnext.signals import stop_signals
 
 FOLDER = "local"  # in job_dir: output of the processes
+LAUNCHER = ".launcher"  # in the run folder
 FAILURE_GRACE_S = 30  # after a process failed, the others are killed after this time
 STOP_GRACE_S = 120  # a stopped run saves at its next step; it is killed after this time
 POLL_S = 0.2
@@ -57,9 +65,23 @@ def output_of_run(job_dir: Path, name: str, seed: int, rank: int = 0) -> Path:
     return job_dir / FOLDER / f"{name}_seed{seed}_{rank}.log"
 
 
+def launcher_of(folder: Path) -> str | None:
+    """Return 'process N on HOST' for the process that starts, or has started, the run of a folder; None without one."""
+    try:
+        with open(folder / LAUNCHER) as file:
+            return None if try_lock(file, fcntl.LOCK_SH) != "held" else file.read().strip() or "a process"
+    except FileNotFoundError:
+        return None
+
+
+def exit_code(status: int) -> int:
+    """Return the exit status of a process as shells and Slurm report it: 128 plus the signal for a killed one."""
+    return status if status >= 0 else 128 - status
+
+
 @dataclass(slots=True)
 class LocalRun:
-    """A run and its processes."""
+    """A run and its processes. Raises ValueError if another process starts it already."""
 
     name: str
     config: Config
@@ -68,7 +90,21 @@ class LocalRun:
     devices: Sequence[str] = ()
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     kill_at: float | None = None  # deadline by time.monotonic, set when the run is stopped
-    status: int = 0  # exit status of the first process that failed
+    status: int = 0  # exit status of the process that failed first
+    failed: int = 0  # its rank
+    launcher: IO[str] = field(init=False)  # locked while this process or one of the run's lives
+    num_starts: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.launcher = open(self.folder / LAUNCHER, "a+")  # noqa: SIM115  it stays open as long as the lock is held
+        if try_lock(self.launcher, fcntl.LOCK_EX) == "held":
+            self.launcher.close()
+            raise ValueError(f"{self.folder}: queued or running ({launcher_of(self.folder)}); wait for it or stop it")
+        self.launcher.truncate(0)
+        self.launcher.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.launcher.flush()
+        self.num_starts = len(read_starts(self.folder))
 
     @property
     def folder(self) -> Path:
@@ -85,7 +121,7 @@ class LocalRun:
         self.devices, self.kill_at, self.status = devices, None, 0
         settings = self.log(0).with_suffix(".yaml")
         settings.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(settings, self.config.to_yaml().encode())
+        write_atomically(settings, next_start(self.config, self.num_starts).to_yaml().encode())
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -109,6 +145,7 @@ class LocalRun:
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=output,
+                        pass_fds=[self.launcher.fileno()],
                         start_new_session=True,  # this process forwards Ctrl-C, once
                     )
                 )
@@ -116,8 +153,9 @@ class LocalRun:
     def poll(self) -> bool:
         """Return whether all processes have ended. If one failed, stop the others."""
         statuses = [process.poll() for process in self.processes]
-        if not self.status and (failed := [status for status in statuses if status]):
-            self.status = failed[0]
+        if not self.status and any(statuses):
+            ended = [(exit_code(status), rank) for rank, status in enumerate(statuses) if status]
+            self.status, self.failed = max(ended, key=lambda each: (each[0] != EXIT_INTERRUPTED, each[0]))
             self.stop(FAILURE_GRACE_S)
         if self.kill_at is not None and time.monotonic() > self.kill_at:
             self.kill()
@@ -179,16 +217,19 @@ def run_all(
                         say(f"finished {run.folder}")
                     elif stop.requested:
                         say(f"stopped {run.folder}")
-                    elif should_requeue(run.folder, f"{LOCAL}{os.getpid()}", run.status):
-                        say(f"{run.folder} ended with exit status {run.status} before it was finished; started again")
-                        waiting.insert(0, run)
                     else:
+                        again, reason = decide(run.folder, f"{LOCAL}{os.getpid()}", run.status)
+                        if again:
+                            say(f"{run.folder} {reason}; started again")
+                            waiting.insert(0, run)
+                            continue
                         result = result or run.status
-                        say(f"error: {run.folder} failed again without a newer checkpoint; see {run.log(0)}")
+                        say(f"error: {run.folder} {reason}; not started again; see {run.log(run.failed)}")
+                    run.launcher.close()
                 time.sleep(POLL_S)
         finally:  # an error or a second Ctrl-C leaves no process behind
             for run in running:
                 run.kill()
     if stop.requested:
         raise Interrupted(f"stopped by {stop.name}; the same command continues")
-    return result if result >= 0 else EXIT_FAILURE  # killed by a signal
+    return EXIT_FAILURE if result > EXIT_INTERRUPTED else result  # killed by a signal

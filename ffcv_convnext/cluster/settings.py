@@ -54,13 +54,15 @@ class ClusterConfig:
     exclude: str | None = setting(None, "nodes to exclude")
     mem_gb: float | None = setting(None, "memory per node, GB; none: the cluster's default", above=0)
     cpus_per_task: int = setting(10, "CPU cores per process", minimum=1)
-    job_name: str = setting("convnext", "name of the job in the queue")
+    job_name: str = setting("convnext", "start of the job's name in the queue; an id follows")
     sbatch: Mapping[str, str] = field(default_factory=dict)  # any other sbatch option, without the prefix slurm_
 
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.executor != "slurm" and self.nodes > 1:
             raise ValueError(f"nodes = {self.nodes}: executor {self.executor} uses only this machine; use --nodes 1")
+        if {"job_name", "job-name"} & self.sbatch.keys():
+            raise ValueError("slurm_job_name: the name holds the submission's id; give its start with --job_name NAME")
         if self.job_dir is not None and "%" in str(self.job_dir):
             raise ValueError(
                 f"job_dir = {self.job_dir}: expected a path without %, because every job of a run uses the same folder"

@@ -9,24 +9,25 @@ node, `scontrol requeue`), are left as they are. When the job starts again, the 
 
 from __future__ import annotations
 
-import io
 import math
 import os
+import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import redirect_stderr
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from ffcv_convnext.cluster.requeue_policy import should_requeue
+from ffcv_convnext.cluster.requeue_policy import decide, next_start
 from ffcv_convnext.cluster.settings import ClusterConfig
 from ffcv_convnext.config import Config, nearest
-from ffcv_convnext.errors import Failure, complain, exit_status
+from ffcv_convnext.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, Failure, complain, exit_status
+from ffcv_convnext.files import write_atomically
+from ffcv_convnext.signals import ignore_sigterm
 from ffcv_convnext.training import run_config
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 SIGNAL_DELAY_S = 120  # time to finish a step and save; --slurm_signal USR2@300 gives more
 DEFAULT_NGPUS = 8
+TIMEOUT_S = 60.0  # for an answer of squeue, sinfo, sacct, scontrol or scancel
 ENDED = {  # squeue lists ended jobs for some minutes
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 }  # fmt: skip
@@ -48,6 +50,7 @@ class TrainingJob:
 
     settings: dict[str, Any]  # Config.flat()
     command: list[str]  # the user's command, for run.json
+    num_starts: int = 0  # in the run folder when the job was submitted
 
     def __call__(self) -> None:
         """Train or continue. If the run does not finish, exit with its status, which srun passes on."""
@@ -61,8 +64,16 @@ class TrainingJob:
             LOCAL_WORLD_SIZE=str(task.num_tasks // task.num_nodes),
         )  # the batch script sets MASTER_ADDR and MASTER_PORT
         sys.argv = list(self.command)
-        if status := exit_status(lambda: run_config(Config.from_flat(self.settings))):
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from srun; the exit status must reach srun
+        config = next_start(Config.from_flat(self.settings), self.num_starts)
+        status = EXIT_FAILURE  # of an error that is not ours
+        try:
+            status = exit_status(lambda: run_config(config))
+        finally:
+            if status:
+                ignore_sigterm()  # from srun; the exit status must reach srun
+            if status not in (0, EXIT_INTERRUPTED):
+                _note_status(_status_file(Path(os.environ["SUBMITIT_FOLDER"]), task.job_id), status)
+        if status:
             sys.exit(status)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -72,17 +83,30 @@ class TrainingJob:
         return submitit.helpers.DelayedSubmission(self)
 
 
+def _status_file(folder: Path, job: str) -> Path:
+    """Return the file with the exit status of the first task that failed: srun returns the highest one of all tasks.
+
+    That is 75 if the others stop when srun ends them, though one of them failed.
+    """
+    return folder / f"{job}_status"
+
+
+def _note_status(path: Path, status: int) -> None:
+    with suppress(OSError), open(path, "x") as file:  # the first one stays; on a full disk srun's is used
+        file.write(str(status))
+
+
 def processes_per_node(cluster: ClusterConfig) -> int:
     """Return the number of tasks on each node."""
     return DEFAULT_NGPUS if cluster.ngpus is None else cluster.ngpus
 
 
 def build_executor(
-    cluster: ClusterConfig, *, code: Path, gpus: bool, max_parallel: int | None = None
+    cluster: ClusterConfig, *, code: Path, submission: str, gpus: bool, max_parallel: int | None = None
 ) -> submitit.SlurmExecutor:
     """Return submitit's executor with all parameters set. Writes nothing.
 
-    code: snapshot to run.   gpus: request GPUs.   max_parallel: max tasks of an array at the same time.
+    code: snapshot to run.   submission: its id.   gpus: request GPUs.   max_parallel: max tasks of an array at a time.
     Raises ValueError if submitit is not installed.
     """
     try:
@@ -105,6 +129,10 @@ def build_executor(
         "export MASTER_ADDR=$(hostname)  # the batch script runs where rank 0 will",
         f'export MASTER_PORT=$({here} -c \'import socket; s = socket.socket(); s.bind(("", 0)); '
         "print(s.getsockname()[1])')",
+        # what submitit does after sbatch: done by the job, it does not matter when the submitting process ends
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}",
+        f"ln -sf {submission}_${{SLURM_ARRAY_TASK_ID:-0}}.pkl {shlex.quote(str(folder))}/${{job}}_submitted.pkl",
+        f"rm -f {shlex.quote(str(folder))}/${{job}}_status",
     ]
     if cluster.nodes > 1:
         test = f'test -d {quoted} || {{ echo "{lost}" >&2; exit 1; }}'
@@ -137,34 +165,68 @@ def build_executor(
 
 
 def sbatch_script(executor: submitit.SlurmExecutor, num_jobs: int) -> str:
-    """Return the script that `submit` passes to sbatch."""
+    """Return the script for sbatch: of one job, or of an array."""
     if num_jobs > 1:
         executor.parameters["map_count"] = num_jobs
     script: str = executor._make_submission_file_text(executor._submitit_command_str, "")
     return script
 
 
-def submit(executor: submitit.SlurmExecutor, jobs: Sequence[TrainingJob]) -> list[str]:
-    """Submit one job, or an array of several, all or none; return their ids.
-
-    Raises Failure with sbatch's message if it fails.
-    """
+def write_submission(executor: submitit.SlurmExecutor, submission: str, jobs: Sequence[TrainingJob]) -> Path:
+    """Write everything that a job, or an array of several, reads; return the script for `sbatch`."""
     import submitit
 
-    chosen = {n: v for n, v in os.environ.items() if n == "SLURM_CONF" or n.startswith("SBATCH_")}  # set by the user
-    try:
-        with (
-            submitit.helpers.clean_env(),  # a job submitted from a job inherits nothing from it
-            redirect_stderr(io.StringIO()),  # submitit repeats sbatch's message there
-        ):
-            os.environ.update(chosen)
-            return [str(job.job_id) for job in executor.submit_array(jobs)]
-    except submitit.core.utils.FailedJobError as error:
-        messages = [line.strip() for line in str(error).splitlines() if line.strip().startswith("sbatch: ")]
-        raise Failure(
-            f"nothing submitted: {'; '.join(dict.fromkeys(messages)) or error}. Change that option; --dry_run prints "
-            "the script"
-        ) from None
+    executor.folder.mkdir(parents=True, exist_ok=True)
+    for index, job in enumerate(jobs):
+        pickled = submitit.core.utils.DelayedSubmission(job)
+        pickled.set_timeout(executor.parameters["time"], executor.max_num_timeout)
+        pickled.dump(executor.folder / f"{submission}_{index}.pkl")
+    script: Path = executor.folder / f"{submission}.sh"
+    write_atomically(script, sbatch_script(executor, len(jobs)).encode())
+    return script
+
+
+def sbatch(script: Path, name: str, lock: IO[str]) -> str:
+    """Submit a script under a name in the queue; return the job's id. Raises Failure with sbatch's message.
+
+    lock: an open file, which sbatch inherits.
+    """
+    hidden = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")  # a job submitted from a job inherits nothing from it
+    environment = {n: v for n, v in os.environ.items() if n == "SLURM_CONF" or not n.startswith(hidden)}
+    result = subprocess.run(  # the name as a flag, which overrides SBATCH_JOB_NAME
+        ["sbatch", f"--job-name={name}", str(script)],
+        env=environment, pass_fds=[lock.fileno()], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    found = re.search(r"^Submitted batch job (\d+)", result.stdout, flags=re.MULTILINE)
+    if result.returncode == 0 and found:
+        return found[1]
+    lines = [line.strip() for line in result.stderr.splitlines() if line.startswith("sbatch: ")]
+    reason = "; ".join(dict.fromkeys(lines)) or " ".join((result.stderr + result.stdout).split())
+    raise Failure(reason or f"sbatch ended with exit status {result.returncode}")
+
+
+def find_job(name: str, since: str) -> str | None:
+    """Return the id of the user's job with this name, of an array its base id; None if Slurm has none.
+
+    since: local time in ISO format, not later than its submission.   Raises Failure if squeue does not answer. A job
+    that ended some minutes ago is only known to sacct, if there is accounting.
+    """
+    asked: list[tuple[str, ...]] = [("squeue", "--noheader", "--me", "--states=all", "--format=%F|%j")]
+    if shutil.which("sacct"):
+        columns = ("--noheader", "--parsable2", "--allocations", "--format=JobID,JobName")
+        asked.append(("sacct", *columns, f"--starttime={since[:10]}"))
+    for command in asked:
+        try:
+            lines = _run(*command).splitlines()
+        except Failure:
+            if command[0] == "squeue":
+                raise
+            continue  # no accounting
+        for line in lines:
+            job, _, found = line.strip().partition("|")
+            if found == name:
+                return job.partition("_")[0]
+    return None
 
 
 def check_slurm(cluster: ClusterConfig) -> None:
@@ -226,11 +288,11 @@ def cancel(jobs: Sequence[str]) -> None:
 def _run(*command: str) -> str:
     """Return a Slurm command's output. Raises Failure with its message if it fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S).stdout
     except FileNotFoundError:
         raise Failure(f"{command[0]} not found on this machine; run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise Failure(f"{command[0]} did not answer within 60 s; try again") from None
+        raise Failure(f"{command[0]} did not answer within {TIMEOUT_S:g} s; try again") from None
     except subprocess.CalledProcessError as error:
         reason = " ".join(error.stderr.split()) or f"exit status {error.returncode}"
         raise Failure(f"{command[0]} failed: {reason}; is this a login node, and does the cluster run?") from None
@@ -249,13 +311,18 @@ def requeue(status: int, folder: Path) -> int:
         return complain(
             f"job {env.job_id} is {state or 'not in the queue'}; not requeued: Slurm has ended or requeued it", 0
         )
+    with suppress(OSError, ValueError):
+        first = int(_status_file(folder, env.job_id).read_text())
+        if first == EXIT_USAGE or status == EXIT_INTERRUPTED:
+            status = first
     job: TrainingJob = submitit.core.utils.DelayedSubmission.load(env.paths.submitted_pickle).function
-    if not should_requeue(Path(job.settings["output_dir"]), env.job_id, status):
+    again, reason = decide(Path(job.settings["output_dir"]), env.job_id, status)
+    if not again:
         return complain(
-            f"error: exit status {status}, and previous starts saved no newer checkpoint; job {env.job_id} is not "
-            "requeued. Fix the cause and submit again: the run continues from its last checkpoint",
+            f"error: job {env.job_id} {reason}; not requeued. Fix the cause and submit again: the run continues from "
+            "its newest checkpoint",
             status,
         )
-    complain(f"job {env.job_id} ended with exit status {status} before the run was finished; requeued", 0)
+    complain(f"job {env.job_id} {reason}; requeued", 0)
     _run("scontrol", "requeue", env.job_id)
     return 0

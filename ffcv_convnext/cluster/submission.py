@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from ffcv_convnext.cluster import slurm
-from ffcv_convnext.cluster.local_executor import LocalRun, choose_devices, output_of_run, run_all
+from ffcv_convnext.cluster.intent import recover, submit_once, submitting
+from ffcv_convnext.cluster.local_executor import LocalRun, choose_devices, launcher_of, output_of_run, run_all
 from ffcv_convnext.cluster.settings import ClusterConfig, flat
+from ffcv_convnext.cluster.slurm import TrainingJob
 from ffcv_convnext.cluster.submissions import LOCAL, Submission, read_submissions, write_submissions
 from ffcv_convnext.config import Config
-from ffcv_convnext.errors import complain
+from ffcv_convnext.errors import Failure, complain
 from ffcv_convnext.formatting import format_count
-from ffcv_convnext.run_folder import check_same_config, lock_holder, read_facts, read_scores
+from ffcv_convnext.run_folder import check_same_config, lock_holder, read_facts, read_scores, read_starts
 from ffcv_convnext.snapshot import source_commit, take_snapshot
 from ffcv_convnext.training import run_config
 from ffcv_convnext.training.preflight import Plan, check_config
+
+if TYPE_CHECKING:
+    import submitit
 
 Say = Callable[[str], None]
 CODE = "code"  # in job_dir: snapshots
@@ -113,15 +120,17 @@ def submit_run(config: Config, cluster: ClusterConfig, *, command: Sequence[str]
     if config.run.output_dir is None:
         config = config.replace(output_dir=cluster.job_dir)
     task = plan_task(Path(config.flat()["output_dir"]).name, config, num_processes(cluster, config))
-    tasks = unfinished([task], cluster.job_dir, say)
-    return submit_tasks(tasks, cluster, command=command, dry_run=dry_run, say=say) if tasks else 0
+    return submit_tasks([task], cluster, command=command, dry_run=dry_run, say=say)
 
 
 def unfinished(tasks: Sequence[Task], job_dir: Path, say: Say) -> list[Task]:
     """Return the runs that are not finished, queued or running; report the reason for the others."""
     jobs = {s.folder: s.job for s in read_submissions(job_dir) if not s.is_local}  # latest job of each run
     folders = [str(task.folder) for task in tasks]
-    queue = slurm.states(job for folder, job in jobs.items() if folder in folders)
+    try:
+        queue = slurm.states(job for folder, job in jobs.items() if folder in folders)
+    except Failure as error:
+        raise Failure(f"nothing submitted: {error}; repeat the command when squeue answers") from None
     wanted = []
     for task, folder in zip(tasks, folders, strict=True):
         if read_scores(task.folder) is not None and task.config.run.auto_resume and not task.config.run.eval:
@@ -130,6 +139,8 @@ def unfinished(tasks: Sequence[Task], job_dir: Path, say: Say) -> list[Task]:
             say(f"{folder}: job {jobs[folder]} is {state}; not submitted again")
         elif process := lock_holder(task.folder):
             say(f"{folder}: running ({process}); not submitted again")
+        elif process := launcher_of(task.folder):
+            say(f"{folder}: queued or running on this machine ({process}); not submitted again")
         else:
             wanted.append(task)
     return wanted
@@ -143,69 +154,99 @@ def submit_tasks(
     dry_run: bool,
     say: Say,
     max_parallel: int | None = None,
+    announce: Callable[[Sequence[Task]], None] = lambda _: None,
 ) -> int:
-    """Submit runs with the same number of processes, as one array if there are several.
+    """Submit those runs that are not done, queued or running, as one array if there are several.
 
-    command: the user's, for run.json.   max_parallel: max runs at the same time.
+    All have the same number of processes.   command: the user's, for run.json.   max_parallel: max runs at the same
+    time.   announce: called with the runs before they are submitted, also if there are none.
     Returns 0, or with another executor than slurm the exit status of the first failed run.
     """
     assert cluster.job_dir is not None
     job_dir = cluster.job_dir.absolute()
-    on_slurm, device = cluster.executor == "slurm", tasks[0].config.run.device
-    world = num_processes(cluster, tasks[0].config)
-    if on_slurm and not dry_run:
+    if cluster.executor == "slurm" and not dry_run:
         slurm.check_slurm(cluster)
-    warning = check_job_dir(job_dir)
-    if warning and on_slurm:
+    if (warning := check_job_dir(job_dir)) and cluster.executor == "slurm":
         complain(warning, 0)
+    if dry_run or cluster.executor == "debug":
+        wanted = unfinished(tasks, job_dir, say)
+        _announce(wanted, announce)
+        if dry_run and wanted:
+            _print_submission(wanted, cluster, max_parallel, say)
+        return 0 if dry_run else max((run_config(task.config) for task in wanted), default=0)
+    with submitting(job_dir) as lock:
+        recover(job_dir, say)
+        wanted = unfinished(tasks, job_dir, say)
+        _announce(wanted, announce)
+        if not wanted:
+            return 0
+        code = take_snapshot(job_dir / CODE)
+        planned = _submissions(wanted, cluster, code=code, command=command)
+        if cluster.executor == "slurm":
+            executor = _executor(wanted, cluster, code, planned[0].job_name, max_parallel)
+            jobs = [TrainingJob(t.config.flat(), list(command), len(read_starts(t.folder))) for t in wanted]
+            script = slurm.write_submission(executor, _id_of(planned[0].job_name), jobs)
+            for submission in submit_once(job_dir, planned, script, lock):
+                processes = format_count(submission.world, "process")
+                output = job_dir / slurm.FOLDER
+                say(f"submitted job {submission.job}: {submission.folder}, {processes}; output in {output}")
+            return 0
+        runs = [LocalRun(task.name, task.config, code, job_dir) for task in wanted]
+        write_submissions(job_dir, planned)
+    devices = choose_devices(None, wanted[0].config.run.device)
+    return run_all(runs, devices=devices, world=planned[0].world, max_parallel=max_parallel, say=say)
+
+
+def _announce(tasks: Sequence[Task], announce: Callable[[Sequence[Task]], None]) -> None:
+    announce(tasks)
     for line in sorted({line for task in tasks if (line := _recipe_warning(task))}):
         complain(line, 0)
-    if cluster.executor == "debug" and not dry_run:
-        return max(run_config(task.config) for task in tasks)
-    code = job_dir / CODE / "SNAPSHOT" if dry_run else take_snapshot(job_dir / CODE)
-    if on_slurm:
-        executor = slurm.build_executor(cluster, code=code, gpus=device != "cpu", max_parallel=max_parallel)
-    if dry_run:
-        if on_slurm:
-            say(slurm.sbatch_script(executor, len(tasks)))
-        say(f"# cluster\n{yaml.safe_dump(flat(cluster), sort_keys=False)}")
-        for task in tasks:
-            say(f"# {task.folder}\n{task.config.to_yaml()}")
-        return 0
-    if on_slurm:
-        ids = slurm.submit(executor, [slurm.TrainingJob(task.config.flat(), list(command)) for task in tasks])
-    else:
-        ids = [f"{LOCAL}{os.getpid()}"] * len(tasks)
-    _record(tasks, ids, job_dir, code=code, world=world, command=command)
-    if on_slurm:
-        processes = format_count(world, "process")
-        for job, task in zip(ids, tasks, strict=True):
-            say(f"submitted job {job}: {task.folder}, {processes}; output in {job_dir / slurm.FOLDER}")
-        return 0
-    runs = [LocalRun(task.name, task.config, code, job_dir) for task in tasks]
-    return run_all(runs, devices=choose_devices(None, device), world=world, max_parallel=max_parallel, say=say)
 
 
-def _record(
-    tasks: Sequence[Task], ids: Sequence[str], job_dir: Path, *, code: Path, world: int, command: Sequence[str]
-) -> None:
+def _executor(
+    tasks: Sequence[Task], cluster: ClusterConfig, code: Path, job_name: str, max_parallel: int | None
+) -> submitit.SlurmExecutor:
+    gpus = tasks[0].config.run.device != "cpu"
+    return slurm.build_executor(cluster, code=code, submission=_id_of(job_name), gpus=gpus, max_parallel=max_parallel)
+
+
+def _id_of(job_name: str) -> str:
+    return job_name.rpartition("-")[2]
+
+
+def _print_submission(tasks: Sequence[Task], cluster: ClusterConfig, max_parallel: int | None, say: Say) -> None:
+    assert cluster.job_dir is not None
+    if cluster.executor == "slurm":
+        code = cluster.job_dir.absolute() / CODE / "SNAPSHOT"
+        say(slurm.sbatch_script(_executor(tasks, cluster, code, "SUBMISSION", max_parallel), len(tasks)))
+    say(f"# cluster\n{yaml.safe_dump(flat(cluster), sort_keys=False)}")
+    for task in tasks:
+        say(f"# {task.folder}\n{task.config.to_yaml()}")
+
+
+def _submissions(
+    tasks: Sequence[Task], cluster: ClusterConfig, *, code: Path, command: Sequence[str]
+) -> list[Submission]:
+    """Return what is recorded of the runs; on Slurm their jobs have no ids yet."""
+    on_slurm = cluster.executor == "slurm"
     now, commit = time.strftime("%Y-%m-%dT%H:%M:%S%z"), source_commit()
-    submissions = [
+    job_name = f"{cluster.job_name}-{uuid.uuid4().hex[:12]}" if on_slurm else ""
+    return [
         Submission(
             time=now,
-            job=job,
+            job="" if on_slurm else f"{LOCAL}{os.getpid()}",
             name=task.name,
             seed=task.config.run.seed,
             folder=str(task.folder),
-            world=world,
+            world=num_processes(cluster, task.config),
             epochs=task.config.schedule.epochs,
             code=str(code),
             commit=commit,
             command=list(command),
+            job_name=job_name,
         )
-        for job, task in zip(ids, tasks, strict=True)
+        for task in tasks
     ]
-    write_submissions(job_dir, submissions)
 
 
 def output_of(submission: Submission, job_dir: Path) -> Path:

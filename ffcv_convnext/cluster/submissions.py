@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ffcv_convnext.files import read_lines
+from ffcv_convnext.files import read_lines, write_atomically
 from ffcv_convnext.run_folder import SUBMISSIONS
 
 LOCAL = "local-"
@@ -26,6 +26,7 @@ class Submission:
     code: str  # snapshot of the source
     commit: str
     command: list[str]
+    job_name: str = ""  # in Slurm's queue; no other submission has the same one
 
     @property
     def is_local(self) -> bool:
@@ -34,9 +35,11 @@ class Submission:
 
 
 def write_submissions(job_dir: Path, submissions: list[Submission]) -> None:
-    """Append to a job_dir's submissions."""
-    with open(job_dir / SUBMISSIONS, "a") as file:
-        file.writelines(json.dumps(asdict(submission)) + "\n" for submission in submissions)
+    """Append to a job_dir's submissions: all or, after a crash, none. No other process may write there."""
+    path = job_dir / SUBMISSIONS
+    before = path.read_bytes() if path.exists() else b""
+    lines = "".join(json.dumps(asdict(submission)) + "\n" for submission in submissions)
+    write_atomically(path, before + lines.encode())
 
 
 def read_submissions(job_dir: Path) -> list[Submission]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ffcv_convnext.cluster import ClusterConfig, Task, num_processes, plan_task, submit_tasks, unfinished
+from ffcv_convnext.cluster import ClusterConfig, Task, num_processes, plan_task, submit_tasks
 from ffcv_convnext.config import load_config
 from ffcv_convnext.files import read_lines
 from ffcv_convnext.formatting import format_count
@@ -60,14 +60,17 @@ def submit_ladder(
 
     images_per_s: training rate of one run on all its GPUs; None: as measured in runs of the same folder.
     """
-    assert cluster.job_dir is not None
-    wanted = unfinished(tasks, cluster.job_dir, say)
-    if not wanted:
-        say(f"nothing to submit: all {format_count(len(tasks), 'run')} are finished, queued or running")
-        return 0
-    world = num_processes(cluster, wanted[0].config)
-    say(budget(wanted, world, images_per_s, parallel=max_parallel))
-    return submit_tasks(wanted, cluster, command=command, dry_run=dry_run, max_parallel=max_parallel, say=say)
+
+    def announce(wanted: Sequence[Task]) -> None:
+        if not wanted:
+            say(f"nothing to submit: all {format_count(len(tasks), 'run')} are finished, queued or running")
+            return
+        world = num_processes(cluster, wanted[0].config)
+        say(budget(wanted, world, images_per_s, parallel=max_parallel))
+
+    return submit_tasks(
+        tasks, cluster, command=command, dry_run=dry_run, max_parallel=max_parallel, announce=announce, say=say
+    )
 
 
 def budget(tasks: Sequence[Task], world: int, images_per_s: float | None, *, parallel: int | None = None) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -12,6 +10,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +47,18 @@ class Processes:
         """Whether this process has rank 0, which writes the run folder."""
         return self.rank == 0
 
-    @contextmanager
-    def joined(self) -> Iterator[None]:
-        """Join the process group while the block runs. Gloo reduces CPU tensors: a flag never waits for the device."""
+    def join(self) -> None:
+        """Join the process group. Gloo reduces CPU tensors: a flag never waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
-        try:
-            yield
-        finally:
-            if self.world > 1 and dist.is_initialized():
-                dist.destroy_process_group()
+
+    def leave(self) -> None:
+        """Leave the process group, if this process has joined it."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all processes, in place; the result is the same on each."""
@@ -88,3 +86,38 @@ class Processes:
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)
                 buffer /= self.world
+
+
+class _WithEmptyStep(nn.Module):
+    """A network whose forward without images has a gradient of zero for every parameter."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor | None = None) -> Tensor:
+        """Return logits (N, K), or the scalar 0."""
+        if images is None:
+            return torch.stack([parameter.sum() * 0.0 for parameter in self.network.parameters()]).sum()
+        logits: Tensor = self.network(images)
+        return logits
+
+
+def data_parallel(network: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """Return `network` with gradients averaged over all processes, which have joined.
+
+    DDP sums the gradients of its first step in one bucket, and later ones in several, in the order in which they became
+    ready. From three processes on, the order of a sum's terms depends on an element's place in its bucket, so a
+    run that continues in new processes would differ in the last bits from one that was not stopped. Therefore a step
+    without images, whose gradients are zero and of which nothing stays, is DDP's first one.
+    """
+    model = DistributedDataParallel(
+        _WithEmptyStep(network),
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )
+    # Running statistics are averaged before evaluation and saving instead. As an argument, torch 2.13 warns of it.
+    model.broadcast_buffers = False
+    model().backward()
+    model.zero_grad(set_to_none=True)
+    return model

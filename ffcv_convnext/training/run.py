@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ffcv_convnext.augment import Normalisation, TrainAugment
 from ffcv_convnext.config import IMAGENET_MEAN, IMAGENET_STD, Config, differences, format_value, timm_images
@@ -26,13 +25,14 @@ from ffcv_convnext.models import build_model, load_pretrained, read_weights_file
 from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.run_folder import FolderLock, check_same_config, read_scores
 from ffcv_convnext.training.checkpoint import Checkpoints, read_checkpoint
-from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.distributed import Processes, data_parallel
 from ffcv_convnext.training.engine import Learner, Run, State, evaluate_network, fit, input_dtype, memory_format
 from ffcv_convnext.training.losses import build_criterion
+from ffcv_convnext.training.lost_ranks import ending
 from ffcv_convnext.training.metrics import LossTracker
 from ffcv_convnext.training.optim import build_optimizer
 from ffcv_convnext.training.preflight import check_same_classes, count_classes
-from ffcv_convnext.training.runlog import RunLog, log_end, setup_logging
+from ffcv_convnext.training.runlog import RunLog, setup_logging
 from ffcv_convnext.training.schedule import build_schedules
 
 if TYPE_CHECKING:  # needs ffcv, which is imported when a run is built
@@ -53,8 +53,9 @@ def train(config: Config) -> dict[str, Any]:
     processes = _processes(config)
     config = config.for_world(processes.world)
     lock = FolderLock(folder) if processes.is_main else None
-    try:
+    with ExitStack() as resources, ending(processes, folder):  # resources are closed after the end is logged
         if lock is not None:
+            resources.callback(lock.release)
             remove_leftovers(folder)
         setup_logging(folder, processes)
         check_same_config(folder, config)
@@ -62,22 +63,17 @@ def train(config: Config) -> dict[str, Any]:
         if finished is not None and config.run.auto_resume:
             log.info("%s is finished: %s. Nothing to do; choose another output_dir to train again", folder, finished)
             return finished
-        with processes.joined(), _loaders(config, processes) as (train_loader, val_loader):
-            run = build_run(config, processes, train_loader, val_loader)
-            with closing(run.log):
-                _resume(run)
-                train_loader.prepare()
-                val_loader.prepare()
-                scores: dict[str, Any] = {"epochs": config.schedule.epochs, **fit(run)}
-                run.log.done(scores)
+        processes.join()
+        train_loader, val_loader = resources.enter_context(_loaders(config, processes))
+        run = build_run(config, processes, train_loader, val_loader)
+        resources.callback(run.log.close)
+        _resume(run)
+        train_loader.prepare()
+        val_loader.prepare()
+        scores: dict[str, Any] = {"epochs": config.schedule.epochs, **fit(run)}
+        run.log.done(scores)
         log.info("finished: %s", ", ".join(f"{key} {value:.4g}" for key, value in scores.items()))
         return scores
-    except Exception as error:
-        log_end(error)
-        raise
-    finally:
-        if lock is not None:
-            lock.release()
 
 
 def _processes(config: Config) -> Processes:
@@ -136,13 +132,7 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
     model = compiled(network, config) if compile else network
     if processes.world > 1:  # around the compiled network: compiled inside, DDP's own forward, which differs in
         # micro-batches that do not reduce, stays out of the graph, and DDP splits the graph at its buckets
-        model = DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-        )
-        # Running statistics are averaged before evaluation and saving instead. As an argument, torch 2.13 warns of it.
-        model.broadcast_buffers = False
+        model = data_parallel(model, device)
     return Learner(
         config=config,
         processes=processes,
@@ -343,7 +333,9 @@ def evaluate_only(config: Config) -> dict[str, float]:
     setup_logging(None, processes)
     _announce_timm_images(config)
     path, content = _weights_to_evaluate(config)
-    with processes.joined(), closing(_val_loader(config, processes)) as val_loader:
+    with ExitStack() as resources, ending(processes, folder=None):
+        processes.join()
+        val_loader = resources.enter_context(closing(_val_loader(config, processes)))
         network = _network(config, count_classes(config.model, val_loader.num_classes), processes.device)
         scores: dict[str, float] = {}
         for part, suffix in (("model", ""), ("ema", "_ema")):

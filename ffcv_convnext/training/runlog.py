@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -18,10 +19,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ffcv_convnext.config import Config
-from ffcv_convnext.errors import Failure, Interrupted
+from ffcv_convnext.errors import Failure, Interrupted, LostRank
 from ffcv_convnext.files import read_lines, write_atomically
 from ffcv_convnext.host import processor_name
-from ffcv_convnext.run_folder import CONFIG, DONE, EPOCHS, FACTS, LOG_FORMAT, STEPS, log_of_rank, read_facts
+from ffcv_convnext.run_folder import CONFIG, DONE, EPOCHS, FACTS, LOG_FORMAT, STEPS, log_of_rank, read_facts, try_lock
 from ffcv_convnext.snapshot import source_commit
 from ffcv_convnext.training.distributed import Processes
 
@@ -31,7 +32,11 @@ PACKAGES = ("torch", "torchvision", "timm", "ffcv", "numba", "numpy", "pillow")
 
 
 def setup_logging(folder: Path | None, processes: Processes) -> None:
-    """Log to the console on rank 0 (above a progress bar), and on every rank to its own file in `folder`."""
+    """Log to the console on rank 0 (above a progress bar), and on every rank to its own file in `folder`.
+
+    The file stays locked until this process ends, and a first line tells the start apart from earlier ones: so the
+    other processes see whether this one lives, and with which error it ended (lost_ranks.py).
+    """
     root = logging.getLogger("ffcv_convnext")
     for handler in list(root.handlers):
         root.removeHandler(handler)
@@ -43,20 +48,35 @@ def setup_logging(folder: Path | None, processes: Processes) -> None:
         handlers[-1].setFormatter(_LevelFormatter())
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # other ranks may get here before rank 0
-        handlers.append(logging.FileHandler(log_of_rank(folder, processes.rank)))
-        handlers[-1].setFormatter(logging.Formatter(LOG_FORMAT))
+        file = logging.FileHandler(log_of_rank(folder, processes.rank))
+        file.setFormatter(logging.Formatter(LOG_FORMAT))
+        assert file.stream is not None
+        try_lock(file.stream, fcntl.LOCK_EX)
+        handlers.append(file)
     for handler in handlers:
         root.addHandler(handler)
+    _log_to_file(
+        logging.INFO, f"process {processes.rank} of {processes.world}: {os.getpid()} on {socket.gethostname()}"
+    )
 
 
 def log_end(error: Exception) -> None:
-    """Write the error that ended the run to this process's own log; the command line prints it on the console."""
+    """Write the error that ended the run to this process's own log; the command line prints it on the console.
+
+    An error that is not ours is followed by its traceback, and a lost process by that of the broken connection.
+    """
     level = logging.WARNING if isinstance(error, Interrupted) else logging.ERROR
     plain = isinstance(error, Failure | Interrupted | ValueError | FileNotFoundError)
     text = " ".join((str(error) if plain else f"{type(error).__name__}: {error}").split())
+    _log_to_file(level, text, error.__cause__ if isinstance(error, LostRank) else None if plain else error)
+
+
+def _log_to_file(level: int, text: str, error: BaseException | None = None) -> None:
+    """Log to this process's own file only, with the traceback of `error`."""
+    trace = None if error is None else (type(error), error, error.__traceback__)
     for handler in logging.getLogger("ffcv_convnext").handlers:
         if isinstance(handler, logging.FileHandler):
-            handler.handle(log.makeRecord(log.name, level, __file__, 0, text, (), None))
+            handler.handle(log.makeRecord(log.name, level, __file__, 0, text, (), trace))
 
 
 class _ConsoleHandler(logging.Handler):

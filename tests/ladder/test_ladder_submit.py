@@ -87,9 +87,13 @@ def test_a_ladder_is_one_array_and_is_not_submitted_twice(
         "budget: 4 runs, 640 training images; at 100 images/s per run (given): 0.0 h one after the other"
     )
     assert "0.0 h with 3 at a time" in out
-    script = (job_dir / "slurm" / "20_submission.sh").read_text()
-    assert "#SBATCH --array=0-3%3\n" in script
     submissions = read_submissions(job_dir)
+    submission = submissions[0].job_name.removeprefix("convnext-")
+    script = (job_dir / "slurm" / f"{submission}.sh").read_text()
+    assert "#SBATCH --array=0-3%3\n" in script
+    assert sorted(path.name for path in (job_dir / "slurm").glob("*.pkl")) == [
+        f"{submission}_{i}.pkl" for i in range(4)
+    ]
     assert [(s.job, s.name, s.seed, s.world) for s in submissions] == [
         ("20_0", "00_start", 0, 2),
         ("20_1", "00_start", 1, 2),

@@ -28,7 +28,7 @@ from support.ladder_runs import CONFIGS, steps_of, write_run
 
 from ffcv_convnext.cli import run_command
 from ffcv_convnext.cluster import Submission
-from ffcv_convnext.cluster.requeue_policy import should_requeue
+from ffcv_convnext.cluster.requeue_policy import decide
 from ffcv_convnext.cluster.submissions import write_submissions
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import Failure, Interrupted
@@ -295,7 +295,7 @@ def test_a_job_whose_end_was_noted_after_its_last_log_line_is_not_running(tmp_pa
     run = write_run(tmp_path / "run", KERNEL7, epochs=120, age_s=60)
     (run / LOCK).write_text("process 7 on node17\n")
     assert run_state(run) == "running"
-    should_requeue(run, "7", 137)
+    decide(run, "7", 137)
     assert run_state(run) == "failed"
 
 
@@ -310,7 +310,7 @@ def test_a_lock_file_that_cannot_be_opened_leaves_the_other_signs(tmp_path: Path
 
 def test_a_job_that_was_killed_has_failed_until_the_next_start(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", KERNEL7, epochs=120)
-    should_requeue(run, "7", 137)
+    decide(run, "7", 137)
     ((found,), _) = read_runs([run])
     assert (found.state, found.error) == ("failed", "job 7 ended with exit status 137")
     facts = json.loads((run / "run.json").read_text())

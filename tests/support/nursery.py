@@ -80,7 +80,8 @@ class Nursery:
     ) -> Child:
         """Start training with these flat settings.
 
-        at: moments, each looked out for once the one before has come; at the last one the child sends itself `signals`.
+        at: moments, each looked out for once the one before has come; at the last one the child sends itself `signals`,
+        or raises a RuntimeError if there are none.
         """
         argv = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         log = self.logs / f"child{next(self.numbers)}.log"
@@ -101,8 +102,10 @@ class Nursery:
         child = self.start(settings, **how)
         return self.wait(child), child.output()
 
-    def run_ranks(self, settings: Mapping[str, Any], *, strikes: Mapping[int, dict[str, Any]]) -> list[tuple[int, str]]:
-        """Run two processes of one run, as torchrun does. strikes: `at` and `signals` by rank."""
+    def run_ranks(
+        self, settings: Mapping[str, Any], *, strikes: Mapping[int, dict[str, Any]], world: int = 2
+    ) -> list[tuple[int, str]]:
+        """Run `world` processes of one run, as torchrun does. strikes: `at` and `signals` by rank."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -112,13 +115,13 @@ class Nursery:
                 env={
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": "2",
+                    "WORLD_SIZE": str(world),
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 },
                 **strikes.get(rank, {}),
             )
-            for rank in range(2)
+            for rank in range(world)
         ]
         return [(self.wait(child), child.output()) for child in children]
 
@@ -136,7 +139,7 @@ class Nursery:
 
 
 def strike_at(moments: list[Moment], numbers: list[int]) -> None:
-    """Wrap the first moment's function: its n-th call waits for the next moment, or sends the signals."""
+    """Wrap the first moment's function: its n-th call waits for the next moment, sends the signals, or raises."""
     (target, call), *later = moments
     owner_name, _, name = target.rpartition(".")
     owner = pkgutil.resolve_name(owner_name)
@@ -151,6 +154,8 @@ def strike_at(moments: list[Moment], numbers: list[int]) -> None:
             else:
                 for number in numbers:
                     os.kill(os.getpid(), number)
+                if not numbers:
+                    raise RuntimeError("struck")
         return original(*args, **kwargs)
 
     setattr(owner, name, counted)
