@@ -106,13 +106,25 @@ def equalize(pixels: Tensor) -> Tensor:
     return _look_up(equalize_tables(entries.view(-1).bincount(minlength=768).view(3, 256)), entries)
 
 
+def _sums_before(counts: Tensor) -> Tensor:
+    """Return for each entry the sum of those before it: (..., 256), as counts.
+
+    Without cumsum: torch 2.11 cannot compile a scan of so many rows for a GPU.
+    """
+    rows = counts.reshape(*counts.shape[:-1], 16, 16)
+    index = torch.arange(16, device=counts.device)
+    is_before = index < index[:, None]
+    in_row = torch.where(is_before, rows[..., None, :], 0).sum(-1)
+    of_rows = torch.where(is_before, rows.sum(-1)[..., None, :], 0).sum(-1)
+    return (in_row + of_rows[..., None]).flatten(-2)
+
+
 def equalize_tables(counts: Tensor) -> Tensor:
     """Return tables (..., 256) uint8 that flatten each channel's histogram. counts: (..., 256), integers."""
     values = torch.arange(256, device=counts.device)
     last = torch.where(counts > 0, values, 0).amax(-1, keepdim=True)
     step = (counts.sum(-1, keepdim=True) - counts.gather(-1, last)) // 255
-    below = counts.cumsum(-1) - counts
-    flat = (step // 2 + below) // step.clamp(min=1)
+    flat = (step // 2 + _sums_before(counts)) // step.clamp(min=1)
     return torch.where(step > 0, flat, values).clamp(0, 255).to(torch.uint8)
 
 
