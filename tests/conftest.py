@@ -21,7 +21,9 @@ from xdist.scheduler import LoadScopeScheduling
 
 from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
 
-NURSERY_FILES = {f"tests/training/{name}.py" for name in ("test_compile", "test_distributed", "test_resume")}
+NURSERY_FILES = {
+    f"tests/training/{name}.py" for name in ("test_compile", "test_distributed", "test_identity", "test_resume")
+}
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a background job; processes of the tests inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -7,13 +7,11 @@ same checkpoint never gets enough time to reach the next one.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 from ffcv_convnext.errors import EXIT_INTERRUPTED
-from ffcv_convnext.files import read_lines
-from ffcv_convnext.run_folder import ATTEMPTS
+from ffcv_convnext.run_folder import read_attempts, record_attempt
 
 MAX_FAILURES = 3
 MAX_INTERRUPTIONS = 10
@@ -26,13 +24,12 @@ def should_requeue(folder: Path, job: str, status: int) -> bool:
     """
     saved = max((path.stat().st_mtime for path in folder.glob("checkpoint-*.pth")), default=None)
     folder.mkdir(parents=True, exist_ok=True)
-    entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "job": job, "status": status, "checkpoint_saved": saved}
-    with open(folder / ATTEMPTS, "a") as file:
-        file.write(json.dumps(entry) + "\n")
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    record_attempt(folder, {"time": now, "job": job, "status": status, "checkpoint_saved": saved})
     statuses = [
         attempt["status"]
-        for attempt in read_lines(folder / ATTEMPTS)
-        if attempt["job"] == job and attempt["checkpoint_saved"] == saved
+        for attempt in read_attempts(folder)
+        if attempt["job"] == job and attempt.get("checkpoint_saved") == saved
     ]
     interruptions = statuses.count(EXIT_INTERRUPTED)
     return len(statuses) - interruptions < MAX_FAILURES and interruptions < MAX_INTERRUPTIONS

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ffcv_convnext.files import read_lines
+from ffcv_convnext.files import Form, append_lines, read_lines
 from ffcv_convnext.run_folder import SUBMISSIONS
 
 LOCAL = "local-"
@@ -33,12 +32,16 @@ class Submission:
         return self.job.startswith(LOCAL)
 
 
+_TEXTS = ("time", "job", "name", "folder", "code", "commit")
+SUBMISSION = Form({**dict.fromkeys(_TEXTS, str), **dict.fromkeys(("seed", "world", "epochs"), int), "command": [str]})
+
+
 def write_submissions(job_dir: Path, submissions: list[Submission]) -> None:
     """Append to a job_dir's submissions."""
-    with open(job_dir / SUBMISSIONS, "a") as file:
-        file.writelines(json.dumps(asdict(submission)) + "\n" for submission in submissions)
+    append_lines(job_dir / SUBMISSIONS, map(asdict, submissions))
 
 
 def read_submissions(job_dir: Path) -> list[Submission]:
-    """Return a job_dir's submissions in their order; [] if there are none."""
-    return [Submission(**entry) for entry in read_lines(job_dir / SUBMISSIONS)]
+    """Return a job_dir's submissions in their order; [] if there are none. A line that cannot be used is a warning."""
+    entries = read_lines(job_dir / SUBMISSIONS, SUBMISSION)
+    return [Submission(**{name: entry[name] for name in SUBMISSION.required}) for entry in entries]
