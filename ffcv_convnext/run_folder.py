@@ -68,7 +68,10 @@ EPOCH = Form(
 )
 STEP = Form({"step": int}, {"loss": _NUMBER}, unique="step")
 ATTEMPT = Form({"time": str, "job": str, "status": int}, {"checkpoint_saved": _NUMBER})
-SCORES = Form({"epochs": int})
+SCORES = Form(
+    {"epochs": int},
+    {f"test_{name}{suffix}": float for name in ("acc1", "acc5", "loss") for suffix in ("", "_ema")},
+)
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _RECORD = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ([A-Z]+) \S+: (.*)$", re.MULTILINE)  # of LOG_FORMAT

@@ -190,6 +190,20 @@ def run_folder(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+def test_a_damaged_submission_is_left_out_and_named(
+    run_folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("00_start", "01_stem", "02_gelu"):
+        run_folder(name, "1_0")
+    path = tmp_path / "L" / "submissions.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1].replace(b"01_stem", b"01_stun") + lines[2][:-30])
+    assert [submission.name for submission in read_submissions(tmp_path / "L")] == ["00_start"]
+    assert f"{path}: lines 2, 3 cannot be read (its checksum does not match); left out" in caplog.text
+    run_folder("03_last", "1_0")
+    assert [submission.name for submission in read_submissions(tmp_path / "L")] == ["00_start", "03_last"]
+
+
 def test_the_status_shows_the_state_of_every_run(
     run_folder: Callable[..., Path], commands: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
