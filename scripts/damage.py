@@ -419,7 +419,7 @@ class Case:
 UNSEEN = {
     "attempts.jsonl": "lines that are missing as a whole: failures count from 0 again",
     "submissions.jsonl": "lines that are missing as a whole: those runs are not listed",
-    "rankN.log": "free text: an altered last error is shown as it is, and a run whose last error is gone counts as stopped",
+    "rankN.log": "free text: an altered last error is shown as it is; if it is gone, the run counts as stopped",
     ".lock": "free text: a run of another host may count as running for 15 minutes",
     "cluster profile": "a hand-written file: another possible value is used",
 }
