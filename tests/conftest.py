@@ -22,7 +22,8 @@ from xdist.scheduler import LoadScopeScheduling
 from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
 
 NURSERY_FILES = {
-    f"tests/training/{name}.py" for name in ("test_compile", "test_distributed", "test_lost_ranks", "test_resume")
+    f"tests/training/{name}.py"
+    for name in ("test_compile", "test_distributed", "test_identity", "test_lost_ranks", "test_resume")
 }
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a background job; processes of the tests inherit it

@@ -6,6 +6,7 @@ one line on stderr; other errors keep their traceback.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 
@@ -32,6 +33,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; argv defaults to the process's."""
+    if logging.lastResort is not None:  # prints warnings of commands that set up no logging
+        logging.lastResort.setFormatter(logging.Formatter("warning: %(message)s"))
     return exit_status(lambda: COMMANDS[name](sys.argv[1:] if argv is None else argv))
 
 

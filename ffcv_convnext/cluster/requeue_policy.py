@@ -7,15 +7,13 @@ same checkpoint never gets enough time to reach the next one. Wrong settings sta
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import EXIT_INTERRUPTED, EXIT_USAGE, FULL_DISK
-from ffcv_convnext.files import read_lines
-from ffcv_convnext.run_folder import ATTEMPTS, read_starts
+from ffcv_convnext.run_folder import ATTEMPTS, read_attempts, read_starts, record_attempt
 
 MAX_FAILURES = 3
 MAX_INTERRUPTIONS = 10
@@ -37,11 +35,10 @@ def decide(folder: Path, job: str, status: int) -> Decision:
     """
     newest = folder / RESUMABLE
     saved = newest.stat().st_mtime if newest.exists() else None
-    entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "job": job, "status": status, "checkpoint_saved": saved}
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ATTEMPTS, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        record_attempt(folder, {"time": now, "job": job, "status": status, "checkpoint_saved": saved})
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
@@ -52,8 +49,8 @@ def decide(folder: Path, job: str, status: int) -> Decision:
         return Decision(False, "ended with exit status 2: a setting or a path is wrong, so another start cannot help")
     statuses = [
         attempt["status"]
-        for attempt in read_lines(folder / ATTEMPTS)
-        if attempt["job"] == job and attempt["checkpoint_saved"] == saved
+        for attempt in read_attempts(folder)
+        if attempt["job"] == job and attempt.get("checkpoint_saved") == saved
     ]
     interruptions = statuses.count(EXIT_INTERRUPTED)
     failures = len(statuses) - interruptions

@@ -45,14 +45,16 @@ class ClusterConfig:
         "GPUs per node, one process each (with --device cpu: processes, no GPUs); none: 8, or all with executor local",
         minimum=1,
     )
-    timeout: float = setting(72.0, "time limit of a job, hours; then it is requeued and continues", above=0)
+    timeout: float = setting(
+        72.0, "time limit of a job, hours; then it is requeued and continues", above=0, maximum=100_000
+    )
     partition: str | None = setting(None, "partition to submit to; none: the cluster's default")
     constraint: str | None = setting(None, "features the nodes must have")
     account: str | None = setting(None, "account to charge")
     qos: str | None = setting(None, "quality of service")
     comment: str | None = setting(None, "comment for the scheduler")
     exclude: str | None = setting(None, "nodes to exclude")
-    mem_gb: float | None = setting(None, "memory per node, GB; none: the cluster's default", above=0)
+    mem_gb: float | None = setting(None, "memory per node, GB; none: the cluster's default", above=0, maximum=1_000_000)
     cpus_per_task: int = setting(10, "CPU cores per process", minimum=1)
     job_name: str = setting("convnext", "start of the job's name in the queue; an id follows")
     sbatch: Mapping[str, str] = field(default_factory=dict)  # any other sbatch option, without the prefix slurm_
@@ -112,16 +114,26 @@ def split_slurm_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]
 
 
 def read_profile(path: Path) -> dict[str, Any]:
-    """Return a profile's values, unparsed. Raises FileNotFoundError, or ValueError for an unknown name."""
+    """Return a profile's values, parsed. Raises FileNotFoundError, or ValueError for an unknown name or a bad value."""
     if not path.is_file():
         raise FileNotFoundError(f"cluster = {path} does not exist; docs/cluster.md shows a profile")
     values = read_mapping(path)
-    for name in map(str, values):
+    if not values:
+        raise ValueError(f"{path} holds no settings; docs/cluster.md shows a profile")
+    for name in values:
         if not name.startswith(OTHER) and name not in CLUSTER_SETTINGS:
             known = [*CLUSTER_SETTINGS, *SETTINGS]
             hint = "; it is a setting of a run, set it in --config" if name in SETTINGS else nearest(name, known)
             raise ValueError(f"{path}: unknown setting '{name}'{hint}")
-    return values
+        if isinstance(values[name], dict | list if name.startswith(OTHER) else dict):
+            raise ValueError(f"{path}: {name} = {values[name]}: expected one value")
+    try:
+        return {
+            name: format_value(value) if name.startswith(OTHER) else CLUSTER_SETTINGS[name].parse(value)
+            for name, value in values.items()
+        }
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def cluster_from_args(namespace: argparse.Namespace, sbatch: Mapping[str, str]) -> ClusterConfig:
@@ -131,7 +143,7 @@ def cluster_from_args(namespace: argparse.Namespace, sbatch: Mapping[str, str]) 
     """
     given = {name: getattr(namespace, name) for name in CLUSTER_SETTINGS if hasattr(namespace, name)}
     profile = {} if namespace.cluster is None else read_profile(namespace.cluster)
-    options = {name[len(OTHER) :]: format_value(value) for name, value in profile.items() if name.startswith(OTHER)}
+    options = {name[len(OTHER) :]: value for name, value in profile.items() if name.startswith(OTHER)}
     values = {name: value for name, value in profile.items() if not name.startswith(OTHER)} | given
     config = ClusterConfig(
         **{name: CLUSTER_SETTINGS[name].parse(value) for name, value in values.items()}, sbatch={**options, **sbatch}

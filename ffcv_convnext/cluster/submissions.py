@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ffcv_convnext.files import read_lines, write_atomically
+from ffcv_convnext.files import Form, encode, read_lines, write_atomically
 from ffcv_convnext.run_folder import SUBMISSIONS
 
 LOCAL = "local-"
@@ -34,14 +33,20 @@ class Submission:
         return self.job.startswith(LOCAL)
 
 
+_TEXTS = ("time", "job", "name", "folder", "code", "commit")
+SUBMISSION = Form({**dict.fromkeys(_TEXTS, str), **dict.fromkeys(("seed", "world", "epochs"), int), "command": [str]})
+
+
 def write_submissions(job_dir: Path, submissions: list[Submission]) -> None:
     """Append to a job_dir's submissions: all or, after a crash, none. No other process may write there."""
     path = job_dir / SUBMISSIONS
     before = path.read_bytes() if path.exists() else b""
-    lines = "".join(json.dumps(asdict(submission)) + "\n" for submission in submissions)
-    write_atomically(path, before + lines.encode())
+    if before and not before.endswith(b"\n"):  # a kill cut the last line short
+        before += b"\n"
+    write_atomically(path, before + b"".join(encode(asdict(submission)) for submission in submissions))
 
 
 def read_submissions(job_dir: Path) -> list[Submission]:
-    """Return a job_dir's submissions in their order; [] if there are none."""
-    return [Submission(**entry) for entry in read_lines(job_dir / SUBMISSIONS)]
+    """Return a job_dir's submissions in their order; [] if there are none. A line that cannot be used is a warning."""
+    entries = read_lines(job_dir / SUBMISSIONS, SUBMISSION)
+    return [Submission(**{name: entry[name] for name in SUBMISSION.required}) for entry in entries]

@@ -26,8 +26,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file of lines `name: value`. Raises ValueError if it is not one."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: not UTF-8, or a date that does not exist
+        raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())[:500]}") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected lines of the form 'name: value'")

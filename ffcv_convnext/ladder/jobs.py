@@ -10,10 +10,9 @@ from typing import Any
 
 from ffcv_convnext.cluster import ClusterConfig, Task, num_processes, plan_task, submit_tasks
 from ffcv_convnext.config import load_config
-from ffcv_convnext.files import read_lines
 from ffcv_convnext.formatting import format_count
 from ffcv_convnext.ladder.steps import Step
-from ffcv_convnext.run_folder import EPOCHS, read_starts
+from ffcv_convnext.run_folder import EPOCHS, known, read_epochs, read_starts
 
 Say = Callable[[str], None]
 
@@ -104,10 +103,9 @@ def _measured(job_dir: Path, world: int) -> dict[str, float]:
     rates: dict[str, list[float]] = {}
     for log in job_dir.glob(f"*/seed*/{EPOCHS}"):
         starts = read_starts(log.parent)
-        if starts:
-            scale = world / starts[-1]["processes"]
+        if starts and (processes := starts[-1].get("processes")):
             rates.setdefault(log.parts[-3], []).extend(
-                entry["images_per_s"] * scale for entry in read_lines(log) if entry["images_per_s"]
+                rate * world / processes for rate in known(read_epochs(log.parent), "images_per_s") if rate > 0
             )
     return {name: median(values) for name, values in rates.items() if values}
 

@@ -12,9 +12,8 @@ from typing import Literal
 
 from ffcv_convnext import run_folder
 from ffcv_convnext.cluster import Submission, cancel, output_of, read_submissions, states
-from ffcv_convnext.files import read_lines
 from ffcv_convnext.formatting import format_count, format_duration, format_number, markdown_table
-from ffcv_convnext.run_folder import ATTEMPTS, EPOCHS, lock_holder, read_starts, run_state
+from ffcv_convnext.run_folder import ATTEMPTS, known, lock_holder, read_epochs, read_starts, run_state
 
 RunState = Literal[run_folder.RunState, "pending", "requeued", "missing", "unknown"]
 ERROR = re.compile(r"error: |slurmstepd: |[\w.]*(Error|Exception|Failure)\b")
@@ -60,12 +59,12 @@ def read_status(job_dir: Path) -> list[RunStatus]:
 
 def _status(submission: Submission, job_dir: Path, queue: dict[str, str] | None) -> RunStatus:
     folder = Path(submission.folder)
-    epochs = read_lines(folder / EPOCHS)
+    epochs = read_epochs(folder)
     starts = read_starts(folder)
     state = _state(submission, queue, began=bool(starts) or (folder / ATTEMPTS).exists())
-    recent = [entry["epoch_s"] for entry in epochs[-NUM_RECENT:]]
+    recent = known(epochs[-NUM_RECENT:], "epoch_s")
     epoch = epochs[-1]["epoch"] + 1 if epochs else 0
-    rates = [entry["images_per_s"] for entry in epochs if entry["images_per_s"]]
+    rates = known(epochs, "images_per_s")
     return RunStatus(
         name=submission.name,
         seed=submission.seed,
@@ -74,8 +73,8 @@ def _status(submission: Submission, job_dir: Path, queue: dict[str, str] | None)
         epoch=epoch,
         epochs=submission.epochs,
         left_s=sum(recent) / len(recent) * (submission.epochs - epoch) if state == "running" and recent else None,
-        top1=max((entry["test_acc1"] for entry in epochs), default=None),
-        top1_ema=max((entry["test_acc1_ema"] for entry in epochs if "test_acc1_ema" in entry), default=None),
+        top1=max(known(epochs, "test_acc1"), default=None),
+        top1_ema=max(known(epochs, "test_acc1_ema"), default=None),
         images_per_s=rates[-1] if rates else None,
         restarts=max(len(starts) - 1, 0),
         error="" if state in ("done", "running", "pending") else last_error(output_of(submission, job_dir)),

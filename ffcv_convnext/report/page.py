@@ -10,9 +10,10 @@ from importlib.resources import files
 from typing import Any
 
 from ffcv_convnext.report.figure import draw, to_inline
-from ffcv_convnext.report.runs import Run, finite
+from ffcv_convnext.report.runs import Run
 from ffcv_convnext.report.summary import Report, Row
 from ffcv_convnext.report.tables import Table, caption, others_caption, others_table, section_table, table_of_runs
+from ffcv_convnext.run_folder import finite
 
 CURVES = ("test_acc1", "test_acc1_ema", "test_loss", "test_loss_ema", "train_loss", "images_per_s")
 

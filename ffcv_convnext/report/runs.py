@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ffcv_convnext.config import Config, load_config
-from ffcv_convnext.files import read_lines
+from ffcv_convnext.config import Config
+from ffcv_convnext.files import Warn
 from ffcv_convnext.ladder import natural_order
 from ffcv_convnext.run_folder import (
-    CONFIG,
-    EPOCHS,
     RunState,
+    finite,
     is_run,
+    known,
     log_of_rank,
+    read_config,
+    read_epochs,
     read_error,
     read_facts,
     read_scores,
@@ -63,13 +65,13 @@ class Run:
     @property
     def images_per_s(self) -> float | None:
         """Training rate of all processes together, median over epochs."""
-        rates = [rate for entry in self.epochs if (rate := finite(entry.get("images_per_s")))]
+        rates = known(self.epochs, "images_per_s")
         return statistics.median(rates) if rates else None
 
     @property
     def hours(self) -> float:
         """Time of the epochs in the log; a resumed epoch counts from where it was resumed."""
-        return sum(finite(entry.get("epoch_s")) or 0.0 for entry in self.epochs) / 3600
+        return sum(known(self.epochs, "epoch_s")) / 3600
 
     @property
     def gpu_hours(self) -> float | None:
@@ -103,19 +105,18 @@ class Run:
         )
 
 
-def finite(value: Any) -> float | None:
-    """Return `value` as a float, or None if it is missing, null, NaN or infinite."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
 def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     """Return the runs in the given folders and below them, and a note on each folder that cannot be read.
 
     Raises FileNotFoundError if a folder does not exist, ValueError if it holds no run.
     """
     runs: list[Run] = []
-    notes: list[str] = []
+    notes: dict[str, None] = {}  # a set in order: a file is read several times
     seen: set[Path] = set()
+
+    def note(message: str) -> None:
+        notes[message] = None
+
     for root in paths:
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is not a folder; expected a run folder, or a folder of run folders")
@@ -127,18 +128,18 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
             seen.add(folder.resolve())
             name = folder.relative_to(root).as_posix() if folder != root else folder.resolve().name
             if not is_run(folder):
-                error = read_error(folder)
+                error = read_error(folder, note)
                 reason = f": {error}" if error else ""
-                notes.append(f"{name} has no settings yet: it is starting, or failed at the start{reason}")
+                note(f"{name} has no settings yet: it is starting, or failed at the start{reason}")
                 continue
             found += 1
             try:
-                runs.append(read_run(folder, name))
-            except (ValueError, TypeError, KeyError, AttributeError, OSError) as unreadable:
-                notes.append(f"{name} cannot be read: {' '.join(str(unreadable).split())}")
+                runs.append(read_run(folder, name, note))
+            except (ValueError, OSError) as unreadable:
+                note(f"{name} cannot be read: {' '.join(str(unreadable).split())}")
         if not found:
             raise ValueError(f"{root} is not a run folder and contains none: expected config.yaml and run.json in it")
-    return runs, notes
+    return runs, list(notes)
 
 
 def _find(root: Path) -> Iterator[Path]:
@@ -157,18 +158,18 @@ def _find(root: Path) -> Iterator[Path]:
         folders[:] = sorted((name for name in folders if not name.startswith(".")), key=natural_order)
 
 
-def read_run(folder: Path, name: str) -> Run:
-    """Return the run in a folder. Raises ValueError if settings or facts cannot be read."""
-    state, config = run_state(folder), load_config(folder / CONFIG)
+def read_run(folder: Path, name: str, warn: Warn) -> Run:
+    """Return the run in a folder; warn of files that cannot be used. Raises ValueError if the settings cannot."""
+    state, config = run_state(folder, warn), read_config(folder)
     return Run(
         folder=folder,
         name=name,
         config=config,
         seed=config.run.seed,
         num_epochs=config.schedule.epochs,
-        facts=read_facts(folder),
-        epochs=read_lines(folder / EPOCHS),
-        final=read_scores(folder) or {},
+        facts=read_facts(folder, warn),
+        epochs=read_epochs(folder, warn),
+        final=read_scores(folder, warn) or {},
         state=state,
-        error=read_error(folder) if state == "failed" else None,
+        error=read_error(folder, warn) if state == "failed" else None,
     )

@@ -13,12 +13,13 @@ import pickle
 import shutil
 import zipfile
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 
 from ffcv_convnext.errors import Failure
-from ffcv_convnext.files import replacing
+from ffcv_convnext.files import Form, replacing
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,17 @@ LAST = "checkpoint-last.pth"
 PREVIOUS = "checkpoint-previous.pth"
 BEST = "checkpoint-best.pth"
 BEST_EMA = "checkpoint-best-ema.pth"
+
+_LOSS = Form({"total": float, "num_steps": int})
+STATE = Form(  # of the newest and the previous checkpoint; `run` is the run's id
+    {
+        **dict.fromkeys(("model", "optimizer", "scaler", "best", "config"), dict),
+        **dict.fromkeys(("epoch", "step", "global_batch"), int),
+        **dict.fromkeys(("epoch_loss", "interval_loss"), _LOSS),
+        "data": str,
+    },
+    {"ema": (dict, NoneType), "run": str},
+)
 
 
 class UnreadableCheckpoint(ValueError):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from ffcv_convnext.errors import Failure
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,21 @@ class Processes:
     def barrier(self) -> None:
         """Wait for all processes."""
         self.any(False)
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """Do some work on rank 0 alone; return its result, or raise its error, on every process."""
+        if self.world == 1:
+            return work()
+        outcome: list[Any] = [None, None]  # result, error
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except (ValueError, OSError, Failure) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]  # type: ignore[no-any-return]
 
     def average_buffers(self, network: nn.Module) -> None:
         """Replace every process's running statistics by their mean over all processes.

@@ -102,6 +102,7 @@ class Run:
             "global_batch": self.sampler.global_batch,
             "data": self.train_loader.manifest.sha256,
             "config": learner.config.flat(),
+            "run": self.log.run_id,
         }
 
     def restore(self, content: dict[str, Any]) -> None:

@@ -20,11 +20,11 @@ from torch import nn
 
 from ffcv_convnext.augment import Normalisation, TrainAugment
 from ffcv_convnext.config import IMAGENET_MEAN, IMAGENET_STD, Config, differences, format_value, timm_images
-from ffcv_convnext.files import remove_leftovers
+from ffcv_convnext.files import complaint, remove_leftovers
 from ffcv_convnext.models import build_model, load_pretrained, read_weights_file, use_triton
 from ffcv_convnext.rng import Stream, step_seed
-from ffcv_convnext.run_folder import FolderLock, check_same_config, read_scores
-from ffcv_convnext.training.checkpoint import Checkpoints, read_checkpoint
+from ffcv_convnext.run_folder import FolderLock, check_same_config, read_facts, read_scores
+from ffcv_convnext.training.checkpoint import STATE, Checkpoints, read_checkpoint
 from ffcv_convnext.training.distributed import Processes, data_parallel
 from ffcv_convnext.training.engine import Learner, Run, State, evaluate_network, fit, input_dtype, memory_format
 from ffcv_convnext.training.losses import build_criterion
@@ -265,32 +265,86 @@ def _announce_timm_images(config: Config) -> None:
 
 def _resume(run: Run) -> None:
     """Continue from the newest checkpoint of the run folder, else from --resume, else start from the beginning."""
-    learner = run.learner
-    config, device = learner.config.run, learner.processes.device
-    found = run.checkpoints.newest(map_location=device) if config.auto_resume else None
-    if found is None and config.resume is not None:
-        found = config.resume, read_checkpoint(config.resume, map_location=device)
-        if "optimizer" not in found[1]:
-            raise ValueError(
-                f"resume = {config.resume} has weights only, not a run's state; start from them with --finetune, "
-                "or evaluate them with --eval true"
-            )
-        _check_resumable(*found, learner.config)
-    if found is not None:
-        path, content = found
+    learner, folder = run.learner, run.checkpoints.folder
+    config, processes = learner.config.run, learner.processes
+    found: tuple[Path, dict[str, Any]] | None = None
+
+    def choose() -> Path | None:
+        nonlocal found
+        found = _checkpoint_to_continue(run)
+        return None if found is None else found[0]
+
+    path = processes.from_main(choose)  # rank 0 alone compares files, so that all processes agree
+    content: dict[str, Any] = {}
+    if path is not None:
+        content = found[1] if found is not None else read_checkpoint(path, map_location=processes.device)
         _check_same_normalisation(path, content, learner.config)
         run.restore(content)
-        if path.parent.resolve() != run.checkpoints.folder.resolve():
-            learner.state.best.clear()  # this folder has no best checkpoint yet
         log.info("continuing from %s: epoch %d, optimiser step %d", path, learner.state.epoch, learner.state.step)
-        _announce_world(run, content["config"]["update_freq"])
+        _announce_world(run, Config.from_flat(content["config"]).data.update_freq)
     elif config.finetune is not None:
         load_pretrained(learner.network, config.finetune, model_key=config.model_key, model_prefix=config.model_prefix)
         if learner.ema is not None:
             learner.ema.module.load_state_dict(learner.network.state_dict())
     if not config.auto_resume and learner.processes.is_main:
         run.checkpoints.clear()  # a kill before the first save must not bring the old run back
-    run.log.resume_at(learner.state.step, learner.state.epoch)
+    own = config.auto_resume and path is not None and path.parent.resolve() == folder.resolve()
+    if not own:
+        learner.state.best.clear()  # this folder has no best checkpoint yet
+    run.log.resume_at(
+        learner.state.step,
+        learner.state.epoch,
+        run_id=content.get("run") if own else None,
+        continued=own,
+        interval=learner.tracker.interval.num_steps,
+    )
+
+
+def _checkpoint_to_continue(run: Run) -> tuple[Path, dict[str, Any]] | None:
+    """Return the checkpoint from which the run continues, and its content; None if it starts from the beginning.
+
+    Raises ValueError if it is not a run's state, or that of another run which `resume` does not name.
+    """
+    config, device = run.learner.config.run, run.learner.processes.device
+    found = run.checkpoints.newest(map_location=device) if config.auto_resume else None
+    named = config.resume is not None and (found is None or found[0].resolve() == config.resume.resolve())
+    if found is None and config.resume is not None:
+        found = config.resume, read_checkpoint(config.resume, map_location=device)
+    if found is None:
+        return None
+    path, content = found
+    if "model" in content and "optimizer" not in content:
+        raise ValueError(
+            f"{path} has weights only, not a run's state; start from them with --finetune, or evaluate them with "
+            "--eval true"
+        )
+    if problem := complaint(content, STATE):
+        raise ValueError(f"{path} is not the state of a run: {problem}; remove it, or continue from another one")
+    if named:
+        _check_resumable(path, content, run.learner.config)
+    else:
+        _check_own(path, content, run)
+    return found
+
+
+def _check_own(path: Path, content: dict[str, Any], run: Run) -> None:
+    """Raise ValueError if the folder's checkpoint belongs to another run: other settings, or another run id.
+
+    Without an id on one side (an older version's file, a lost run.json) the settings alone decide.
+    """
+    foreign = differences(run.learner.config, Config.from_flat(content["config"]))
+    theirs, ours = content.get("run"), read_facts(run.checkpoints.folder).get("run_id")
+    if theirs is None:
+        log.info("%s has no run id, because an older version wrote it; its settings are this run's", path)
+    elif ours is None:
+        log.warning("run.json does not name its run: the id %s is taken from %s; the settings agree", theirs, path)
+    elif theirs != ours and not foreign:
+        foreign.append(f"run id: {ours} != {theirs}")
+    if foreign:
+        raise ValueError(
+            f"{path} belongs to another run ({'; '.join(foreign[:5])}); to continue from it on purpose, add --resume "
+            f"{path}; else remove it, or choose another output_dir"
+        )
 
 
 def _announce_world(run: Run, update_freq: int) -> None:

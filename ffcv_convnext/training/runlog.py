@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import platform
+import secrets
 import socket
 import sys
 import time
@@ -20,9 +20,22 @@ from tqdm import tqdm
 
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import Failure, Interrupted, LostRank
-from ffcv_convnext.files import read_lines, write_atomically
+from ffcv_convnext.files import append_lines, damaged_copy, keep_lines, write_object
 from ffcv_convnext.host import processor_name
-from ffcv_convnext.run_folder import CONFIG, DONE, EPOCHS, FACTS, LOG_FORMAT, STEPS, log_of_rank, read_facts, try_lock
+from ffcv_convnext.run_folder import (
+    DONE,
+    EPOCH,
+    EPOCHS,
+    FACTS,
+    LOG_FORMAT,
+    STEP,
+    STEPS,
+    log_of_rank,
+    missing_epochs,
+    read_facts,
+    try_lock,
+    write_config,
+)
 from ffcv_convnext.snapshot import source_commit
 from ffcv_convnext.training.distributed import Processes
 
@@ -113,7 +126,7 @@ def describe_machine(processes: Processes) -> dict[str, Any]:
 
 
 class RunLog:
-    """Logs of a run folder, written from `resume_at` on. Only the main process writes."""
+    """Logs of a run folder, written from `resume_at` on. Only the main process reads and writes."""
 
     def __init__(self, folder: Path, config: Config, processes: Processes, facts: dict[str, Any]) -> None:
         self.folder = folder
@@ -123,27 +136,57 @@ class RunLog:
         self.bar: tqdm[Any] | None = None
         self.tensorboard: SummaryWriter | None = None
         self.wandb: Any = None
+        self.run_id = ""  # each checkpoint holds it; from `resume_at` on
         if not self.active:
             return
-        self.run = {"starts": [], **read_facts(folder), **facts}
+        before = read_facts(folder)
+        self.damaged = not before and (folder / FACTS).exists()
+        self.run = {"starts": [], **before, **facts}
         self.run["starts"].append(describe_machine(processes))
 
     def _write_run(self) -> None:
-        write_atomically(self.folder / FACTS, (json.dumps(self.run, indent=2) + "\n").encode())
+        write_object(self.folder / FACTS, self.run, indent=2)
 
-    def resume_at(self, step: int, epoch: int) -> None:
-        """Write settings and facts, remove log lines after the state the run continues from, open the trackers."""
+    def resume_at(
+        self, step: int, epoch: int, *, run_id: str | None = None, continued: bool = False, interval: int = 0
+    ) -> None:
+        """Write settings and facts, remove log lines after the state the run starts from, open the trackers.
+
+        continued: from a checkpoint of this folder, so its logs go on.   run_id: the checkpoint's; None: run.json's.
+        interval: steps since the last log point.
+        """
         if not self.active:
             return
-        write_atomically(self.folder / CONFIG, self.config.to_yaml().encode())
+        self.run_id = run_id or (continued and self.run.get("run_id")) or secrets.token_hex(8)
+        if self.damaged:
+            (self.folder / FACTS).replace(damaged_copy(self.folder / FACTS))
+        write_config(self.folder, self.config)
         (self.folder / DONE).unlink(missing_ok=True)  # left from a run that is repeated (auto_resume false)
-        _keep_lines(self.folder / EPOCHS, lambda entry: entry["epoch"] < epoch)
-        _keep_lines(self.folder / STEPS, lambda entry: entry["step"] <= step)
+        self.run["run_id"] = self.run_id
+        if not continued:
+            self.run["first_step"] = step
         self.run["starts"][-1]["from_step"] = step
         self._write_run()
+        self._trim_logs(step, epoch, continued=continued, logged=step - interval)
         self.tensorboard = SummaryWriter(str(self.folder), purge_step=step + 1)
         if self.config.run.log_wandb:
             self._start_wandb()
+
+    def _trim_logs(self, step: int, epoch: int, *, continued: bool, logged: int) -> None:
+        """Keep the lines up to the checkpoint; warn if some are damaged or missing.   logged: its last log point."""
+        found: list[str] = []
+        epochs = keep_lines(
+            self.folder / EPOCHS, EPOCH, lambda entry: continued and entry["epoch"] < epoch, found.append
+        )
+        if continued and not found:
+            found = missing_epochs(self.folder, epochs, completed=epoch)
+        damaged: list[str] = []
+        steps = keep_lines(self.folder / STEPS, STEP, lambda entry: continued and entry["step"] <= step, damaged.append)
+        last = steps[-1]["step"] if steps else 0
+        if continued and not damaged and last < logged and logged > self.run.get("first_step", 0):
+            damaged = [f"{self.folder / STEPS} ends at step {last} instead of {logged}: lines were lost"]
+        for message in found + damaged:
+            log.warning(message)
 
     def _start_wandb(self) -> None:
         try:
@@ -176,7 +219,7 @@ class RunLog:
         """Log one point within an epoch. entry: step, epoch, loss, lr, weight_decay, images_per_s (may be None)."""
         if not self.active:
             return
-        self._append(STEPS, entry)
+        append_lines(self.folder / STEPS, [entry])
         self._track(entry, "train", entry["step"])
         rate = f"{entry['images_per_s']:.0f} images/s" if entry["images_per_s"] else "first interval, not timed"
         if self.bar is not None:
@@ -198,7 +241,7 @@ class RunLog:
         self.end_bar()
         if not self.active:
             return
-        self._append(EPOCHS, entry)
+        append_lines(self.folder / EPOCHS, [entry])
         self._track(entry, "epoch", entry["step"])
         averaged = f", averaged weights {entry['test_acc1_ema']:.2f} %" if "test_acc1_ema" in entry else ""
         log.info(
@@ -214,7 +257,7 @@ class RunLog:
     def done(self, scores: dict[str, Any]) -> None:
         """Write the final scores, which mark the run as finished."""
         if self.active:
-            write_atomically(self.folder / DONE, (json.dumps(scores) + "\n").encode())
+            write_object(self.folder / DONE, scores)
 
     def flush(self) -> None:
         """Write buffered events to disk, so that they survive if this process is killed."""
@@ -235,10 +278,6 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.finish()
 
-    def _append(self, name: str, entry: dict[str, Any]) -> None:
-        with open(self.folder / name, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-
     def _track(self, entry: dict[str, Any], group: str, step: int) -> None:
         numbers = {
             f"{group}/{key}": value
@@ -250,9 +289,3 @@ class RunLog:
             self.tensorboard.add_scalar(key, value, step)
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
-
-
-def _keep_lines(path: Path, wanted: Any) -> None:
-    if path.exists():
-        kept = [entry for entry in read_lines(path) if wanted(entry)]
-        write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())

@@ -89,6 +89,38 @@ def test_an_unknown_key_in_a_profile_is_an_error(tmp_path: Path) -> None:
         read_profile(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no settings"),
+        (b"{}", "holds no settings"),
+        (b"\xff\xfe", "not readable YAML"),
+        (b"nodes: 2\nnodes: 3\n", "'nodes' occurs twice"),
+        (b"- gpu\n", "expected lines of the form 'name: value'"),
+        (b"[" * 5000, "not readable YAML"),
+        (b"nodes: many\n", "nodes = many: expected a whole number"),
+        (b"nodes: .nan\n", "nodes = nan: expected a whole number"),
+        (b"account: {a: b}\n", "account = .*: expected one value"),
+        (b"slurm_nice: [1, 2]\n", "slurm_nice = .*: expected one value"),
+    ],
+)
+def test_a_damaged_profile_is_one_error_that_names_it(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path}.*{message}"):
+        read_profile(path)
+
+
+@pytest.mark.parametrize("line", ["timeout: 1e308", "mem_gb: 1e308", "nodes: 0"])
+def test_a_number_out_of_range_in_a_profile_is_an_error(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "profile.yaml").write_text(f"{line}\n")
+    flags = ["--job_dir", str(tmp_path / "job"), "--cluster", str(tmp_path / "profile.yaml"), "--dry_run"]
+    assert run_command("train", flags) == 2
+    assert f"error: {line.partition(':')[0]} = " in capsys.readouterr().err
+
+
 def test_other_options_of_sbatch_are_taken_out_of_a_command_line() -> None:
     argv = ["--lr", "1", "--slurm_mail_type", "END", "--slurm_reservation=a=b", "--epochs", "2"]
     assert split_slurm_options(argv) == (["--lr", "1", "--epochs", "2"], {"mail_type": "END", "reservation": "a=b"})
@@ -100,8 +132,8 @@ def test_other_options_of_sbatch_are_taken_out_of_a_command_line() -> None:
     ("values", "message"),
     [
         ({"nodes": 0}, "nodes = 0: expected a whole number >= 1"),
-        ({"timeout": -1.0}, "timeout = -1.0: expected a number > 0"),
-        ({"mem_gb": 0.0}, "mem_gb = 0.0: expected a number > 0"),
+        ({"timeout": -1.0}, "timeout = -1.0: expected a number in \\(0, 100000\\]"),
+        ({"mem_gb": 0.0}, "mem_gb = 0.0: expected a number in \\(0, 1000000\\]"),
         ({"executor": "local", "nodes": 2}, "nodes = 2: executor local uses only this machine"),
         ({"job_dir": Path("x/%j")}, "job_dir = x/%j: expected a path without %"),
     ],
@@ -207,6 +239,26 @@ def test_a_snapshot_holds_its_commit(checkout: Path, tmp_path: Path, monkeypatch
     for copy, expected in ((clean, first), (edited, f"{first}+changes")):
         monkeypatch.setattr(snapshot, "PACKAGE", copy / "ffcv_convnext")
         assert snapshot.source_commit() == expected
+
+
+@pytest.mark.usefixtures("checkout")
+def test_a_damaged_snapshot_is_repaired_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = snapshot.take_snapshot(tmp_path / "code")
+    whole = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    (copy / "ffcv_convnext" / "core.py").write_bytes(b"x = 3\n")
+    (copy / "rn_configs" / "00.yaml").unlink()
+    with monkeypatch.context() as patch:  # a job that runs the damaged copy
+        patch.setattr(snapshot, "PACKAGE", copy / "ffcv_convnext")
+        assert snapshot.source_commit().endswith("+changes")
+    assert snapshot.take_snapshot(tmp_path / "code") == copy
+    assert "ffcv_convnext/core.py, rn_configs/00.yaml did not match the source" in caplog.text
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == whole
+    (copy / "COMMIT").write_bytes(b"\xff")
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "PACKAGE", copy / "ffcv_convnext")
+        assert snapshot.source_commit().endswith("+changes")
 
 
 # --- before submission ------------------------------------------------------------------------------------
@@ -392,7 +444,7 @@ def test_submitits_local_executor_runs_the_callable(
     job.wait()
     (start,) = json.loads((run / "run.json").read_text())["starts"]
     assert (start["processes"], start["command"]) == (2, ["train.py", "--job_dir", "x"])
-    assert start["git"] == (code / "COMMIT").read_text().strip()
+    assert start["git"] == (code / "COMMIT").read_text().splitlines()[0]
     assert read_checkpoint(run / LAST)["step"] == 10
     assert (run / "done").exists()
 

@@ -104,7 +104,7 @@ def test_a_ladder_is_one_array_and_is_not_submitted_twice(
 
     answer(commands, "squeue", "20_0 RUNNING\n20_1 PENDING\n20_2 PENDING\n20_3 CANCELLED")
     (job_dir / "00_start" / "seed0").mkdir(parents=True)
-    (job_dir / "00_start" / "seed0" / "done").write_text("{}")
+    (job_dir / "00_start" / "seed0" / "done").write_text('{"epochs": 2}')
     answer(commands, "sbatch", "Submitted batch job 21")
     assert run_command("ladder", argv) == 0
     out = capsys.readouterr().out
@@ -153,7 +153,9 @@ def test_a_budget_is_given_measured_or_unknown(small_settings: dict[str, Any], m
         run = tmp_path / "L" / name / "seed0"
         run.mkdir(parents=True)
         (run / "run.json").write_text(json.dumps({"starts": [{"processes": 4}]}))
-        (run / "log.jsonl").write_text(json.dumps({"images_per_s": rate}) + '\n{"images_per_s": null}\n')
+        (run / "log.jsonl").write_text(
+            f'{{"epoch": 0, "images_per_s": {rate}}}\n{{"epoch": 1, "images_per_s": null}}\n'
+        )
     # half as many processes: 5 and 20 images/s, 4 and 1 h
     assert "at 5 to 20 images/s per run (measured here): 10.0 h one after" in budget(tasks, 2, None)
 
@@ -186,16 +188,30 @@ def run_folder(tmp_path: Path) -> Callable[..., Path]:
         if starts:
             (folder / "run.json").write_text(json.dumps({"starts": [{"processes": 2}] * starts}))
         if failed is not None:
-            (folder / "attempts.jsonl").write_text(json.dumps({"job": job, "status": failed}) + "\n")
+            (folder / "attempts.jsonl").write_text(json.dumps({"time": "", "job": job, "status": failed}) + "\n")
         return folder
 
     return make
 
 
+def test_a_damaged_submission_is_left_out_and_named(
+    run_folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("00_start", "01_stem", "02_gelu"):
+        run_folder(name, "1_0")
+    path = tmp_path / "L" / "submissions.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1].replace(b"01_stem", b"01_stun") + lines[2][:-30])
+    assert [submission.name for submission in read_submissions(tmp_path / "L")] == ["00_start"]
+    assert f"{path}: lines 2, 3 cannot be read (its checksum does not match); left out" in caplog.text
+    run_folder("03_last", "1_0")
+    assert [submission.name for submission in read_submissions(tmp_path / "L")] == ["00_start", "03_last"]
+
+
 def test_the_status_shows_the_state_of_every_run(
     run_folder: Callable[..., Path], commands: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (run_folder("00_done", "1_0", epochs=10, starts=1) / "done").write_text("{}")
+    (run_folder("00_done", "1_0", epochs=10, starts=1) / "done").write_text('{"epochs": 10}')
     run_folder("01_running", "1_1", epochs=4, starts=3)
     run_folder("02_pending", "1_2")
     run_folder("03_requeued", "1_3", epochs=1, starts=1)

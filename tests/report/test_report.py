@@ -98,7 +98,7 @@ def make_run(folder: Path, *epochs: dict[str, Any], num_epochs: int = 2, done: b
         (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in epochs))
         os.utime(folder / "log.jsonl", (0, 0))
     if done:
-        (folder / "done").write_text("{}")
+        (folder / "done").write_text(json.dumps({"epochs": num_epochs}))
     return folder
 
 
@@ -368,9 +368,9 @@ def test_a_folder_without_settings_and_one_that_cannot_be_read_do_not_stop_the_r
     early = write_run(tmp_path / "early", KERNEL7, epochs=0, error="data_path = /x does not exist")
     (early / "run.json").unlink()
     report = report_on(tmp_path)
-    assert [run.name for run in report.runs] == ["good"]
+    assert sorted(run.name for run in report.runs) == ["broken", "good"]
     assert [note.split(": ")[0] for note in report.notes] == [
-        "broken cannot be read",
+        f"{tmp_path}/broken/run.json cannot be read",
         "early has no settings yet",
         "foreign cannot be read",
     ]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from ffcv_convnext.config import Config
 from ffcv_convnext.files import read_lines
+from ffcv_convnext.training import engine
 from ffcv_convnext.training.checkpoint import read_checkpoint
 from ffcv_convnext.training.run import train
 
@@ -32,6 +36,18 @@ def train_here(settings: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
         return train(Config.from_flat({**settings, **changes}))
     finally:
         torch.set_num_threads(threads)
+
+
+def send_at_step(patch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
+    """This process sends itself a signal while it takes the given optimiser step."""
+
+    def train_step(run: engine.Learner, micro_batches: Any) -> None:
+        original(run, micro_batches)
+        if run.state.step + 1 == step:
+            os.kill(os.getpid(), number)
+
+    original = engine.train_step
+    patch.setattr(engine, "train_step", train_step)
 
 
 def log_without_timings(folder: Path, name: str = "log.jsonl") -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support import REPOSITORY
 from support.nursery import Nursery
-from support.runs import assert_equal, assert_same_run, log_without_timings, train_here
+from support.runs import assert_equal, assert_same_run, log_without_timings, send_at_step, train_here
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
@@ -49,18 +49,6 @@ def stopped(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
         with pytest.raises(Interrupted, match="stopped by SIGTERM after optimiser step 25, state saved"):
             train_here(settings, output_dir=folder)
     return folder
-
-
-def send_at_step(patch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
-    """This process sends itself a signal while it takes the given optimiser step."""
-
-    def train_step(run: engine.Learner, micro_batches: Any) -> None:
-        original(run, micro_batches)
-        if run.state.step + 1 == step:
-            os.kill(os.getpid(), number)
-
-    original = engine.train_step
-    patch.setattr(engine, "train_step", train_step)
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def epoch_entry(epoch: int, **scores: float) -> dict[str, Any]:
 def open_log(tmp_path: Path) -> Callable[..., RunLog]:
     def opened(*, step: int = 0, epoch: int = 0, processes: Processes = ALONE, **settings: Any) -> RunLog:
         log = RunLog(tmp_path, config(**settings), processes, {"global_batch": 8})
-        log.resume_at(step, epoch)
+        log.resume_at(step, epoch, continued=step > 0)
         return log
 
     return opened
@@ -140,9 +140,9 @@ def test_tensorboard_shows_each_step_once_after_a_resume(
 def test_done_holds_the_scores(open_log: Callable[..., RunLog], tmp_path: Path) -> None:
     log = open_log()
     assert read_scores(tmp_path) is None
-    log.done({"test_acc1": 50.0})
+    log.done({"epochs": 2, "test_acc1": 50.0})
     log.close()
-    assert read_scores(tmp_path) == {"test_acc1": 50.0}
+    assert read_scores(tmp_path) == {"epochs": 2, "test_acc1": 50.0}
     open_log().close()
     assert read_scores(tmp_path) is None, "a repeated run is not finished"
 
