@@ -27,7 +27,7 @@ from pathlib import Path
 from types import NoneType
 from typing import IO, Any, Literal
 
-from ffcv_convnext.config import Config, differences, load_config, read_mapping
+from ffcv_convnext.config import Config, differences, read_mapping, read_yaml
 from ffcv_convnext.errors import EXIT_INTERRUPTED
 from ffcv_convnext.files import (
     Damaged,
@@ -179,7 +179,7 @@ def write_config(folder: Path, config: Config) -> None:
 def read_config(folder: Path) -> Config:
     """Return the settings of a run folder. Raises FileNotFoundError, or ValueError if they cannot be used."""
     path = folder / CONFIG
-    config = load_config(path)
+    config = Config.recorded(read_yaml(path))
     if not read_mapping(path):
         raise ValueError(f"{path} holds no settings")
     first, _, rest = path.read_bytes().partition(b"\n")

@@ -34,7 +34,10 @@ class Submission:
 
 
 _TEXTS = ("time", "job", "name", "folder", "code", "commit")
-SUBMISSION = Form({**dict.fromkeys(_TEXTS, str), **dict.fromkeys(("seed", "world", "epochs"), int), "command": [str]})
+SUBMISSION = Form(
+    {**dict.fromkeys(_TEXTS, str), **dict.fromkeys(("seed", "world", "epochs"), int), "command": [str]},
+    {"job_name": str},
+)
 
 
 def write_submissions(job_dir: Path, submissions: list[Submission]) -> None:
@@ -48,5 +51,6 @@ def write_submissions(job_dir: Path, submissions: list[Submission]) -> None:
 
 def read_submissions(job_dir: Path) -> list[Submission]:
     """Return a job_dir's submissions in their order; [] if there are none. A line that cannot be used is a warning."""
+    known = (*SUBMISSION.required, *SUBMISSION.optional)
     entries = read_lines(job_dir / SUBMISSIONS, SUBMISSION)
-    return [Submission(**{name: entry[name] for name in SUBMISSION.required}) for entry in entries]
+    return [Submission(**{name: entry[name] for name in known if name in entry}) for entry in entries]

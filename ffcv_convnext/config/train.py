@@ -400,6 +400,19 @@ class Config:
             groups["data"] |= {name: own[name] for name in missing if name in own}
         return cls(**{name: GROUPS[name](**group) for name, group in groups.items()})
 
+    @classmethod
+    def recorded(cls, values: Mapping[str, Any]) -> Config:
+        """Build the config of a run from the settings in its folder or checkpoint, also of an older version.
+
+        Before 0.3.0 all models had ImageNet's mean and std and bicubic central crops, without settings for them.
+        """
+        before: dict[str, Any] = {}
+        if "mean" not in values:
+            before = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "eval_interpolation": "bicubic"}
+            if int(values.get("input_size", 0)) >= WARPED_FROM:
+                before["eval_resize"] = "crop"
+        return cls.from_flat({**before, **values})
+
     def flat(self) -> dict[str, Any]:
         """Return every setting by its flat name, as plain YAML values (paths and number lists as strings)."""
         return {

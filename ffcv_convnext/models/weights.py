@@ -285,7 +285,7 @@ def export_weights(checkpoint: Path, out: Path, layout: ExportLayout, *, ema: bo
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"folder {out.absolute().parent} does not exist")
     try:
-        config = Config.from_flat(content["config"])
+        config = Config.recorded(content["config"])
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
     state = _state_in({"model": content["ema"]} if ema else content, checkpoint)

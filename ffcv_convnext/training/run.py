@@ -278,10 +278,9 @@ def _resume(run: Run) -> None:
     content: dict[str, Any] = {}
     if path is not None:
         content = found[1] if found is not None else read_checkpoint(path, map_location=processes.device)
-        _check_same_normalisation(path, content, learner.config)
         run.restore(content)
         log.info("continuing from %s: epoch %d, optimiser step %d", path, learner.state.epoch, learner.state.step)
-        _announce_world(run, Config.from_flat(content["config"]).data.update_freq)
+        _announce_world(run, Config.recorded(content["config"]).data.update_freq)
     elif config.finetune is not None:
         load_pretrained(learner.network, config.finetune, model_key=config.model_key, model_prefix=config.model_prefix)
         if learner.ema is not None:
@@ -332,7 +331,7 @@ def _check_own(path: Path, content: dict[str, Any], run: Run) -> None:
 
     Without an id on one side (an older version's file, a lost run.json) the settings alone decide.
     """
-    foreign = differences(run.learner.config, Config.from_flat(content["config"]))
+    foreign = differences(run.learner.config, Config.recorded(content["config"]))
     theirs, ours = content.get("run"), read_facts(run.checkpoints.folder).get("run_id")
     if theirs is None:
         log.info("%s has no run id, because an older version wrote it; its settings are this run's", path)
@@ -362,7 +361,7 @@ def _announce_world(run: Run, update_freq: int) -> None:
 def _check_resumable(path: Path, content: dict[str, Any], config: Config) -> None:
     """Raise ValueError if the state of another run cannot be used, and warn about other differences."""
     _check_same_network(path, content, config)
-    theirs = Config.from_flat(content["config"])
+    theirs = Config.recorded(content["config"])
     for name, ours, other in (
         ("opt", config.optim.opt, theirs.optim.opt),
         ("model_ema", config.run.model_ema, theirs.run.model_ema),
@@ -430,25 +429,20 @@ def _weights_to_evaluate(config: Config) -> tuple[Path, dict[str, Any] | None]:
     return found
 
 
-def _check_same_normalisation(path: Path, content: dict[str, Any], config: Config) -> None:
-    """Raise ValueError if a checkpoint of version 0.2 or older gets other inputs: all had ImageNet's mean and std."""
-    data = config.data
-    if "mean" not in content["config"] and (data.mean, data.std) != (IMAGENET_MEAN, IMAGENET_STD):
-        raise ValueError(
-            f"{path} was made with ImageNet's mean and std; continue with --mean {format_value(IMAGENET_MEAN)} "
-            f"--std {format_value(IMAGENET_STD)}"
-        )
-
-
 def _check_same_network(path: Path, content: dict[str, Any], config: Config) -> None:
     if "config" not in content or ("model" not in content and "ema" not in content):
         raise ValueError(
             f"{path} is not a checkpoint of ffcv-convnext: expected 'config' and 'model' or 'ema', found "
             f"{', '.join(map(str, content))[:200]}"
         )
-    theirs = Config.from_flat(content["config"]).model
+    theirs = Config.recorded(content["config"]).model
     if replace(theirs, nb_classes=None, drop_path=0.0) != replace(config.model, nb_classes=None, drop_path=0.0):
         raise ValueError(
             f"{path} has another network than these settings; use its own: --config {path.parent / 'config.yaml'}"
         )
-    _check_same_normalisation(path, content, config)
+    data = config.data
+    if "mean" not in content["config"] and (data.mean, data.std) != (IMAGENET_MEAN, IMAGENET_STD):
+        raise ValueError(
+            f"{path} was made by an older version with ImageNet's mean and std; evaluate it with "
+            f"--mean {format_value(IMAGENET_MEAN)} --std {format_value(IMAGENET_STD)}"
+        )
