@@ -1,6 +1,7 @@
-"""Decode batches of a .beton in threads: reader, source of bytes, crop kernel, scratch memory.
+"""Decode batches of a .beton in threads: tables, source of bytes, crop kernel, scratch memory.
 
-FFCV supplies the file format and its Reader. Its own Loader is not used, because it hangs if an operation raises, hands
+FFCV supplies the file format. Its Reader is not used, because it trusts the header, and its Loader is not, because it
+hangs if an operation raises, hands
 out views into a ring of buffers that it overwrites later, leaks a thread if an epoch is left early, and sets PyTorch's
 thread count. Here a batch is cut into small chunks for a thread pool (compiled code releases the GIL), and batches do
 not share memory.
@@ -23,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ffcv_convnext.data.beton import CONVERT_AGAIN, Manifest, check_header, read_header
-from ffcv_convnext.data.beton.ffcv_import import importing_ffcv
+from ffcv_convnext.data.beton import CONVERT_AGAIN, Manifest, check_header
+from ffcv_convnext.data.beton.tables import read_raw_tables
 from ffcv_convnext.data.codec.decode import DAMAGED_PAGE, OK, REASONS, addresses
 from ffcv_convnext.data.codec.jit import announced_compilation
 from ffcv_convnext.data.load.crops import Chunk, CropKernel, Key, Scratch
@@ -33,9 +34,8 @@ from ffcv_convnext.data.load.pages import PageCheck
 from ffcv_convnext.data.load.sampler import Samples
 from ffcv_convnext.data.load.sources import Buffered, Fetch, Mmap, Preloaded, ReadError
 from ffcv_convnext.errors import Failure
-
-with importing_ffcv():
-    from ffcv.reader import Reader
+from ffcv_convnext.formatting import format_bytes
+from ffcv_convnext.host import available_memory
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +79,10 @@ class BatchDecoder:
         num_local: int = 1,
     ) -> None:
         check_header(beton)
-        reader = Reader(str(beton))
-        if list(reader.handlers) != ["image", "label"]:
+        tables = read_raw_tables(beton)
+        if tables.fields != ("image", "label") or (tables.image, tables.label) != ("f0", "f1"):
             raise ValueError(
-                f"{beton} has the fields {', '.join(reader.handlers)}: expected image, label; {CONVERT_AGAIN}"
+                f"{beton} has the fields {', '.join(tables.fields)}: expected image, label; {CONVERT_AGAIN}"
             )
         self.beton = beton
         self.kernel = kernel
@@ -91,25 +91,39 @@ class BatchDecoder:
         self.is_stuck = False  # a thread waits for a disk that does not answer
         self.num_replaced = 0  # bad samples replaced by another one so far
         self.wait_s = 0.0  # time that the consumer has waited for batches, in total
-        self.page_size = int(reader.page_size)
-        self.rows = reader.metadata["f0"]  # (n,) mode, width, height and data_ptr of each image
-        self.labels: NDArray[np.int64] = np.ascontiguousarray(reader.metadata["f1"], np.int64)  # (n,)
-        tables = beton, self.rows["data_ptr"], reader.alloc_table
+        self.page_size = tables.page_size
+        self.pages_end = tables.pages_end
+        self.rows = tables.rows["f0"]  # (n,) mode, width, height and data_ptr of each image
+        self.labels: NDArray[np.int64] = np.ascontiguousarray(tables.rows["f1"], np.int64)  # (n,)
+        opened = beton, self.rows["data_ptr"], tables.allocations
         self.source: Mmap | Buffered
         if data_cache == "ram":
-            self.source = Preloaded(*tables, local_rank, num_local)
+            self.source = Preloaded(*opened, local_rank, num_local)
         else:
-            self.source = (Mmap if data_cache == "os" else Buffered)(*tables)
+            self.source = (Mmap if data_cache == "os" else Buffered)(*opened)
         self.page_check: PageCheck | None = None
         self.transfer = DeviceTransfer(device)
         self._functions = addresses()
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
         self._scratch_sizes = kernel.scratch_sizes(self.rows, self.source.max_bytes)
+        self._check_memory(num_workers)
         self._own = threading.local()  # a thread's scratch
         self._compile()
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def _check_memory(self, num_workers: int) -> None:
+        """Raise ValueError if the largest image of the table needs more memory than there is."""
+        need = num_workers * sum(length * np.dtype(dtype).itemsize for length, dtype in self._scratch_sizes.values())
+        if need > (free := available_memory().num_bytes):
+            width, height = int(self.rows["width"].max()), int(self.rows["height"].max())
+            self.close()
+            raise ValueError(
+                f"{self.beton}: the sample table states images of up to {width} x {height} pixels, for which "
+                f"{num_workers} threads need {format_bytes(need)}, but {format_bytes(free)} are available; lower "
+                f"--num_workers, or check the file with: ffcv-convnext verify {self.beton}"
+            )
 
     def _compile(self) -> None:
         """Compile the kernel, or load it from the cache, by decoding an empty batch."""
@@ -120,7 +134,7 @@ class BatchDecoder:
 
     def check_pages(self, page_crc32: Sequence[int]) -> None:
         """From now on compare each page with its checksum when one of its samples is first used; none: stop to."""
-        start = int(read_header(self.beton)["alloc_table_ptr"]) - len(page_crc32) * self.page_size
+        start = self.pages_end - len(page_crc32) * self.page_size
         check = PageCheck(page_crc32, start, self.page_size, self.rows["data_ptr"], self.source.crc32)
         self.page_check = check if page_crc32 else None
 

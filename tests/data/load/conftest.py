@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,28 +10,11 @@ from PIL import Image
 
 pytest.importorskip("ffcv.reader")
 
-from ffcv_convnext.data.beton import EncodedImage, Manifest, tables_digest
-from ffcv_convnext.data.beton.writer import BetonWriter
-from ffcv_convnext.data.convert.encode import Encoding
+from support.samples import write_again
+
+from ffcv_convnext.data.beton import EncodedImage, Manifest
 
 MB = 1 << 20
-
-
-def write_again(beton: Path, manifest: Manifest, samples: list[tuple[EncodedImage, int]], page_size: int) -> None:
-    """A .beton of given samples, with a manifest for it."""
-    beton.parent.mkdir(parents=True, exist_ok=True)
-    encoding = Encoding(max_resolution=None, jpeg_quality=90, max_bytes=page_size)
-    writer = BetonWriter(beton, encoding, capacity=len(samples))
-    writer.write(samples, on_page=lambda _page: None)
-    changed = dataclasses.replace(
-        manifest,
-        num_samples=len(samples),
-        page_bytes=page_size,
-        page_crc32=tuple(page.crc32 for page in writer.pages),
-        num_bytes=beton.stat().st_size,
-        sha256=tables_digest(beton),
-    )
-    changed.write(Manifest.path_for(beton))
 
 
 @pytest.fixture(scope="module")
