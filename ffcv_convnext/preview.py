@@ -27,7 +27,7 @@ from ffcv_convnext.formatting import format_bytes
 from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.preflight import count_classes
 
-if TYPE_CHECKING:  # needs ffcv, which is imported when a loader is built
+if TYPE_CHECKING:  # needs numba, which is imported when a loader is built
     from ffcv_convnext.data.load import TrainLoader
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}

@@ -47,7 +47,7 @@ DOORS = {
 
 # Third parties, and the only places that may import them.
 HOMES = {
-    "ffcv": ("data.beton", "data.load", "bench.stock_ffcv"),
+    "ffcv": ("data.beton", "bench.stock_ffcv"),
     "numba": ("data",),
     "cv2": ("data",),
     "submitit": ("cluster",),

@@ -98,3 +98,12 @@ def tables_digest(beton: Path) -> str:
             rest -= len(piece)
     digest.update(allocations)
     return digest.hexdigest()
+
+
+def table_sizes(beton: Path) -> tuple[int, int, int]:
+    """Return the number of samples, the size of a page and the number of pages that a file with whole tables has."""
+    header = read_header(beton)
+    end, page_size = int(header["alloc_table_ptr"]), int(header["page_size"])
+    allocations = np.fromfile(beton, ALLOCATION, int(header["num_samples"]), offset=end)
+    num_bytes = end - int(allocations["ptr"].min())  # the first page begins with the first image
+    return int(header["num_samples"]), page_size, num_bytes // max(1, page_size)

@@ -10,12 +10,14 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ffcv_convnext.data.beton.layout import CONVERT_AGAIN, check_header, tables_digest
+from ffcv_convnext.data.beton.layout import CONVERT_AGAIN, check_header, table_sizes, tables_digest
 from ffcv_convnext.data.codec.turbojpeg import Subsampling
 from ffcv_convnext.files import write_atomically
 
@@ -50,6 +52,8 @@ class Manifest:
     subset: int | None  # requested number of images; None: all
     shard: tuple[int, int] | None  # (i, n): the i-th of n parts; None: not a part
     skipped: tuple[SkippedFile, ...]
+    extensions: tuple[str, ...] = ()  # further endings of image files
+    left_out: Mapping[str, int] = field(default_factory=dict)  # files of the source that have other endings, by ending
     ffcv_version: str
     package_version: str
     identity: str  # hash of all that determines the .beton's bytes, except the content of the image files
@@ -84,7 +88,7 @@ class Manifest:
             if content.pop("format") != FORMAT:
                 raise ValueError("written by another version of this package")
             return cls._from_json(content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"manifest {path} is not usable ({' '.join(str(error).split())}); {CONVERT_AGAIN}"
             ) from None
@@ -95,10 +99,18 @@ class Manifest:
         content["classes"] = tuple(content["classes"])
         content["shard"] = tuple(content["shard"]) if content["shard"] else None
         content["page_crc32"] = tuple(content["page_crc32"])
+        content["extensions"] = tuple(content.get("extensions", ()))  # not in older manifests
         content["skipped"] = tuple(SkippedFile(**entry) for entry in content["skipped"])
         manifest = cls(**content)
-        if manifest.split not in get_args(Split):
-            raise ValueError(f"split is {manifest.split!r}")
+        for name, kind in get_type_hints(cls).items():
+            if not _is_of_type(value := getattr(manifest, name), kind):
+                raise ValueError(f"{name} is {ascii(value)[:60]}")
+        for name in ("num_samples", "page_bytes", "num_bytes"):
+            if getattr(manifest, name) <= 0:
+                raise ValueError(f"{name} is {getattr(manifest, name)}")
+        for name in ("sha256", "files_sha256"):
+            if not re.fullmatch("[0-9a-f]{64}", getattr(manifest, name)):
+                raise ValueError(f"{name} is {ascii(getattr(manifest, name))[:60]}")
         if manifest.class_to_idx != class_to_idx:
             raise ValueError("classes and class_to_idx disagree")
         return manifest
@@ -141,6 +153,13 @@ class Manifest:
                 f"{beton}: header or sample table differ from the manifest's hash: damaged or from another conversion; "
                 f"copy it again together with its manifest, or {CONVERT_AGAIN}"
             )
+        num_samples, page_bytes, num_pages = table_sizes(beton)
+        stated = manifest.num_samples, manifest.page_bytes, len(manifest.page_crc32) or num_pages
+        if stated != (num_samples, page_bytes, num_pages):
+            raise ValueError(
+                f"{beton} has {num_samples} samples in {num_pages} pages of {page_bytes} bytes, its manifest states "
+                f"{stated[0]}, {stated[2]} and {stated[1]}: damaged; copy both again, or {CONVERT_AGAIN}"
+            )
         return manifest
 
     def original_files(self, beton: Path) -> list[str] | None:
@@ -160,6 +179,25 @@ class Manifest:
         """Return the original file of a sample, or None if it is unknown. Reads the whole list."""
         files = self.original_files(beton)
         return None if files is None or not 0 <= sample < len(files) else Path(self.source) / files[sample]
+
+
+def _is_of_type(value: Any, kind: Any) -> bool:
+    """Return whether a value that was read from JSON is of a field's type."""
+    origin, kinds = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in kinds and not isinstance(value, bool)
+    if origin in (Union, UnionType):
+        return any(_is_of_type(value, each) for each in kinds)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        each = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        return len(value) == len(each) and all(map(_is_of_type, value, each))
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_is_of_type(item, kinds[1]) for item in value.values())
+    if kind is SkippedFile:
+        return isinstance(value, kind) and isinstance(value.path, str) and isinstance(value.reason, str)
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
 def encode_file_list(files: Sequence[str]) -> bytes:

@@ -81,12 +81,23 @@ class Tables:
         return inside
 
 
-def read_tables(beton: Path) -> Tables:
-    """Read the tables of a .beton.
+@dataclass(frozen=True, slots=True)
+class RawTables:
+    """A .beton's tables as they are stored; their sizes have been checked, their values have not."""
 
-    Samples that are missing in a truncated allocation table have the length UNKNOWN.   Raises UnreadableTables, a
-    ValueError of one line, if the file has no usable header or no images.
-    """
+    num_bytes: int  # of the file
+    fields: tuple[str, ...]
+    page_size: int
+    pages_start: int  # where the sample table ends
+    pages_end: int  # where the allocation table begins, if the file is long enough
+    rows: NDArray[Any]  # (n,) a row of each sample, read-only
+    image: str  # names in `rows`
+    label: str | None
+    allocations: NDArray[Any]  # (m,) ALLOCATION, whole entries
+
+
+def read_raw_tables(beton: Path) -> RawTables:
+    """Read the tables of a .beton. Raises UnreadableTables if the file has no usable header or no images."""
     num_bytes = beton.stat().st_size
     if num_bytes < HEADER.itemsize:
         raise UnreadableTables(f"{beton} has {num_bytes} bytes, less than a header: not an FFCV file; {CONVERT_AGAIN}")
@@ -99,39 +110,60 @@ def read_tables(beton: Path) -> Tables:
     names, row_type, start = _fields(beton, int(header["num_fields"]), num_bytes)
     num_samples, pages_end = int(header["num_samples"]), int(header["alloc_table_ptr"])
     pages_start = start + num_samples * row_type.itemsize
-    if not pages_start <= min(pages_end, num_bytes):
+    if not pages_start <= min(pages_end, num_bytes) or not header["page_size"]:
         raise UnreadableTables(
-            f"{beton}: a table of {num_samples} samples does not fit into the file ({num_bytes} bytes): truncated or a "
-            f"damaged header; copy it again, or {CONVERT_AGAIN}"
+            f"{beton}: a table of {num_samples} samples and pages of {header['page_size']} bytes do not fit into the "
+            f"file ({num_bytes} bytes): truncated or a damaged header; copy it again, or {CONVERT_AGAIN}"
         )
     rows = np.fromfile(beton, row_type, num_samples, offset=start)
+    rows.setflags(write=False)
     image, label = (next((f"f{i}" for i in range(len(names)) if row_type[i] == kind), None) for kind in (IMAGE, LABEL))
     if image is None:
         raise UnreadableTables(
             f"{beton} has no images, only {', '.join(names)}; write image, label with write_ffcv_dataset.py"
         )
     room = max(0, num_bytes - pages_end) // ALLOCATION.itemsize
-    table = np.fromfile(beton, ALLOCATION, room, offset=pages_end if room else 0)
-    table = table[np.argsort(table["ptr"], kind="stable")]
-    wanted = rows[image]["data_ptr"]
+    return RawTables(
+        num_bytes=num_bytes,
+        fields=names,
+        page_size=int(header["page_size"]),
+        pages_start=pages_start,
+        pages_end=pages_end,
+        rows=rows,
+        image=image,
+        label=label,
+        allocations=np.fromfile(beton, ALLOCATION, room, offset=pages_end if room else 0),
+    )
+
+
+def read_tables(beton: Path) -> Tables:
+    """Read the tables of a .beton.
+
+    Samples that are missing in a truncated allocation table have the length UNKNOWN.   Raises UnreadableTables, a
+    ValueError of one line, if the file has no usable header or no images.
+    """
+    raw = read_raw_tables(beton)
+    images = raw.rows[raw.image]
+    table = raw.allocations[np.argsort(raw.allocations["ptr"], kind="stable")]
+    wanted = images["data_ptr"]
     entries = np.searchsorted(table["ptr"], wanted)
-    lengths, owners = np.full((2, num_samples), UNKNOWN)
+    lengths, owners = np.full((2, len(images)), UNKNOWN)
     known = entries < len(table)
     known[known] = table["ptr"][entries[known]] == wanted[known]
     entries = entries[known]
     lengths[known], owners[known] = (np.minimum(table[name][entries], 1 << 62) for name in ("size", "sample_id"))
     return Tables(
         path=beton,
-        num_bytes=num_bytes,
-        fields=names,
-        page_size=int(header["page_size"]),
-        pages_start=pages_start,
-        pages_end=min(pages_end, num_bytes),
+        num_bytes=raw.num_bytes,
+        fields=raw.fields,
+        page_size=raw.page_size,
+        pages_start=raw.pages_start,
+        pages_end=min(raw.pages_end, raw.num_bytes),
         num_allocations=len(table),
-        modes=rows[image]["mode"].astype(np.int64),
-        widths=rows[image]["width"].astype(np.int64),
-        heights=rows[image]["height"].astype(np.int64),
-        labels=None if label is None else rows[label].astype(np.int64),
+        modes=images["mode"].astype(np.int64),
+        widths=images["width"].astype(np.int64),
+        heights=images["height"].astype(np.int64),
+        labels=None if raw.label is None else raw.rows[raw.label].astype(np.int64),
         addresses=wanted.astype(np.int64),  # values from 2**63 on become negative: outside the file in either case
         lengths=lengths,
         owners=owners,
@@ -146,7 +178,8 @@ def _fields(beton: Path, num_fields: int, num_bytes: int) -> tuple[tuple[str, ..
             f"{beton}: {num_fields} field descriptors do not fit into the file: damaged; {CONVERT_AGAIN}"
         )
     descriptors = np.fromfile(beton, FIELD, num_fields, offset=HEADER.itemsize)
-    names = tuple(bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace") for name in descriptors["name"])
+    words = (bytes(name).split(b"\0")[0].decode("latin-1") for name in descriptors["name"])
+    names = tuple(word.encode("unicode_escape").decode() for word in words)  # without line breaks
     try:
         row_type = _row_type(descriptors)
     except Exception as error:  # FFCV raises anything on broken or custom descriptors

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ffcv_convnext.data.beton import JPG, Manifest
+from ffcv_convnext.data.beton import CONVERT_AGAIN, JPG, Manifest
 from ffcv_convnext.data.beton.tables import Tables, damaged_pages, find_betons, read_tables
+from ffcv_convnext.data.check.manifests import read_original_files
 from ffcv_convnext.data.convert.encode import Encoding, ImageError, encode_content
 from ffcv_convnext.data.convert.source import ImageFolder, Source
 
@@ -50,8 +51,10 @@ def _repair_file(beton: Path, num_workers: int) -> list[RepairedPage]:
     if not damaged:
         return []
     num_pages = len(manifest.page_crc32)
-    files = manifest.original_files(beton)
-    originals = None if files is None else ImageFolder(Path(manifest.source), manifest.classes, files, labels=[])
+    if not tables.in_pages.all():
+        raise ValueError(f"{beton}: its tables are damaged, so its pages cannot be repaired; {CONVERT_AGAIN}")
+    files, _ = read_original_files(beton, manifest)
+    originals = None if not files else ImageFolder(Path(manifest.source), manifest.classes, files, labels=[])
     repaired = []
     with open(beton, "r+b", buffering=0) as file:
         for page in damaged:

@@ -312,5 +312,9 @@ class _Decoder:
             return f"its JPEG has {layout[WIDTH]} x {layout[HEIGHT]} pixels, the sample table states {width} x {height}"
         if data[:2].tobytes() != b"\xff\xd8":
             return REASONS[NO_JPEG]
-        status = int(decode_jpeg(data, height, width, self._buffer("pixels", height * width * 3), self.functions))
+        try:
+            pixels = self._buffer("pixels", height * width * 3)
+        except MemoryError:
+            return f"the sample table states {width} x {height} pixels, more than the memory can hold"
+        status = int(decode_jpeg(data, height, width, pixels, self.functions))
         return "" if status == OK else REASONS[status]

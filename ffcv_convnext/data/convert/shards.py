@@ -13,7 +13,7 @@ from typing import Literal
 from ffcv_convnext.data.beton import JPG, EncodedImage, Manifest, Split, encode_file_list, tables_digest
 from ffcv_convnext.data.convert.conversion import open_writer, publish, write_manifest
 from ffcv_convnext.data.convert.encode import Encoding
-from ffcv_convnext.data.convert.journal import open_journal
+from ffcv_convnext.data.convert.journal import Identity, open_journal
 from ffcv_convnext.data.convert.options import shard_stem
 from ffcv_convnext.errors import Failure
 from ffcv_convnext.formatting import format_bytes
@@ -49,7 +49,7 @@ def join_shards(out_dir: Path, split: Split, *, overwrite: bool, say: Callable[[
         max_bytes=first.page_bytes,
     )
     with open_journal(out_dir, split) as journal:
-        journal.begin(first.identity)
+        journal.begin(Identity(first.identity, settings=""))
         writer = open_writer(journal.beton, encoding, capacity=len(names) + len(skipped))
         try:
             writer.write(_read_samples(shards), lambda _page: None)
@@ -106,7 +106,7 @@ def _find_shards(out_dir: Path, split: Split) -> list[Path]:
 
 def _read_names(shard: Path, manifest: Manifest) -> list[str]:
     names = manifest.original_files(shard)
-    if names is None:
+    if names is None or len(names) != manifest.num_samples:
         path = Manifest.files_path_for(shard)
         raise ValueError(f"{path} is missing or differs from the manifest's hash; copy it again")
     return names
@@ -119,7 +119,8 @@ def _read_samples(shards: Sequence[Shard]) -> Iterator[tuple[EncodedImage, int]]
         tables = read_tables(path)
         if damaged := damaged_pages(tables, manifest.page_crc32):
             raise ValueError(f"{path}: page {damaged[0]} differs from its checksum; copy it again, or convert it again")
-        assert tables.labels is not None
+        if tables.labels is None or not tables.in_pages.all():
+            raise ValueError(f"{path}: damaged tables; copy it again, or convert it again")
         with open(path, "rb") as file:
             for sample, label in enumerate(tables.labels.tolist()):
                 file.seek(tables.addresses[sample])

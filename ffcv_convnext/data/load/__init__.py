@@ -1,4 +1,4 @@
-""".beton -> batches on the device. Imports torch, ffcv and numba."""
+""".beton -> batches on the device. Imports torch and numba."""
 
 from ffcv_convnext.data.load.crops import CropKernel, center_crop_kernel, random_crop_kernel
 from ffcv_convnext.data.load.decoder import BatchDecoder, SampleError
