@@ -82,6 +82,15 @@ def available_memory(root: Path = _ROOT) -> AvailableMemory:
     return AvailableMemory(free, limited_by, meminfo.get("Mlocked:", 0) * 1024)
 
 
+def fit_in_memory(files: Sequence[Path], num_in_memory: int, available: AvailableMemory) -> bool:
+    """Return whether files fit into memory, beside the processes; num_in_memory: bytes of them that are there now."""
+    return sum(file.stat().st_size for file in files) <= _MAX_SHARE * _num_free(num_in_memory, available)
+
+
+def _num_free(num_in_memory: int, available: AvailableMemory) -> int:
+    return available.num_bytes + min(num_in_memory, available.locked)
+
+
 def describe_need(data_cache: str, files: Sequence[Path], num_in_memory: int, available: AvailableMemory) -> str:
     """Describe in one line how much memory the files need to be read from disk only once, and how much there is.
 
@@ -89,13 +98,13 @@ def describe_need(data_cache: str, files: Sequence[Path], num_in_memory: int, av
     Raises ValueError if data_cache is ram and they do not fit.
     """
     need = sum(file.stat().st_size for file in files)
-    free = available.num_bytes + min(num_in_memory, available.locked)
+    free = _num_free(num_in_memory, available)
     named = " and ".join(file.name for file in files)
     there_is = f"{format_bytes(free)} are available {available.limited_by}"
     if data_cache == "process":
         return f"data_cache = process: {named}, {format_bytes(need)}, are read through buffers in memory; {there_is}"
     line = f"data_cache = {data_cache}: {named} take {format_bytes(need)} of memory, {there_is}"
-    if need <= _MAX_SHARE * free:
+    if fit_in_memory(files, num_in_memory, available):
         return line
     if data_cache == "ram":
         raise ValueError(

@@ -27,12 +27,15 @@ class Peer(NamedTuple):
     function: str  # in contestants/loaders.py
     source: Literal["ours", "stock", "folder", "shards"]  # the files it reads: our .beton, stock FFCV's, JPEGs, tar
     package: str  # it needs this package
-    options: Mapping[str, str] = {}
+    options: Mapping[str, Any] = {}
 
 
 PEERS = {  # row, with the interpolation of its resize
     REFERENCE: Peer("stock_ffcv", "stock", "ffcv"),
     "ours (bicubic)": Peer("ours", "ours", "ffcv", {"interpolation": "bicubic"}),
+    "ours, all pages checked (bicubic)": Peer(
+        "ours", "ours", "ffcv", {"interpolation": "bicubic", "check_pages": True}
+    ),
     "ours (bilinear)": Peer("ours", "ours", "ffcv", {"interpolation": "bilinear"}),
     "ours from stock's file (bicubic)": Peer("ours", "stock", "ffcv", {"interpolation": "bicubic"}),
     "torchvision (PIL bicubic)": Peer("torchvision_pil", "folder", "torchvision"),

@@ -114,6 +114,12 @@ class DataConfig:
         "ram: read whole into memory before the first step",
         free=True,
     )
+    check_data: Literal["first_read", "never"] = setting(
+        "first_read",
+        "first_read: compare each page of the file with its checksum when a process first uses it, if that needs no "
+        "additional reads; never: check the tables only",
+        free=True,
+    )
     num_workers: int = setting(10, "threads that decode images, per process", free=True, minimum=1)
     batches_ahead: int = setting(3, "micro-batches decoded in advance", free=True, minimum=1)
 

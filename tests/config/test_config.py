@@ -49,6 +49,7 @@ OTHER_WORDS: dict[str, str] = {
     "repeated_aug": "3",
     "shuffle_window_mb": "512",
     "data_cache": "process",
+    "check_data": "never",
     "num_workers": "3",
     "batches_ahead": "1",
     "aa": "none",

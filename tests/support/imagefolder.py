@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from ffcv_convnext.data.convert.source import Stamp
 
 
 def class_name(label: int) -> str:
@@ -73,6 +75,7 @@ class TarSource:
     location: Path
     classes: tuple[str, ...]
     members: list[tuple[str, int, int]]  # name, first byte, number of bytes
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def pack(cls, folder: Path, tar: Path) -> TarSource:
@@ -97,6 +100,10 @@ class TarSource:
 
     def name(self, index: int) -> str:
         return self.members[index][0]
+
+    def stamp(self, index: int) -> Stamp:
+        assert index >= 0
+        return Stamp.of(self.location)
 
     def is_regular(self, index: int) -> bool:
         return index >= 0

@@ -36,11 +36,15 @@ def _counted(batches: Iterable[Sized]) -> int:
 # --- .beton files -----------------------------------------------------------------------------------------
 
 
-def ours(beton: str, num_workers: int, interpolation: str) -> Contestant:
-    """Load with our loader, without the manifest that TrainLoader needs: from stock FFCV's file too."""
+def ours(beton: str, num_workers: int, interpolation: str, check_pages: bool = False) -> Contestant:
+    """Load with our loader, without the manifest that TrainLoader needs: from stock FFCV's file too.
+
+    check_pages: each round is like the first epoch of a run, in which check_data first_read checks every page.
+    """
     import torch
 
     from ffcv_convnext.config import Config
+    from ffcv_convnext.data.beton import Manifest
     from ffcv_convnext.data.load import BatchDecoder, GlobalBatchSampler, random_crop_kernel
 
     imports_done()
@@ -50,9 +54,11 @@ def ours(beton: str, num_workers: int, interpolation: str) -> Contestant:
     )
     sampler = GlobalBatchSampler(BATCH, 1, 1)
     epochs = iter(range(1 << 30))
+    page_crc32 = Manifest.for_beton(Path(beton)).page_crc32 if check_pages else ()
 
     def work() -> int:
         epoch = next(epochs)
+        loader.check_pages(page_crc32)
         return sum(
             len(images) for images, _ in loader.batches(sampler.micro_batches(len(loader), 0, epoch, 0), 0, epoch)
         )

@@ -10,6 +10,7 @@ from ffcv_convnext.data.beton.layout import (
     EncodedImage,
     Page,
     check_header,
+    read_header,
     tables_digest,
 )
 from ffcv_convnext.data.beton.manifest import Manifest, SkippedFile, Split, encode_file_list
@@ -25,5 +26,6 @@ __all__ = [
     "Split",
     "check_header",
     "encode_file_list",
+    "read_header",
     "tables_digest",
 ]

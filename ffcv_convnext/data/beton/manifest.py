@@ -10,8 +10,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -50,6 +50,8 @@ class Manifest:
     subset: int | None  # requested number of images; None: all
     shard: tuple[int, int] | None  # (i, n): the i-th of n parts; None: not a part
     skipped: tuple[SkippedFile, ...]
+    extensions: tuple[str, ...] = ()  # further endings of image files
+    left_out: Mapping[str, int] = field(default_factory=dict)  # files of the source that have other endings, by ending
     ffcv_version: str
     package_version: str
     identity: str  # hash of all that determines the .beton's bytes, except the content of the image files
@@ -95,6 +97,7 @@ class Manifest:
         content["classes"] = tuple(content["classes"])
         content["shard"] = tuple(content["shard"]) if content["shard"] else None
         content["page_crc32"] = tuple(content["page_crc32"])
+        content["extensions"] = tuple(content.get("extensions", ()))  # not in older manifests
         content["skipped"] = tuple(SkippedFile(**entry) for entry in content["skipped"])
         manifest = cls(**content)
         if manifest.split not in get_args(Split):

@@ -86,6 +86,7 @@ class SplitInfo:
     subset: int | None
     seed: int | None
     skipped: tuple[SkippedFile, ...]
+    left_out: dict[str, int]  # files of the source that have other endings, by ending
     source: str | None
     ffcv_version: str | None
     package_version: str | None
@@ -107,6 +108,9 @@ class SplitInfo:
         rows += self._encoding_rows()
         if self.has_manifest:
             rows += self._skipped_rows()
+            if self.left_out:
+                left_out = ", ".join(f"{number:,} {end}" for end, number in self.left_out.items())
+                rows.append(("left out", f"{left_out} (files with other endings)"))
             subset = f" (a subset of {self.subset:,} images, seed {self.seed})" if self.subset is not None else ""
             rows.append(("source", f"{self.source}{subset}"))
             rows.append(("written by", f"ffcv_convnext {self.package_version}, ffcv {self.ffcv_version}"))
@@ -227,6 +231,7 @@ def _describe(beton: Path) -> SplitInfo:
         headers=_read_headers(tables),
         **{name: getattr(manifest, name, None) for name in _FROM_MANIFEST},
         skipped=manifest.skipped if manifest else (),
+        left_out=dict(manifest.left_out) if manifest else {},
         has_manifest=manifest is not None,
         sha256=tables_digest(beton),
     )

@@ -16,13 +16,14 @@ from ffcv_convnext.data.codec.jit import Bytes, Ints, call, jit
 from ffcv_convnext.data.codec.turbojpeg import library_path
 
 # Status of a decoded sample; REASONS describes it.
-OK, OUTSIDE_FILE, NO_JPEG, WRONG_SIZE, CORRUPT, UNKNOWN_MODE = range(6)
+OK, OUTSIDE_FILE, NO_JPEG, WRONG_SIZE, CORRUPT, UNKNOWN_MODE, DAMAGED_PAGE = range(7)
 REASONS = {
     OUTSIDE_FILE: "its data lies outside the file",
     NO_JPEG: "its data does not start with a readable JPEG header",
     WRONG_SIZE: "its data has another size than the sample table says",
     CORRUPT: "its JPEG data is damaged",
     UNKNOWN_MODE: "the sample table gives it an unknown encoding",
+    DAMAGED_PAGE: "its page differs from its checksum in the manifest",
 }
 
 _RGB = 0  # TJPF_RGB

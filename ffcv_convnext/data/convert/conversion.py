@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 from ffcv_convnext import __version__
 from ffcv_convnext.data.beton import EncodedImage, Manifest, Page, SkippedFile, Split, encode_file_list, tables_digest
-from ffcv_convnext.data.convert.encode import Encoding, Rejected, encode_images
+from ffcv_convnext.data.convert.encode import Encoded, Encoding, Rejected, encode_stamped
 from ffcv_convnext.data.convert.journal import Journal, JournalEntry, open_journal
 from ffcv_convnext.data.convert.options import ConversionOptions
 from ffcv_convnext.data.convert.plan import Plan, Say, check_room, make_plans, open_image_folders
 from ffcv_convnext.data.convert.progress import ProgressBar
-from ffcv_convnext.data.convert.source import Source
+from ffcv_convnext.data.convert.source import Source, Stamp
 from ffcv_convnext.data.convert.worker_pool import WorkerDied, Workers
 from ffcv_convnext.errors import Failure
 from ffcv_convnext.files import write_atomically
@@ -74,7 +74,7 @@ def _find_finished(plan: Plan, options: ConversionOptions) -> Manifest | None:
                 "beginning with --overwrite"
             )
         return None
-    if options.resume and (manifest := Manifest.check(target)).identity == plan.identity:
+    if options.resume and (manifest := Manifest.check(target)).identity == plan.identity.beton:
         return manifest
     raise FileExistsError(f"{target} exists; replace it with --overwrite, or choose another --out_dir")
 
@@ -84,7 +84,7 @@ def _convert_split(plan: Plan, options: ConversionOptions, say: Say) -> Manifest
     target = options.out_dir / f"{stem}.beton"
     with open_journal(options.out_dir, stem) as journal:
         started = time.monotonic()
-        kept = journal.read(plan.identity) if options.resume else None
+        kept = journal.read(plan.identity, plan.source, plan.everything) if options.resume else None
         if options.resume and kept is None:
             say(f"{target}: nothing to resume for these images and settings; it is written from the beginning")
         work = _Conversion(plan, options, journal, target)
@@ -123,6 +123,7 @@ class _Conversion:
         self.num_kept = 0  # images stored by an earlier attempt
         self.num_originals = 0  # images with the coefficients of their files
         self.skipped: list[SkippedFile] = []
+        self.stamps: list[Stamp] = []  # of the source files of all images that were read since the last page
         self.pages: list[Page] = []
         self._num_journalled = 0  # skipped files that are in the journal
 
@@ -133,7 +134,7 @@ class _Conversion:
         if earlier:
             writer = open_writer(self.journal.beton, options.encoding, num_images)
             earlier = earlier[: writer.keep_pages([entry.page for entry in earlier])]
-        self.journal.begin(plan.identity, earlier)
+        self.journal.begin(plan.identity, plan.everything, earlier)
         for entry in earlier:
             self.num_done, self.num_originals = entry.num_done, entry.num_originals
             self.num_kept += len(entry.page.rows)
@@ -143,7 +144,7 @@ class _Conversion:
         starts = range(self.num_done, num_images, size)
         tasks = [plan.task(range(start, min(start + size, num_images))) for start in starts]
         try:
-            with Workers(partial(encode_images, encoding=options.encoding), tasks, options.num_workers) as answers:
+            with Workers(partial(encode_stamped, encoding=options.encoding), tasks, options.num_workers) as answers:
                 if writer is None or not earlier:  # takes seconds, while the workers already encode
                     writer = open_writer(self.journal.beton, options.encoding, num_images)
                 try:
@@ -164,18 +165,19 @@ class _Conversion:
             )
         self.pages = writer.pages
 
-    def _samples(self, answers: Iterable[list[EncodedImage | Rejected]]) -> Iterator[tuple[EncodedImage, int]]:
+    def _samples(self, answers: Iterable[Encoded]) -> Iterator[tuple[EncodedImage, int]]:
         """Yield (image, label). An image counts as done once the writer requests the next one."""
         total, name = len(self.plan.source), f"{self.options.out_dir.name}/{self.target.name}"
         with ProgressBar(total, name, self.num_done) as progress:
-            for images in answers:
-                for image in images:
+            for images, stamps in answers:
+                for image, stamp in zip(images, stamps, strict=True):
                     if isinstance(image, EncodedImage):
                         yield image, self.plan.source.label(self.num_done)
                         self.num_originals += image.is_original
                     else:
                         self._skip(image)
                     self.num_done += 1
+                    self.stamps.append(stamp)
                 progress.add(len(images))
 
     def _skip(self, image: Rejected) -> None:
@@ -190,7 +192,8 @@ class _Conversion:
     def _add_to_journal(self, page: Page) -> None:
         skipped = [(file.path, file.reason) for file in self.skipped[self._num_journalled :]]
         self.num_safe, self._num_journalled = self.num_done, len(self.skipped)
-        self.journal.append(JournalEntry(page, self.num_done, self.num_originals, skipped))
+        self.journal.append(JournalEntry(page, self.num_done, self.num_originals, skipped, self.stamps))
+        self.stamps = []
 
     def _describe_full_disk(self, num_bytes: int, error: OSError) -> str:
         number, total = self.num_done - len(self.skipped), len(self.plan.source)
@@ -222,9 +225,11 @@ class _Conversion:
             subset=options.subset,
             shard=options.shard,
             skipped=tuple(self.skipped),
+            extensions=options.further_extensions,
+            left_out=plan.source.left_out,
             ffcv_version=version("ffcv"),
             package_version=__version__,
-            identity=plan.identity,
+            identity=plan.identity.beton,
             page_bytes=options.encoding.max_bytes,
             page_crc32=tuple(page.crc32 for page in self.pages),
             num_bytes=beton.stat().st_size,

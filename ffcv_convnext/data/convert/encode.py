@@ -3,7 +3,7 @@
 A common JPEG is encoded again from its planes (recompress.py) or keeps its coefficients (restart_markers.py); any
 other file is converted to 8-bit RGB first.
 
-Worker processes run `encode_images`, so each of them loads what this file imports.
+Worker processes run `encode_stamped`, so each of them loads what this file imports.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from ffcv_convnext.data.beton import EncodedImage
 from ffcv_convnext.data.codec.recompress import reencode, restart_interval, shrunk_size
 from ffcv_convnext.data.codec.turbojpeg import MAX_JPEG_SIDE, Subsampling, factors, read_header
-from ffcv_convnext.data.convert.source import Source
+from ffcv_convnext.data.convert.source import Source, Stamp
 
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 QUALITY_BESIDE_ORIGINALS = 95  # with jpeg_quality = original: of images that must be encoded
@@ -60,6 +60,13 @@ class Task(NamedTuple):
 
     images: Source
     compress: list[bool]  # for each image: JPEG, or raw pixels
+
+
+class Encoded(NamedTuple):
+    """The answer to a task."""
+
+    images: list[EncodedImage | Rejected]
+    stamps: list[Stamp]  # of the source file of each image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -199,6 +206,12 @@ def encode_images(task: Task, encoding: Encoding) -> list[EncodedImage | Rejecte
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow on unusual EXIF and large images: nothing a user can act on
         return [_encode(task.images, index, compress, encoding) for index, compress in enumerate(task.compress)]
+
+
+def encode_stamped(task: Task, encoding: Encoding) -> Encoded:
+    """Encode images as `encode_images` does, with the state of each source file before it was read."""
+    stamps = [task.images.stamp(index) for index in range(len(task.images))]
+    return Encoded(encode_images(task, encoding), stamps)
 
 
 def _encode(images: Source, index: int, compress: bool, encoding: Encoding) -> EncodedImage | Rejected:

@@ -1,4 +1,8 @@
-"""The unfinished part of a conversion: a hidden, locked folder with a journal, from which --resume continues."""
+"""The unfinished part of a conversion: a hidden, locked folder with a journal, from which --resume continues.
+
+The journal keeps size and time of each source file that was read, about 30 bytes an image, and the list of all source
+files, so that a conversion does not continue with other images than it began with.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,24 @@ import fcntl
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from ffcv_convnext.data.beton import Page
+from ffcv_convnext.data.beton import Page, encode_file_list
+from ffcv_convnext.data.convert.source import Source, Stamp
+from ffcv_convnext.formatting import format_count
+
+
+class Identity(NamedTuple):
+    """What a conversion makes. Two attempts with the same identity write the same bytes if no image has changed."""
+
+    beton: str  # hash of everything that determines the bytes, except the content of the image files
+    settings: str  # hash of the options alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,61 +38,107 @@ class JournalEntry:
     num_done: int  # images since the start that are stored or skipped
     num_originals: int  # images since the start that kept the coefficients of their files
     skipped: list[tuple[str, str]]  # since the previous page: name, reason
+    stamps: list[Stamp]  # of the source files of all images since the previous page, when they were read
 
-    def to_line(self) -> str:
-        """Return a line of JSON."""
-        return json.dumps([self.page.crc32, self.page.rows, self.num_done, self.num_originals, self.skipped]) + "\n"
+    def to_json(self) -> list[Any]:
+        """Return it as lists."""
+        return [self.page.crc32, self.page.rows, self.num_done, self.num_originals, self.skipped, self.stamps]
 
     @classmethod
-    def from_line(cls, line: bytes) -> JournalEntry:
-        """Parse a line. Raises ValueError if it is incomplete."""
-        crc32, rows, num_done, num_originals, skipped = json.loads(line)
+    def from_json(cls, content: list[Any]) -> JournalEntry:
+        """Build it from lists."""
+        crc32, rows, num_done, num_originals, skipped, stamps = content
         page = Page(crc32, [tuple(row) for row in rows])
-        return cls(page, num_done, num_originals, [(name, reason) for name, reason in skipped])
+        skips = [(name, reason) for name, reason in skipped]
+        return cls(page, num_done, num_originals, skips, [Stamp(*stamp) for stamp in stamps])
 
 
 class Journal:
     """The folder `out_dir/.<stem>.unfinished` of one unfinished .beton; see `open_journal` for its lock.
 
     The first line of pages.jsonl is the identity of the .beton, each further line one page on disk. A line is added
-    after its page is written, so the journal lists complete pages only, wherever it is cut off.
+    after its page is written, so the journal lists complete pages only, wherever it is cut off. Each line begins with
+    its own CRC-32: a damaged line and all after it do not count. sources.txt lists all source files.
     """
 
     def __init__(self, out_dir: Path, stem: str) -> None:
         self.folder = out_dir / f".{stem}.unfinished"
         self.beton = self.folder / f"{stem}.beton"
         self.path = self.folder / "pages.jsonl"
+        self.sources = self.folder / "sources.txt"
 
-    def read(self, identity: str) -> list[JournalEntry] | None:
-        """Return the entries of an earlier attempt, or None if there is none for this identity."""
+    def read(self, identity: Identity, images: Source, everything: Source) -> list[JournalEntry] | None:
+        """Return the entries of an earlier attempt, or None if there is none with these settings.
+
+        images: of this conversion, in its order.   everything: all images of the source.
+        Raises ValueError if the earlier attempt had other source files or files that have changed since, or was made
+        by a version of this package that did not record them.
+        """
         try:
             first, *lines = self.path.read_bytes().split(b"\n")
-            if json.loads(first) != identity:
-                return None
-        except (OSError, ValueError):
+        except OSError:
             return None
+        if first.startswith(b'"'):
+            raise ValueError(
+                f"{self.folder} was written by an earlier version of this package, which did not record whether source "
+                "files change; start from the beginning with --overwrite instead of --resume"
+            )
+        try:
+            earlier = Identity(*_parse(first))
+        except (ValueError, TypeError):
+            return None
+        if earlier.beton != identity.beton:
+            if earlier.settings != identity.settings:
+                return None
+            raise ValueError(self._describe_other_files(everything))
         entries: list[JournalEntry] = []
         for line in lines:
             try:
-                entries.append(JournalEntry.from_line(line))
-            except ValueError:  # cut off, or empty after the last line
+                entries.append(JournalEntry.from_json(_parse(line)))
+            except (ValueError, TypeError):  # damaged, cut off, or empty after the last line
                 break
+        if changed := _changed_files(entries, images):
+            raise ValueError(
+                f"{format_count(len(changed), 'source file')} changed since {self.folder} was written: "
+                f"{_some(images.location, changed)}; {_WAY_OUT}"
+            )
         return entries
 
-    def begin(self, identity: str, kept: Sequence[JournalEntry] = ()) -> None:
-        """Start a new journal with the entries to keep; without any, remove all files of the earlier attempt."""
+    def _describe_other_files(self, everything: Source) -> str:
+        """Return which source files were added or removed since the earlier attempt."""
+        with suppress(OSError):
+            before = [os.fsdecode(line) for line in self.sources.read_bytes().split(b"\n")[:-1]]
+            now = [everything.name(index) for index in range(len(everything))]
+            both = ("added", sorted(set(now) - set(before))), ("removed", sorted(set(before) - set(now)))
+            changes = [
+                f"{format_count(len(names), 'source file')} {change}: {_some(everything.location, names)}"
+                for change, names in both
+                if names
+            ]
+            if changes:
+                return f"since {self.folder} was written: {', and '.join(changes)}; {_WAY_OUT}"
+        return f"{self.folder} was written for other classes or another order of the source files; {_WAY_OUT}"
+
+    def begin(self, identity: Identity, everything: Source | None = None, kept: Sequence[JournalEntry] = ()) -> None:
+        """Start a new journal with the entries to keep; without any, remove all files of the earlier attempt.
+
+        everything: all images of the source; None: the conversion cannot be resumed.
+        """
         if not kept:
             self.path.unlink(missing_ok=True)  # first: a journal must not outlive its pages
             for path in self.folder.iterdir():
                 path.unlink()
+        if everything is not None:
+            names = (everything.name(index) for index in range(len(everything)))
+            self.sources.write_bytes(encode_file_list(list(names)))
         new = self.folder / "pages.new"
-        new.write_text("".join([json.dumps(identity) + "\n", *(entry.to_line() for entry in kept)]))
+        new.write_bytes(b"".join([_format(list(identity)), *(_format(entry.to_json()) for entry in kept)]))
         new.replace(self.path)
 
     def append(self, entry: JournalEntry) -> None:
         """Add an entry."""
-        with open(self.path, "a") as file:
-            file.write(entry.to_line())
+        with open(self.path, "ab") as file:
+            file.write(_format(entry.to_json()))
 
     @property
     def num_pages(self) -> int:
@@ -84,6 +146,44 @@ class Journal:
         with suppress(OSError):
             return max(self.path.read_bytes().count(b"\n") - 1, 0)
         return 0
+
+
+_WAY_OUT = (
+    "what was converted so far has the former ones; restore them, or start from the beginning with --overwrite instead "
+    "of --resume"
+)
+_PART = 1000  # files for a thread
+_NUM_THREADS = 16  # that read the state of files: on a network disk each takes about a millisecond
+
+
+def _format(content: list[Any]) -> bytes:
+    """Return a line of JSON behind its CRC-32."""
+    text = json.dumps(content, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _parse(line: bytes) -> Any:
+    """Return the content of a line. Raises ValueError if it is incomplete or damaged."""
+    crc32, _, text = line.partition(b" ")
+    if crc32 != b"%08x" % zlib.crc32(text):
+        raise ValueError("damaged")
+    return json.loads(text)
+
+
+def _changed_files(entries: Sequence[JournalEntry], images: Source) -> list[str]:
+    """Return the names of the images of these pages whose files are not as they were."""
+    stamps = [stamp for entry in entries for stamp in entry.stamps]
+
+    def changed(part: range) -> list[str]:
+        return [images.name(index) for index in part if images.stamp(index) != stamps[index]]
+
+    parts = [range(start, min(start + _PART, len(stamps))) for start in range(0, len(stamps), _PART)]
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return [name for names in pool.map(changed, parts) for name in names]
+
+
+def _some(location: Path, names: Sequence[str]) -> str:
+    return ", ".join(str(location / name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 @contextmanager

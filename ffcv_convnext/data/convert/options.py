@@ -24,6 +24,11 @@ class ConversionOptions:
     data_path: Path = setting(help="folder with train/<class>/<image> and val/<class>/<image>")
     out_dir: Path = setting(help="folder for the .beton files, created if missing")
     split: Literal["train", "val", "all"] = setting("all", "splits to convert; val uses the class list of train")
+    extensions: str | None = setting(
+        None,
+        "endings of further image files to convert, of formats that Pillow reads; none: only the usual ones",
+        example=".gif,.avif",
+    )
     max_resolution: int | None = setting(
         500,
         "longest side of a stored image, pixels; larger images are shrunk; none: keep every size",
@@ -68,6 +73,9 @@ class ConversionOptions:
         for name, declared in collect_settings({"conversion": ConversionOptions}).items():
             declared.parse(getattr(self, name))
         check_ranges(self)
+        for end in self.further_extensions:
+            if not end.startswith(".") or len(end) < 2:
+                raise ValueError(f"extensions = {self.extensions}: expected endings with a dot, e.g. .gif,.avif")
         if self.shard is not None and self.shard[0] >= self.shard[1]:
             raise ValueError(f"shard = {self.shard[0]}/{self.shard[1]}: expected I/N with I from 0 to N - 1")
         if self.overwrite and self.resume:
@@ -77,6 +85,11 @@ class ConversionOptions:
     def splits(self) -> tuple[Split, ...]:
         """The splits to convert."""
         return get_args(Split) if self.split == "all" else (self.split,)
+
+    @property
+    def further_extensions(self) -> tuple[str, ...]:
+        """The endings in `extensions`, in lower case."""
+        return tuple(end.strip().lower() for end in (self.extensions or "").split(",") if end.strip())
 
     @property
     def encoding(self) -> Encoding:

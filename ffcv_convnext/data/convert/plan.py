@@ -8,16 +8,17 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
 from ffcv_convnext import __version__
 from ffcv_convnext.data.beton import EncodedImage, Manifest, Split
 from ffcv_convnext.data.convert.encode import Task, encode_images
-from ffcv_convnext.data.convert.journal import Journal
+from ffcv_convnext.data.convert.folders import IMAGE_EXTENSIONS, LAYOUT, describe_left_out, explain_missing_split
+from ffcv_convnext.data.convert.journal import Identity, Journal
 from ffcv_convnext.data.convert.options import ConversionOptions
-from ffcv_convnext.data.convert.source import LAYOUT, Source, list_classes, scan
+from ffcv_convnext.data.convert.source import Source, list_classes, scan
 from ffcv_convnext.formatting import format_bytes
 from ffcv_convnext.rng import Stream, permutation, sample_words, uniform
 
@@ -33,7 +34,8 @@ class Plan:
     split: Split
     source: Source
     compress: list[bool]  # for each image: JPEG, or raw pixels
-    identity: str  # hash of everything that determines the bytes of the .beton, except the content of the image files
+    everything: Source  # all images of the split, in the order of the source
+    identity: Identity
 
     def task(self, indices: Sequence[int]) -> Task:
         """Return the task to encode these images."""
@@ -44,10 +46,11 @@ def open_image_folders(options: ConversionOptions) -> dict[Split, Source]:
     """List the images of each split below data_path, with the class list of train."""
     root = options.data_path
     if not root.is_dir():
-        raise FileNotFoundError(f"data_path = {root} is not a folder; {LAYOUT}")
+        unpack = "; if it is an archive, unpack it first" if root.is_file() else ""
+        raise FileNotFoundError(f"data_path = {root} is not a folder{unpack}; {LAYOUT}")
     for split in options.splits:
         if not (root / split).is_dir():
-            raise FileNotFoundError(f"{root / split} does not exist; {LAYOUT}, or choose another --split")
+            raise FileNotFoundError(explain_missing_split(root, split))
     if (root / "train").is_dir():
         classes = list_classes(root / "train")
     elif (options.out_dir / "train.json").is_file():
@@ -57,11 +60,18 @@ def open_image_folders(options: ConversionOptions) -> dict[Split, Source]:
             f"the class list of train is not known: neither {root / 'train'} nor {options.out_dir / 'train.json'} "
             f"exists; convert train first, or add the folder {root / 'train'}"
         )
-    return {split: scan(root / split, classes, all_classes=split == "train") for split in options.splits}
+    extensions = IMAGE_EXTENSIONS + options.further_extensions
+    return {
+        split: scan(root / split, classes, all_classes=split == "train", extensions=extensions)
+        for split in options.splits
+    }
 
 
 def make_plans(sources: Mapping[Split, Source], options: ConversionOptions, say: Say) -> list[Plan]:
     """Make the plan of each split. Raises ValueError if the splits in out_dir have other classes than `sources`."""
+    for split in options.splits:
+        if described := describe_left_out(sources[split].left_out):
+            say(f"{split}: {described}")
     for other in set(get_args(Split)) - set(options.splits):
         _check_same_classes(options.out_dir / f"{other}.json", sources[options.splits[0]].classes)
     return [_make_plan(split, sources[split], options, say) for split in options.splits]
@@ -78,7 +88,7 @@ def _check_same_classes(other: Path, classes: tuple[str, ...]) -> None:
 
 
 def _make_plan(split: Split, source: Source, options: ConversionOptions, say: Say) -> Plan:
-    chosen = np.arange(len(source))
+    everything, chosen = source, np.arange(len(source))
     if options.subset is not None:
         if options.subset > len(chosen):
             say(f"{split}: subset = {options.subset}, but there are only {len(chosen)} images; all are used")
@@ -90,19 +100,23 @@ def _make_plan(split: Split, source: Source, options: ConversionOptions, say: Sa
     compress = (draws < options.compress_probability).tolist()
     source = source.select(chosen.tolist())
     number = len(source)
-    facts = [
-        *(split, source.classes, [source.name(i) for i in range(number)], [source.label(i) for i in range(number)]),
-        *(compress, __version__, options.max_resolution, options.jpeg_quality, options.subsampling),
-        options.encoding.max_bytes,
-    ]
-    identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    images = [source.classes, [source.name(i) for i in range(number)], [source.label(i) for i in range(number)]]
+    page_bytes = options.encoding.max_bytes
+    stored = [__version__, options.max_resolution, options.jpeg_quality, options.subsampling, page_bytes]
+    drawn = [options.subset, options.seed, options.shuffle_indices, options.compress_probability]
+    settings = _digest([split, *stored, *drawn, options.extensions])
+    identity = Identity(_digest([split, *images, compress, *stored]), settings)
     if options.shard is not None:
         index, num_shards = options.shard
         if num_shards > number:
             raise ValueError(f"shard = {index}/{num_shards}: {split} has only {number} images; use fewer shards")
         start, stop = number * index // num_shards, number * (index + 1) // num_shards
         source, compress = source.select(range(start, stop)), compress[start:stop]
-    return Plan(split, source, compress, identity)
+    return Plan(split, source, compress, everything, identity)
+
+
+def _digest(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def check_room(plans: Sequence[Plan], options: ConversionOptions, say: Say) -> None:

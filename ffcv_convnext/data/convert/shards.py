@@ -13,7 +13,7 @@ from typing import Literal
 from ffcv_convnext.data.beton import JPG, EncodedImage, Manifest, Split, encode_file_list, tables_digest
 from ffcv_convnext.data.convert.conversion import open_writer, publish, write_manifest
 from ffcv_convnext.data.convert.encode import Encoding
-from ffcv_convnext.data.convert.journal import open_journal
+from ffcv_convnext.data.convert.journal import Identity, open_journal
 from ffcv_convnext.data.convert.options import shard_stem
 from ffcv_convnext.errors import Failure
 from ffcv_convnext.formatting import format_bytes
@@ -49,7 +49,7 @@ def join_shards(out_dir: Path, split: Split, *, overwrite: bool, say: Callable[[
         max_bytes=first.page_bytes,
     )
     with open_journal(out_dir, split) as journal:
-        journal.begin(first.identity)
+        journal.begin(Identity(first.identity, settings=""))
         writer = open_writer(journal.beton, encoding, capacity=len(names) + len(skipped))
         try:
             writer.write(_read_samples(shards), lambda _page: None)

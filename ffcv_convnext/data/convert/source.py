@@ -4,13 +4,40 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-LAYOUT = "expected an ImageFolder: data_path/train/<class>/<image> and data_path/val/<class>/<image>"
+from ffcv_convnext.data.convert.folders import (
+    IMAGE_EXTENSIONS,
+    LAYOUT,
+    NO_CLASS,
+    describe_left_out,
+    ending,
+    explain_nesting,
+    explain_no_classes,
+    explain_no_images,
+    explain_unknown_class,
+    is_hidden,
+)
+
+
+class Stamp(NamedTuple):
+    """State of a file: if its content changes, this changes too, unless somebody sets the time back."""
+
+    num_bytes: int
+    mtime_ns: int  # time of the last change; -1: there is no such file
+
+    @classmethod
+    def of(cls, path: str | Path) -> Stamp:
+        """Read it."""
+        try:
+            found = os.stat(path)
+        except OSError:
+            return cls(0, -1)
+        return cls(found.st_size, found.st_mtime_ns)
 
 
 class Source(Protocol):
@@ -27,6 +54,10 @@ class Source(Protocol):
     def classes(self) -> tuple[str, ...]:
         """Class names; a label is an index into them."""
 
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """Number of files that were left out, by the ending for which they were: '.gif' -> 9."""
+
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> bytes:
@@ -37,6 +68,9 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """Return the name of an image: unique in this source, without line breaks."""
+
+    def stamp(self, index: int) -> Stamp:
+        """Return the state of the file that holds an image."""
 
     def is_regular(self, index: int) -> bool:
         """Return False if `read` may block forever, e.g. for a named pipe."""
@@ -56,6 +90,7 @@ class ImageFolder:
     classes: tuple[str, ...]
     files: list[str]  # relative to `location`
     labels: list[int]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -70,6 +105,9 @@ class ImageFolder:
     def name(self, index: int) -> str:  # noqa: D102  see Source
         return self.files[index]
 
+    def stamp(self, index: int) -> Stamp:  # noqa: D102  see Source
+        return Stamp.of(os.path.join(self.location, self.files[index]))
+
     def is_regular(self, index: int) -> bool:  # noqa: D102  see Source
         try:
             return stat.S_ISREG(os.stat(os.path.join(self.location, self.files[index])).st_mode)
@@ -78,7 +116,7 @@ class ImageFolder:
 
     def select(self, indices: Sequence[int]) -> ImageFolder:  # noqa: D102  see Source
         files, labels = [self.files[i] for i in indices], [self.labels[i] for i in indices]
-        return ImageFolder(self.location, self.classes, files, labels)
+        return ImageFolder(self.location, self.classes, files, labels, self.left_out)
 
 
 def list_classes(folder: Path) -> tuple[str, ...]:
@@ -87,48 +125,65 @@ def list_classes(folder: Path) -> tuple[str, ...]:
         raise FileNotFoundError(f"{folder} does not exist; {LAYOUT}")
     classes = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
     if not classes:
-        raise FileNotFoundError(f"{folder} has no class folders; {LAYOUT}")
+        raise FileNotFoundError(explain_no_classes(folder))
+    if nesting := explain_nesting(folder, classes):
+        raise FileNotFoundError(nesting)
     return classes
 
 
-def scan(folder: Path, classes: Sequence[str], *, all_classes: bool) -> ImageFolder:
+def scan(
+    folder: Path, classes: Sequence[str], *, all_classes: bool, extensions: tuple[str, ...] = IMAGE_EXTENSIONS
+) -> ImageFolder:
     """List the images of a split's folder.
 
     classes: the full class list, which determines the labels.
-    all_classes: whether each class must have an image here, as in train.
+    all_classes: whether each class must have an image here, as in train.   extensions: endings of images.
     Raises FileNotFoundError for missing images, ValueError for a class that is not in `classes`.
     """
     present = list_classes(folder)
     if unknown := sorted(set(present) - set(classes)):
-        raise ValueError(
-            f"{folder}: {_format_classes(unknown)} not among the {len(classes)} classes of train; remove or rename it"
-        )
+        named = f"{_format_classes(unknown)} not among the {len(classes)} classes of train"
+        raise ValueError(explain_unknown_class(folder, present) or f"{folder}: {named}; remove or rename it")
     files: list[str] = []
     labels: list[int] = []
-    empty = []
+    empty: list[str] = []
+    beside = [entry.name for entry in os.scandir(folder) if entry.is_file() and not is_hidden(entry.name)]
+    left_out = Counter(NO_CLASS if name.lower().endswith(extensions) else ending(name) for name in beside)
+    in_empty: Counter[str] = Counter()
     for label, name in enumerate(classes):
-        found = _list_images(folder / name) if name in present else []
+        found, others = _list_images(folder / name, extensions) if name in present else ([], Counter())
+        left_out += others
         if not found:
             empty.append(name)
+            in_empty += others
         files += [path[len(str(folder)) + 1 :] for path in found]
         labels += [label] * len(found)
     if not files:
-        raise FileNotFoundError(f"{folder} has no images ({', '.join(IMAGE_EXTENSIONS)}); {LAYOUT}")
+        raise FileNotFoundError(explain_no_images(folder, left_out))
     if empty and all_classes:
-        raise FileNotFoundError(f"{folder}: no images in {_format_classes(empty)}; add some or remove the folder")
+        described = describe_left_out(in_empty)
+        raise FileNotFoundError(
+            f"{folder}: no images in {_format_classes(empty)}"
+            + (f" ({described})" if described else "")
+            + "; add some or remove the folder"
+        )
     for file in files:
         if "\n" in file or "\r" in file:
             raise ValueError(f"{folder}: the file name {file!r} contains a line break; rename it")
-    return ImageFolder(folder, tuple(classes), files, labels)
+    by_number = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    return ImageFolder(folder, tuple(classes), files, labels, dict(by_number))
 
 
-def _list_images(folder: Path) -> list[str]:
-    return [
-        os.path.join(root, name)
-        for root, _, names in sorted(os.walk(folder, followlinks=True))
-        for name in sorted(names)
-        if name.lower().endswith(IMAGE_EXTENSIONS)
-    ]
+def _list_images(folder: Path, extensions: tuple[str, ...]) -> tuple[list[str], Counter[str]]:
+    """Return the images below a class folder, and the number of other files by their ending."""
+    images, others = [], []
+    for root, _, names in sorted(os.walk(folder, followlinks=True)):
+        for name in sorted(names):
+            if name.lower().endswith(extensions):
+                images.append(os.path.join(root, name))
+            elif not is_hidden(name):
+                others.append(ending(name))
+    return images, Counter(others)
 
 
 def _format_classes(classes: list[str]) -> str:

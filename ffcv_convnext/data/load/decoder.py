@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ffcv_convnext.data.beton import CONVERT_AGAIN, Manifest, check_header
+from ffcv_convnext.data.beton import CONVERT_AGAIN, Manifest, check_header, read_header
 from ffcv_convnext.data.beton.ffcv_import import importing_ffcv
-from ffcv_convnext.data.codec.decode import OK, REASONS, addresses
+from ffcv_convnext.data.codec.decode import DAMAGED_PAGE, OK, REASONS, addresses
 from ffcv_convnext.data.codec.jit import announced_compilation
 from ffcv_convnext.data.load.crops import Chunk, CropKernel, Key, Scratch
 from ffcv_convnext.data.load.device import Batch, DeviceTransfer
+from ffcv_convnext.data.load.pages import PageCheck
 from ffcv_convnext.data.load.sampler import Samples
 from ffcv_convnext.data.load.sources import Buffered, Fetch, Mmap, Preloaded, ReadError
 from ffcv_convnext.errors import Failure
@@ -99,6 +100,7 @@ class BatchDecoder:
             self.source = Preloaded(*tables, local_rank, num_local)
         else:
             self.source = (Mmap if data_cache == "os" else Buffered)(*tables)
+        self.page_check: PageCheck | None = None
         self.transfer = DeviceTransfer(device)
         self._functions = addresses()
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
@@ -116,13 +118,19 @@ class BatchDecoder:
             self._pool.submit(self._decode, batch, slice(0, 0), Key(np.uint64(0), np.uint64(0))).result()
         batch.data.release()
 
+    def check_pages(self, page_crc32: Sequence[int]) -> None:
+        """From now on compare each page with its checksum when one of its samples is first used; none: stop to."""
+        start = int(read_header(self.beton)["alloc_table_ptr"]) - len(page_crc32) * self.page_size
+        check = PageCheck(page_crc32, start, self.page_size, self.rows["data_ptr"], self.source.crc32)
+        self.page_check = check if page_crc32 else None
+
     def batches(self, samples: Iterable[Samples], seed: int, epoch: int) -> Generator[Batch, None, None]:
         """Decode the given lists of samples, `batches_ahead` of them in advance, and yield them in order.
 
         Yields images (n, 3, size, size) uint8 in channels_last memory and labels (n,) int64 on the device; the caller
         owns both. Closing the generator ends the work.
-        A sample that cannot be decoded raises SampleError. With replace_bad, the next good sample of its list (after
-        the end, the first) replaces it, image and label, and a warning names both.
+        A sample that cannot be decoded or lies in a damaged page raises SampleError. With replace_bad, the next good
+        sample of its list (after the end, the first) replaces it, image and label, and a warning names both.
         """
         self.source.prepare()
         key = Key(np.uint64(seed), np.uint64(epoch))
@@ -171,7 +179,10 @@ class BatchDecoder:
         scratch: Scratch = self._own.scratch
         stored, samples = batch.data.wait(), batch.samples.part(part)
         chunk = Chunk(samples.indices, samples.copies, batch.images.numpy()[part], batch.status[part])
+        damaged = None if self.page_check is None else self.page_check.damaged(samples.indices)
         self.kernel.decode(chunk, self.rows, stored, key, self.kernel.parameters, scratch, self._functions)
+        if damaged is not None:
+            chunk.status[damaged] = DAMAGED_PAGE
 
     def _finish(self, batch: _Pending) -> Batch:
         started = time.perf_counter()
@@ -195,19 +206,28 @@ class BatchDecoder:
         indices = batch.samples.indices
         good = np.flatnonzero(batch.status == OK)
         for i in np.flatnonzero(batch.status != OK):
-            problem = self._describe_bad(int(indices[i]), REASONS[int(batch.status[i])])
+            problem, action = self._describe_bad(int(indices[i]), int(batch.status[i]))
             if not self.replace_bad or not len(good):
-                raise SampleError(f"{problem}; {CONVERT_AGAIN}")
+                raise SampleError(f"{problem}; {action}")
             other = int(good[np.searchsorted(good, i) % len(good)])
             batch.images[i], batch.labels[i] = batch.images[other], batch.labels[other]
             self.num_replaced += 1
             log.warning("%s; replaced by sample %d", problem, indices[other])
 
-    def _describe_bad(self, sample: int, reason: str) -> str:
+    def _describe_bad(self, sample: int, status: int) -> tuple[str, str]:
+        """Return what is wrong with a sample, and the next action."""
+        if status == DAMAGED_PAGE:
+            assert self.page_check is not None
+            return (
+                f"{self.beton}: sample {sample} lies in {self.page_check.describe(sample)}, which differs from its "
+                "checksum in the manifest: damaged",
+                f"repair it with: ffcv-convnext verify {self.beton} --repair",
+            )
         original = None
         if Manifest.path_for(self.beton).exists():
             original = Manifest.for_beton(self.beton).original_file(self.beton, sample)
-        return f"{self.beton}: sample {sample} (original file: {original or 'unknown'}) cannot be decoded: {reason}"
+        reason = f"(original file: {original or 'unknown'}) cannot be decoded: {REASONS[status]}"
+        return f"{self.beton}: sample {sample} {reason}", CONVERT_AGAIN
 
     def close(self) -> None:
         """End the threads; open iterations must not be used any more."""

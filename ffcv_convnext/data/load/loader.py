@@ -19,7 +19,7 @@ from ffcv_convnext.data.load.device import Batch
 from ffcv_convnext.data.load.sampler import GlobalBatchSampler, PageShuffle, Samples, eval_batches, is_shuffled
 from ffcv_convnext.data.load.sources import Mmap
 from ffcv_convnext.formatting import format_bytes
-from ffcv_convnext.host import available_memory, describe_need, num_bytes_in_memory
+from ffcv_convnext.host import available_memory, describe_need, fit_in_memory, num_bytes_in_memory
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ class _SplitLoader:
         self.manifest = Manifest.check(beton)
         files = list(dict.fromkeys(path for path in (beton, beton.with_name("val.beton")) if path.is_file()))
         in_memory = sum(map(num_bytes_in_memory, files)) if config.data_cache == "ram" else 0
-        need = describe_need(config.data_cache, files, in_memory, available_memory())
+        available = available_memory()
+        need = describe_need(config.data_cache, files, in_memory, available)
         self.decoder = BatchDecoder(
             beton,
             kernel,
@@ -60,6 +61,21 @@ class _SplitLoader:
             raise ValueError(f"{beton}: labels {labels.min()} to {labels.max()} do not fit {self.num_classes} classes")
         if self.split == "train":
             log.info(need)
+        if config.check_data == "first_read":
+            by_pages = self.split == "val" or config.order == "quasi_random"
+            self._check_pages(is_read_once=by_pages or fit_in_memory(files, in_memory, available))
+
+    def _check_pages(self, *, is_read_once: bool) -> None:
+        """Check pages while they are read, unless the checks would read the file from the disk once more."""
+        beton, page_crc32 = self.decoder.beton, self.manifest.page_crc32
+        if page_crc32 and is_read_once:
+            self.decoder.check_pages(page_crc32)
+            return
+        reason = "larger than memory and read in random order" if page_crc32 else "without checksums in its manifest"
+        log.info(
+            "check_data = first_read: %s is %s, so its pages are not checked; check it once with: "
+            "ffcv-convnext verify %s", beton.name, reason, beton,
+        )  # fmt: skip
 
     @property
     def num_classes(self) -> int:

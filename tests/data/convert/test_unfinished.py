@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from ffcv_convnext.data.convert import ConversionOptions, convert
 from ffcv_convnext.data.convert.journal import Journal
 from ffcv_convnext.data.convert.shards import join_shards
 from ffcv_convnext.errors import Failure
+from ffcv_convnext.rng import Stream, permutation
 
 SCRIPT = REPOSITORY / "write_ffcv_dataset.py"
 NAMES = ("train.beton", "train.json", "train.files.txt")
@@ -64,10 +67,10 @@ def assert_same_files(ours: Path, theirs: Path) -> None:
         assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
 
 
-@pytest.fixture
-def killed(folder: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def killed_once(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a conversion that was killed with SIGKILL after its first page."""
-    out = tmp_path / "out"
+    out = tmp_path_factory.mktemp("killed") / "out"
     flags = ["--data_path", str(folder), "--out_dir", str(out), "--split", "train", "--skip_bad", "--num_workers", "1"]
     process = subprocess.Popen([sys.executable, str(SCRIPT), *flags], stdout=subprocess.DEVNULL)
     patience = time.monotonic() + 120
@@ -78,6 +81,12 @@ def killed(folder: Path, tmp_path: Path) -> Path:
     assert os.listdir(out) == [UNFINISHED]
     assert 1 <= Journal(out, "train").num_pages < 4
     return out
+
+
+@pytest.fixture
+def killed(killed_once: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(killed_once, tmp_path / "out"))
 
 
 def test_a_killed_conversion_resumes_to_the_bytes_of_an_uninterrupted_one(
@@ -94,12 +103,17 @@ def test_a_killed_conversion_resumes_to_the_bytes_of_an_uninterrupted_one(
 
 
 @pytest.mark.parametrize(
-    "damage", ["journal cut off", "page never reached the disk", "no page reached the disk", "file lost"]
+    "damage",
+    ["journal cut off", "journal damaged", "page never reached the disk", "no page reached the disk", "file lost"],
 )
 def test_pages_lost_in_a_power_failure_are_written_again(folder: Path, killed: Path, whole: Path, damage: str) -> None:
     place = Journal(killed, "train")
     if damage == "journal cut off":
         place.path.write_bytes(place.path.read_bytes()[:-40])
+    elif damage == "journal damaged":
+        content = bytearray(place.path.read_bytes())
+        content[content.index(b"\n") + 40] ^= 1  # in the first page's numbers
+        place.path.write_bytes(content)
     elif damage == "page never reached the disk":
         os.truncate(place.beton, place.beton.stat().st_size - (9 << 20))
     elif damage == "file lost":
@@ -124,6 +138,145 @@ def test_an_unfinished_conversion_is_neither_lost_nor_mixed_with_another(
         convert(options(folder, killed, resume=True))
     convert(options(folder, killed, overwrite=True))
     assert_same_files(killed, whole)
+
+
+# --- source files that change in between ---------------------------------------------------------------------
+
+
+def converted_names(out: Path) -> list[str]:
+    """The source files of the pages that are saved."""
+    (manifest_free, *lines) = Journal(out, "train").path.read_bytes().splitlines()
+    assert manifest_free
+    num_done = json.loads(lines[-1].partition(b" ")[2])[2]
+    return (out.parent / "order.txt").read_text().splitlines()[:num_done]
+
+
+@pytest.fixture
+def own(folder: Path, killed: Path, whole: Path, tmp_path: Path) -> Path:
+    """A copy of `folder`, with its times, that a test may change."""
+    names = (whole / "train.files.txt").read_text().splitlines()
+    bad = f"{class_name(0)}/030.jpg"
+    listed = sorted([*names, bad])
+    order = permutation(len(listed), 0, epoch=0, stream=Stream.STORED_ORDER)
+    (killed.parent / "order.txt").write_text("".join(f"{listed[i]}\n" for i in order))
+    return Path(shutil.copytree(folder, tmp_path / "own"))
+
+
+def resume(own: Path, out: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str]:
+    words = ["--data_path", str(own), "--out_dir", str(out), "--split", "train", "--skip_bad", "--num_workers", "1"]
+    status = cli.run_command("write", [*words, "--resume", *flags])
+    return status, capsys.readouterr().err
+
+
+def other_content(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2] + b"xy")
+
+
+def other_size_same_time(path: Path) -> None:
+    before = path.stat()
+    path.write_bytes(path.read_bytes() + b"x")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [other_content, other_size_same_time])
+def test_a_source_file_that_changed_since_its_page_was_saved_is_an_error(
+    own: Path, killed: Path, whole: Path, change: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = own / "train" / converted_names(killed)[3]
+    content, before = path.read_bytes(), path.stat()
+    change(path)
+    status, stderr = resume(own, killed, capsys)
+    assert status == 2
+    assert stderr.startswith(f"error: 1 source file changed since {killed / UNFINISHED} was written: {path}; ")
+    assert "restore them, or start from the beginning with --overwrite" in stderr
+    assert stderr.count("\n") == 1
+    assert Journal(killed, "train").num_pages >= 1, "nothing is lost"
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert resume(own, killed, capsys)[0] == 0
+    assert (killed / "train.beton").read_bytes() == (whole / "train.beton").read_bytes()
+
+
+def test_many_changed_files_are_counted_and_the_first_are_named(
+    own: Path, killed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = converted_names(killed)
+    for path in own.glob("train/*/*.jpg"):
+        os.utime(path)
+    status, stderr = resume(own, killed, capsys)
+    assert status == 2
+    shown = ", ".join(str(own / "train" / name) for name in names[:3])
+    assert f"{len(names)} source files changed since {killed / UNFINISHED} was written: {shown}, ...; " in stderr
+
+
+def test_a_file_that_is_still_to_be_read_may_change(
+    own: Path, killed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = set(converted_names(killed))
+    later = [path for path in own.glob("train/*/*.jpg") if str(path.relative_to(own / "train")) not in done]
+    for path in later:
+        os.utime(path)
+    assert later
+    assert resume(own, killed, capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("add", "1 source file added: {0}/train/class_01/new.jpg; "),
+        ("remove", "1 source file removed: {0}/train/class_01/001.jpg; "),
+        (
+            "both",
+            "1 source file added: {0}/train/class_01/new.jpg, and 1 source file removed: {0}/train/class_01/001.jpg",
+        ),
+    ],
+)
+def test_source_files_added_or_removed_in_between_are_an_error(
+    own: Path, killed: Path, change: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = own / "train" / class_name(1) / "001.jpg", own / "train" / class_name(1) / "new.jpg"
+    if change == "add":
+        shutil.copy(old, new)
+    elif change == "remove":
+        old.unlink()
+    else:
+        old.rename(new)
+    status, stderr = resume(own, killed, capsys)
+    assert status == 2
+    assert words.format(own) in stderr
+    assert "restore them, or start from the beginning with --overwrite" in stderr
+    assert resume(own, killed, capsys)[0] == 2, "the error does not remove what is saved"
+    words_again = ["--data_path", str(own), "--out_dir", str(killed), "--split", "train", "--skip_bad", "--overwrite"]
+    assert cli.run_command("write", words_again) == 0
+
+
+def test_the_record_of_source_files_survives_a_second_interruption(
+    own: Path, killed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first attempt's pages still count for the third one."""
+    first = own / "train" / converted_names(killed)[0]
+    monkeypatch.setattr("ffcv_convnext.data.convert.conversion.publish", raise_interrupt)
+    assert resume(own, killed, capsys)[0] == 130
+    monkeypatch.undo()
+    os.utime(first)
+    status, stderr = resume(own, killed, capsys)
+    assert status == 2
+    assert f"1 source file changed since {killed / UNFINISHED} was written: {first}; " in stderr
+
+
+def raise_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_unfinished_conversion_of_an_earlier_version_is_refused_with_one_line(
+    folder: Path, killed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = Journal(killed, "train")
+    journal.path.write_text('"0123abc"\n[1, [], 2, 0, []]\n')
+    status, stderr = resume(folder, killed, capsys)
+    assert status == 2
+    assert f"{killed / UNFINISHED} was written by an earlier version of this package" in stderr
+    assert stderr.endswith("start from the beginning with --overwrite instead of --resume\n")
 
 
 def test_a_bad_file_late_in_a_conversion_loses_no_pages(folder: Path, whole: Path, tmp_path: Path) -> None:

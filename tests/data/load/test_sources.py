@@ -15,17 +15,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from support.samples import lists, pack_all
 from torch import Tensor
 
 pytest.importorskip("ffcv.reader")
 
 from ffcv_convnext.config import DataConfig
-from ffcv_convnext.data.beton import EncodedImage
 from ffcv_convnext.data.beton.manifest import Manifest, tables_digest
-from ffcv_convnext.data.beton.writer import BetonWriter
-from ffcv_convnext.data.convert.encode import Encoding
 from ffcv_convnext.data.load import loader
 from ffcv_convnext.data.load.decoder import SampleError
 from ffcv_convnext.data.load.loader import EvalLoader, TrainLoader
@@ -51,34 +47,6 @@ def same(ours: Batches, theirs: Batches) -> bool:
 
 def epoch(of: TrainLoader, number: int = 0, first_step: int = 0) -> Batches:
     return [batch for step in of.steps(number, first_step) for batch in step]
-
-
-def write_again(beton: Path, manifest: Manifest, samples: list[tuple[EncodedImage, int]], page_size: int) -> None:
-    """A .beton of given samples, with a manifest for it."""
-    beton.parent.mkdir(parents=True, exist_ok=True)
-    encoding = Encoding(max_resolution=None, jpeg_quality=90, max_bytes=page_size)
-    BetonWriter(beton, encoding, capacity=len(samples)).write(samples, on_page=lambda _page: None)
-    changed = dataclasses.replace(
-        manifest, num_samples=len(samples), num_bytes=beton.stat().st_size, sha256=tables_digest(beton)
-    )
-    changed.write(Manifest.path_for(beton))
-
-
-@pytest.fixture(scope="module")
-def paged(beton_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """300 pictures of noise in six pages of 2 MiB, in a random order and in class order; the label is their number
-    divided by 75."""
-    random = np.random.default_rng(0)
-    samples = []
-    folder = tmp_path_factory.mktemp("paged")
-    for number in range(300):
-        image = Image.fromarray(random.integers(0, 256, (100, 150, 3), dtype=np.uint8))
-        image.save(folder / "one.jpg", quality=95, subsampling=0)
-        samples.append((EncodedImage(150, 100, (folder / "one.jpg").read_bytes(), "jpg"), number // 75))
-    manifest = Manifest.read(beton_dir / "train.json")
-    write_again(folder / "in_order/train.beton", manifest, samples, 2 * MB)
-    write_again(folder / "shuffled/train.beton", manifest, [samples[i] for i in random.permutation(300)], 2 * MB)
-    return {"in order": folder / "in_order", "shuffled": folder / "shuffled"}
 
 
 @pytest.fixture
@@ -256,7 +224,7 @@ def test_little_more_than_the_requested_samples_is_read_from_a_cold_file(
     paged: dict[str, Path], data_cache: str
 ) -> None:
     """A page that is touched without having been asked for would bring up to some MB around it."""
-    train = TrainLoader(settings(paged["shuffled"], data_cache=data_cache), CPU, seed=0)
+    train = TrainLoader(settings(paged["shuffled"], data_cache=data_cache, check_data="never"), CPU, seed=0)
     file, wanted = train.decoder.source, np.arange(5, 300, 20)
     list(train.decoder.batches(lists(wanted[:1]), 0, 0))
     evict_or_skip(file.beton)
