@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from ffcv_convnext.cluster import ClusterConfig, Task, num_processes, plan_task, submit_tasks, unfinished
-from ffcv_convnext.config import load_config
+from ffcv_convnext.config import Config, load_config
 from ffcv_convnext.files import read_lines
 from ffcv_convnext.formatting import format_count
 from ffcv_convnext.ladder.steps import Step

@@ -238,7 +238,8 @@ def _backward(learner: Learner, images: Tensor, labels: Tensor, step: int, micro
         with autocast(config, learner.processes.device):
             logits = learner.model(inputs.contiguous(memory_format=memory_format(config)))
             loss: Tensor = learner.criterion(logits, targets)
-        learner.scaler.scale(loss / config.data.update_freq).backward()
+        scaled: Tensor = learner.scaler.scale(loss / config.data.update_freq)
+        scaled.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 

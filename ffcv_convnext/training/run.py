@@ -144,9 +144,7 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
     network = _network(config, num_classes, device)
     ema = ModelEmaV3(network, decay=config.run.model_ema_decay) if config.run.model_ema else None
     compile = compiles(config, device)
-    if (
-        compile
-    ):  # a graph for each image size, of the network in training and in evaluation mode and of the augmentation
+    if compile:  # a graph for each image size, of the network and of the augmentation
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, 2 * len(config.train_sizes()) + 4)
     model = compiled(network, config) if compile else network
