@@ -154,11 +154,13 @@ def _expected(found: Diagnosis) -> list[str]:
         if prediction.fits_in_memory and (found.rates.storage or host) < host:
             lines.append(f"In the first epoch storage feeds up to {format_rate(found.rates.storage)} images/s.")
     else:
+        share = found.config.relative_pixels()
         per_gpu = f" ({format_rate(prediction.images_per_s / node.gpus)} per GPU)" if node.gpus else ""
         lines.append(
             f"{format_rate(prediction.images_per_s)} images/s{per_gpu}; the bottleneck is {prediction.bound}. "
             f"{format_count(found.config.schedule.epochs, 'epoch')} of {file.num_samples_of_run:,} images take "
-            f"{_at_most(found.config)}{_duration(prediction.hours or 0)} without evaluation."
+            f"{'at most ' if share < 1 else ''}{_duration(prediction.hours or 0)} without evaluation"
+            f"{f' (they have {100 * share:.0f} % of the pixels of the largest size)' if share < 1 else ''}."
         )
         first = prediction.first_epoch_images_per_s
         if first is not None and first < 0.99 * prediction.images_per_s:
@@ -177,12 +179,6 @@ def _sizes(config: Config) -> str:
     """Return the image sizes of a run; the stages are measured at the largest."""
     sizes = config.train_sizes()
     return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} (measured at {config.data.max_train_size})"
-
-
-def _at_most(config: Config) -> str:
-    """Return words before the time of a run whose images are not always as large as those that were measured."""
-    share = config.relative_pixels()
-    return "" if share == 1 else f"(with {100 * share:.0f} % of the pixels of its largest size) at most "
 
 
 def _advice(found: Diagnosis) -> list[str]:
