@@ -117,7 +117,7 @@ def _facts(config: Config, epoch: int, step: int, steps_per_epoch: int, num: int
         f"seed {config.run.seed}, epoch {epoch} (of 0 to {epochs - 1}), step {step} (of 0 to {steps_per_epoch - 1}), "
         f"optimiser step {epoch * steps_per_epoch + step} of the run",
         f"images 0 to {num - 1} of the global batch of {data.batch_size * data.update_freq} ({data.batch_size} x "
-        f"{data.update_freq}), {data.input_size} pixels",
+        f"{data.update_freq}), {data.train_size(epoch)} pixels",
         f"aa {augment.aa}, mixup {augment.mixup:g}, cutmix {augment.cutmix:g}, reprob {augment.reprob:g}; class "
         f"weights before label smoothing {augment.smoothing:g}",
     ]

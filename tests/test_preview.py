@@ -15,6 +15,7 @@ from support.runs import train_here
 from support.samples import COPY, pack_all
 from torch import Tensor
 
+from ffcv_convnext import preview as preview_module
 from ffcv_convnext.augment import TrainAugment
 from ffcv_convnext.cli import run_command
 from ffcv_convnext.config import Config
@@ -161,6 +162,26 @@ def test_the_header_states_where_in_the_run_the_images_are_from(
         "aa rand-m9-mstd0.5-inc1, mixup 0.8, cutmix 1, reprob 0.25",
     ):
         assert fact in headers[0]
+
+
+def test_the_images_of_an_epoch_have_its_size(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers, sides = [], []
+    monkeypatch.setattr(_Page, "draw", lambda self: headers.append(" ".join(self.header)) or Image.new("RGB", (1, 1)))
+    original = preview_module.images_of_step
+
+    def seen(*arguments: Any) -> Any:
+        for image in original(*arguments):
+            sides.append(image.pixels.shape[0])
+            yield image
+
+    monkeypatch.setattr(preview_module, "images_of_step", seen)
+    ramp = {"min_res": 32, "max_res": 64, "start_ramp": 0, "end_ramp": 1}
+    for epoch in (0, 1):
+        preview(Config.from_flat({**settings, **ramp}), tmp_path / "grid.png", epoch=epoch, num=2)
+    assert sides == [32, 32, 64, 64]
+    assert [f"{side} pixels" in header for side, header in zip((32, 64), headers, strict=True)] == [True, True]
 
 
 # --- readable at any size ----------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def synchronizer(device: torch.device) -> Callable[[], None]:
 
 def random_batch(config: Config, num: int, device: torch.device, *, num_classes: int) -> Batch:
     """Return random pixels in the loader's form: (num, 3, side, side) uint8 channels_last, labels (num,) int64."""
-    side = config.data.input_size
+    side = config.data.max_train_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (num, side, side, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, num_classes, (num,), generator=generator)

@@ -28,6 +28,7 @@ from ffcv_convnext.policy_grammar import parse_policy
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+RES_STEP = 32  # pixels; sizes of progressive resizing are multiples of it
 WARPED_FROM = 384  # pixels; datasets.py of the paper's code
 
 
@@ -58,6 +59,18 @@ class DataConfig:
         minimum=1,
     )
     input_size: int = setting(224, "side of the square input image, pixels", minimum=32)
+    test_input_size: int | None = setting(
+        None, "side of the input image in evaluation, pixels; none: input_size", minimum=32
+    )
+    min_res: int | None = setting(
+        None,
+        "progressive resizing: side of the training images up to epoch start_ramp, instead of input_size; a multiple "
+        "of 32, as max_res",
+        minimum=32,
+    )
+    max_res: int | None = setting(None, "side of the training images from epoch end_ramp on", minimum=32)
+    start_ramp: int | None = setting(None, "epoch, from 0, after which the training images grow", minimum=0)
+    end_ramp: int | None = setting(None, "epoch, from 0, at which they have their final size", minimum=0)
     mean: tuple[float, float, float] = setting(
         IMAGENET_MEAN, "mean of the pixels, red, green and blue from 0 to 1, for normalisation", minimum=0, maximum=1
     )
@@ -66,7 +79,7 @@ class DataConfig:
     )
     crop_pct: float | None = setting(
         None,
-        "evaluation resizes images to input_size / crop_pct before the central crop; none: 224/256, or 1 from 384 "
+        "evaluation resizes images to test_input_size / crop_pct before the central crop; none: 224/256, or 1 from 384 "
         "pixels on and for warped images",
         above=0,
         maximum=1,
@@ -132,21 +145,62 @@ class DataConfig:
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             _require(low <= high, f"{name} = {low},{high}: expected min,max with min <= max")
+        self._check_ramp()
+
+    def _check_ramp(self) -> None:
+        ramp = {name: getattr(self, name) for name in ("min_res", "max_res", "start_ramp", "end_ramp")}
+        missing = [name for name, value in ramp.items() if value is None]
+        _require(
+            len(missing) in (0, len(ramp)),
+            f"progressive resizing needs --{' --'.join(missing)} too, or none of the four",
+        )
+        for name in ("min_res", "max_res"):
+            _require(
+                ramp[name] is None or ramp[name] % RES_STEP == 0, f"{name} = {ramp[name]}: expected a multiple of 32"
+            )
+        for low, high in (("min_res", "max_res"), ("start_ramp", "end_ramp")):
+            _require(
+                ramp[low] is None or ramp[low] <= ramp[high],
+                f"{low} = {ramp[low]}: expected at most {high} = {ramp[high]}",
+            )
+
+    def train_size(self, epoch: int) -> int:
+        """Return the side of the training images of an epoch, from 0, in pixels.
+
+        With progressive resizing it grows linearly from min_res to max_res, rounded to multiples of 32, as in
+        ffcv-imagenet.
+        """
+        if self.min_res is None or self.max_res is None or self.start_ramp is None or self.end_ramp is None:
+            return self.input_size
+        if epoch <= self.start_ramp or epoch >= self.end_ramp:
+            return self.min_res if epoch <= self.start_ramp else self.max_res
+        share = (epoch - self.start_ramp) / (self.end_ramp - self.start_ramp)
+        return round((self.min_res + share * (self.max_res - self.min_res)) / RES_STEP) * RES_STEP
+
+    @property
+    def max_train_size(self) -> int:
+        """Side of the largest training images of a run, pixels."""
+        return self.input_size if self.max_res is None else self.max_res
+
+    @property
+    def test_size(self) -> int:
+        """Side of the square evaluation image, pixels."""
+        return self.input_size if self.test_input_size is None else self.test_input_size
 
     @property
     def eval_warps(self) -> bool:
         """Whether evaluation images are resized to a square, which changes their aspect ratio."""
-        return self.eval_resize == "warp" or (self.eval_resize == "auto" and self.input_size >= WARPED_FROM)
+        return self.eval_resize == "warp" or (self.eval_resize == "auto" and self.test_size >= WARPED_FROM)
 
     @property
     def eval_side(self) -> int:
         """Side of a resized evaluation image before its crop, pixels: the short one, or both if it is warped."""
         if self.eval_resize == "auto" and self.eval_warps:
-            return self.input_size  # the paper's code does not use crop_pct here
+            return self.test_size  # the paper's code does not use crop_pct here
         crop_pct = self.crop_pct
         if crop_pct is None:
-            crop_pct = 224 / 256 if self.input_size < WARPED_FROM and not self.eval_warps else 1.0
-        return int(self.input_size / crop_pct)
+            crop_pct = 224 / 256 if self.test_size < WARPED_FROM and not self.eval_warps else 1.0
+        return int(self.test_size / crop_pct)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -382,12 +436,26 @@ class Config:
             model = self.model.model
             _require(model == "resnet", f"kernels = triton does not support model = {model}; use --kernels torch")
             _require(self.run.channels_last, "kernels = triton needs --channels_last true")
+        end_ramp, epochs = self.data.end_ramp, self.schedule.epochs
+        _require(
+            end_ramp is None or end_ramp < epochs,
+            f"end_ramp = {end_ramp}: expected at most {epochs - 1}, the last of {epochs} epochs",
+        )
         if self.augment.cutmix_minmax is not None:
-            (low, high), side = self.augment.cutmix_minmax, self.data.input_size
+            (low, high), side = self.augment.cutmix_minmax, self.train_sizes()[0]
             _require(
                 int(side * low) < int(side * high),
                 f"cutmix_minmax = {low},{high}: expected min,max at least one pixel apart at input_size = {side}",
             )
+
+    def train_sizes(self) -> list[int]:
+        """Return the different sides of the training images of a run, in their order, pixels."""
+        return list(dict.fromkeys(map(self.data.train_size, range(self.schedule.epochs))))
+
+    def relative_pixels(self) -> float:
+        """Return the pixels of all training images, as a share of those of a run at max_train_size."""
+        sizes = [self.data.train_size(epoch) for epoch in range(self.schedule.epochs)]
+        return sum(size**2 for size in sizes) / (len(sizes) * self.data.max_train_size**2)
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> Config:

@@ -89,11 +89,11 @@ def _about_decoding(
             f"--train_interpolation bilinear decodes {rates.decode_bilinear:,.0f} images/s here, bicubic "
             f"{rates.decode:,.0f}; but the pixels differ from the paper's"
         )
-    if bounds and gpus_known and file.longest_side > 2 * data.input_size:
-        shorter = round(1.6 * data.input_size)
+    if bounds and gpus_known and file.longest_side > 2 * data.max_train_size:
+        shorter = round(1.6 * data.max_train_size)
         yield (
             f"the longest side of the stored images is {file.longest_side:.0f} pixels on average, the input size is "
-            f"{data.input_size}: --max_resolution {shorter} at conversion leaves "
+            f"{data.max_train_size}: --max_resolution {shorter} at conversion leaves "
             f"{(shorter / file.longest_side) ** 2:.2f} of the pixels to decode (the training images differ then)"
         )
     if threads >= 2 * free and data.num_workers > 1:

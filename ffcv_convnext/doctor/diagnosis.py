@@ -33,7 +33,18 @@ MAX_COLD = 50_000  # samples drawn for the cold reads: more than any storage rea
 
 # In the JSON: settings, and names of the prediction's fields that differ from the attribute's
 _REPORTED = (
-    *("model", "input_size", "batch_size", "update_freq", "num_workers", "train_interpolation"),
+    *(
+        "model",
+        "input_size",
+        "min_res",
+        "max_res",
+        "start_ramp",
+        "end_ramp",
+        "batch_size",
+        "update_freq",
+        "num_workers",
+        "train_interpolation",
+    ),
     *("amp", "channels_last", "compile", "epochs"),
 )
 _PREDICTION_KEYS = {
@@ -66,7 +77,7 @@ class Diagnosis:
     @property
     def transfer_gigabytes_per_s(self) -> float | None:
         """Rate of uint8 pixels to one GPU, 1e9 bytes."""
-        return self.rates.transfer and self.rates.transfer * 3 * self.config.data.input_size**2 / 1e9
+        return self.rates.transfer and self.rates.transfer * 3 * self.config.data.max_train_size**2 / 1e9
 
     @property
     def predicted_whole(self) -> float:

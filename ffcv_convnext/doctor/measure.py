@@ -24,7 +24,7 @@ from ffcv_convnext.training.run import build_learner
 
 def transfer_images_per_s(config: Config, device: torch.device, seconds: float) -> float:
     """Copy uint8 batches from pinned memory to the CUDA device for about `seconds`."""
-    side, num = config.data.input_size, config.data.batch_size
+    side, num = config.data.max_train_size, config.data.batch_size
     images = torch.zeros((num, side, side, 3), dtype=torch.uint8, pin_memory=True)
 
     def copy() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
+from ffcv_convnext.config import Config
 from ffcv_convnext.doctor.diagnosis import Diagnosis
 from ffcv_convnext.doctor.predict import format_rate
 from ffcv_convnext.formatting import format_bytes, format_count, markdown_table
@@ -47,7 +48,7 @@ def _heading(found: Diagnosis) -> list[str]:
         ),
         (
             "run",
-            f"{config.model.model}, {found.num_parameters / 1e6:.2f} M parameters; {config.data.input_size} pixels, "
+            f"{config.model.model}, {found.num_parameters / 1e6:.2f} M parameters; {_sizes(config)} pixels, "
             f"batch_size {config.data.batch_size}, amp {config.run.amp}, {config.data.train_interpolation}; "
             f"{format_count(config.schedule.epochs, 'epoch')}",
         ),
@@ -153,11 +154,13 @@ def _expected(found: Diagnosis) -> list[str]:
         if prediction.fits_in_memory and (found.rates.storage or host) < host:
             lines.append(f"In the first epoch storage feeds up to {format_rate(found.rates.storage)} images/s.")
     else:
+        share = found.config.relative_pixels()
         per_gpu = f" ({format_rate(prediction.images_per_s / node.gpus)} per GPU)" if node.gpus else ""
         lines.append(
             f"{format_rate(prediction.images_per_s)} images/s{per_gpu}; the bottleneck is {prediction.bound}. "
             f"{format_count(found.config.schedule.epochs, 'epoch')} of {file.num_samples_of_run:,} images take "
-            f"{_duration(prediction.hours or 0)} without evaluation."
+            f"{'at most ' if share < 1 else ''}{_duration(prediction.hours or 0)} without evaluation"
+            f"{f' (they have {100 * share:.0f} % of the pixels of the largest size)' if share < 1 else ''}."
         )
         first = prediction.first_epoch_images_per_s
         if first is not None and first < 0.99 * prediction.images_per_s:
@@ -170,6 +173,12 @@ def _expected(found: Diagnosis) -> list[str]:
         assumed += ["storage and memory as here"] * (found.storage is not None)
         lines.append(f"Assumptions: {', '.join(assumed)}.")
     return [f"Prediction for {_node(found)}:", *(line for text in lines for line in _wrap("  ", text))]
+
+
+def _sizes(config: Config) -> str:
+    """Return the image sizes of a run; the stages are measured at the largest."""
+    sizes = config.train_sizes()
+    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} (measured at {config.data.max_train_size})"
 
 
 def _advice(found: Diagnosis) -> list[str]:

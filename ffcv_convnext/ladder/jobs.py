@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from ffcv_convnext.cluster import ClusterConfig, Task, num_processes, plan_task, submit_tasks
-from ffcv_convnext.config import load_config
+from ffcv_convnext.config import Config, load_config
 from ffcv_convnext.formatting import format_count
 from ffcv_convnext.ladder.steps import Step
 from ffcv_convnext.run_folder import EPOCHS, known, read_epochs, read_starts
@@ -76,17 +76,21 @@ def budget(tasks: Sequence[Task], world: int, images_per_s: float | None, *, par
     """Return one line: number of training images, and predicted hours on `world` processes per run."""
     images = [task.config.schedule.epochs * task.plan.steps_per_epoch * task.plan.global_batch for task in tasks]
     text = f"budget: {format_count(len(tasks), 'run')}, {sum(images):,} training images"
+    shares = [task.config.relative_pixels() for task in tasks]
+    if min(shares) < 1:  # rates are those of the largest images
+        pixels = sum(share * number for share, number in zip(shares, images, strict=True)) / sum(images)
+        text += f" with {100 * pixels:.0f} % of the pixels of their largest size"
     if images_per_s is not None:
         rates, source = [images_per_s] * len(tasks), "given"
     else:
-        measured = _measured(tasks[0].folder.parents[1], world)
+        measured = _measured(tasks[0].folder.parents[1], world, {task.name: task.config for task in tasks})
         if not measured:
             return (
                 f"{text}; hours unknown: no run in this folder has been measured yet. Give the rate of one run on "
                 f"{format_count(world, 'process')} with --images_per_s; ffcv-convnext doctor predicts it"
             )
         rates, source = [measured.get(task.name, median(measured.values())) for task in tasks], "measured here"
-    hours = [number / rate / 3600 for number, rate in zip(images, rates, strict=True)]
+    hours = [n * share / rate / 3600 for n, share, rate in zip(images, shares, rates, strict=True)]
     lanes = [0.0] * min(parallel or len(tasks), len(tasks))
     for duration in hours:  # each run starts in the lane that is free first
         lanes[lanes.index(min(lanes))] += duration
@@ -98,14 +102,22 @@ def budget(tasks: Sequence[Task], world: int, images_per_s: float | None, *, par
     )
 
 
-def _measured(job_dir: Path, world: int) -> dict[str, float]:
-    """Return the median images/s of the runs below a folder by step, scaled to `world` processes."""
+def _measured(job_dir: Path, world: int, configs: Mapping[str, Config]) -> dict[str, float]:
+    """Return the median images/s of the runs below a folder by step, scaled to `world` processes.
+
+    With progressive resizing, also scaled to the pixels of the largest images.   configs: of the steps, by name.
+    """
     rates: dict[str, list[float]] = {}
     for log in job_dir.glob(f"*/seed*/{EPOCHS}"):
         starts = read_starts(log.parent)
         if starts and (processes := starts[-1].get("processes")):
-            rates.setdefault(log.parts[-3], []).extend(
-                rate * world / processes for rate in known(read_epochs(log.parent), "images_per_s") if rate > 0
+            name = log.parts[-3]
+            size = configs[name].data.max_train_size if name in configs else None
+            rates.setdefault(name, []).extend(
+                rate * world / processes * (entry.get("train_size", size) / size if size else 1) ** 2
+                for entry in read_epochs(log.parent)
+                for rate in known([entry], "images_per_s")
+                if rate > 0
             )
     return {name: median(values) for name, values in rates.items() if values}
 

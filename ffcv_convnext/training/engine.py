@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +28,8 @@ from ffcv_convnext.training.schedule import Schedules
 
 if TYPE_CHECKING:  # needs ffcv, which this file's tests do without
     from ffcv_convnext.data.load import EvalLoader, GlobalBatchSampler, TrainLoader
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -193,6 +196,7 @@ def fit(run: Run) -> dict[str, float]:
                     "epoch_s": time.perf_counter() - epoch_started,
                     "bad_samples": int(processes.sum(torch.tensor(loader.num_replaced - replaced))),
                     "lr": learner.schedules.lr(state.step - 1),
+                    "train_size": learner.config.data.train_size(epoch),
                     "n_parameters": sum(p.numel() for p in learner.network.parameters()),
                 }
             )
@@ -214,14 +218,8 @@ def train_step(learner: Learner, micro_batches: Iterator[tuple[Tensor, Tensor]])
     set_hyperparameters(learner.optimizer, lr=lr, weight_decay=weight_decay)
     for i, (images, labels) in enumerate(micro_batches):
         micro_batch = processes.rank + i * processes.world  # its number in the global batch
-        inputs, targets = learner.augment(images, labels, step=step, micro_batch=micro_batch)
-        torch.manual_seed(step_seed(config.run.seed, step, micro_batch, Stream.NETWORK))
-        with learner.sync_gradients(last=i == num - 1):
-            with autocast(config, processes.device):
-                logits = learner.model(inputs.contiguous(memory_format=memory_format(config)))
-                loss = learner.criterion(logits, targets)
-            learner.scaler.scale(loss / num).backward()
-        learner.tracker.add(loss.detach(), step + 1)  # the log counts steps from 1
+        loss = _backward(learner, images, labels, step, micro_batch, last=i == num - 1)
+        learner.tracker.add(loss, step + 1)  # the log counts steps from 1
     if config.optim.clip_grad is not None:
         learner.scaler.unscale_(learner.optimizer)
         nn.utils.clip_grad_norm_(learner.network.parameters(), config.optim.clip_grad)
@@ -230,6 +228,43 @@ def train_step(learner: Learner, micro_batches: Iterator[tuple[Tensor, Tensor]])
     learner.optimizer.zero_grad(set_to_none=True)
     if learner.ema is not None:
         learner.ema.update(learner.network)  # from the initial weights on: with step=, timm copies the first two
+
+
+def _backward(learner: Learner, images: Tensor, labels: Tensor, step: int, micro_batch: int, *, last: bool) -> Tensor:
+    """Augment a micro-batch and add its gradients; return its loss. last: of the step: DDP reduces the gradients."""
+    config = learner.config
+    inputs, targets = learner.augment(images, labels, step=step, micro_batch=micro_batch)
+    torch.manual_seed(step_seed(config.run.seed, step, micro_batch, Stream.NETWORK))
+    with learner.sync_gradients(last=last):
+        with autocast(config, learner.processes.device):
+            logits = learner.model(inputs.contiguous(memory_format=memory_format(config)))
+            loss: Tensor = learner.criterion(logits, targets)
+        scaled: Tensor = learner.scaler.scale(loss / config.data.update_freq)
+        scaled.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def compile_sizes(learner: Learner) -> None:
+    """Compile network and augmentation for every image size that the rest of the run has, before it begins.
+
+    So an image size that does not fit into memory fails now and not in epoch 40. Weights, running statistics, optimiser
+    and draws stay as they are.
+    """
+    config, device = learner.config, learner.processes.device
+    epochs = range(learner.state.epoch, config.schedule.epochs)
+    sizes = sorted({config.data.train_size(epoch) for epoch in epochs})
+    before = [buffer.clone() for buffer in learner.network.buffers()]
+    learner.model.train()
+    for number, size in enumerate(sizes, 1):
+        log.info("compiling for images of %d pixels (%d of %d)", size, number, len(sizes))
+        images = torch.zeros(config.data.batch_size, size, size, 3, dtype=torch.uint8, device=device).permute(
+            0, 3, 1, 2
+        )
+        labels = torch.zeros(config.data.batch_size, dtype=torch.int64, device=device)
+        _backward(learner, images, labels, learner.state.step, 0, last=False)
+    learner.optimizer.zero_grad(set_to_none=True)
+    for buffer, value in zip(learner.network.buffers(), before, strict=True):
+        buffer.copy_(value)
 
 
 def log_point(run: Run, epoch: int, throughput: Throughput, images: int) -> None:

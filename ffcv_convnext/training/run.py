@@ -26,7 +26,16 @@ from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.run_folder import FolderLock, check_same_config, read_facts, read_scores
 from ffcv_convnext.training.checkpoint import STATE, Checkpoints, read_checkpoint
 from ffcv_convnext.training.distributed import Processes, data_parallel
-from ffcv_convnext.training.engine import Learner, Run, State, evaluate_network, fit, input_dtype, memory_format
+from ffcv_convnext.training.engine import (
+    Learner,
+    Run,
+    State,
+    compile_sizes,
+    evaluate_network,
+    fit,
+    input_dtype,
+    memory_format,
+)
 from ffcv_convnext.training.losses import build_criterion
 from ffcv_convnext.training.lost_ranks import ending
 from ffcv_convnext.training.metrics import LossTracker
@@ -70,6 +79,8 @@ def train(config: Config) -> dict[str, Any]:
         _resume(run)
         train_loader.prepare()
         val_loader.prepare()
+        if compiles(config, processes.device) and len(config.train_sizes()) > 1:
+            compile_sizes(run.learner)
         scores: dict[str, Any] = {"epochs": config.schedule.epochs, **fit(run)}
         run.log.done(scores)
         log.info("finished: %s", ", ".join(f"{key} {value:.4g}" for key, value in scores.items()))
@@ -129,6 +140,9 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
     network = _network(config, num_classes, device)
     ema = ModelEmaV3(network, decay=config.run.model_ema_decay) if config.run.model_ema else None
     compile = compiles(config, device)
+    if compile:  # a graph for each image size, of the network and of the augmentation
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 2 * len(config.train_sizes()) + 4)
     model = compiled(network, config) if compile else network
     if processes.world > 1:  # around the compiled network: compiled inside, DDP's own forward, which differs in
         # micro-batches that do not reduce, stays out of the graph, and DDP splits the graph at its buckets
@@ -213,11 +227,13 @@ def build_run(config: Config, processes: Processes, train_loader: TrainLoader, v
 def _network(config: Config, num_classes: int, device: torch.device) -> nn.Module:
     network = build_model(config.model, num_classes)
     fixed = getattr(network, "pretrained_cfg", {}) or {}
-    if fixed.get("fixed_input_size") and fixed["input_size"][-1] != config.data.input_size:
-        raise ValueError(
-            f"model = {config.model.model} accepts images of {fixed['input_size'][-1]} pixels only; "
-            f"use --input_size {fixed['input_size'][-1]}"
-        )
+    if fixed.get("fixed_input_size"):
+        only = fixed["input_size"][-1]
+        if {*config.train_sizes(), config.data.test_size} != {only}:
+            raise ValueError(
+                f"model = {config.model.model} accepts images of {only} pixels only; use --input_size {only} without "
+                "progressive resizing and without test_input_size"
+            )
     if config.run.kernels == "triton":
         use_triton(network)
     return network.to(device, memory_format=memory_format(config))  # type: ignore[call-overload, no-any-return]
@@ -237,7 +253,12 @@ def _announce(run: Run, parameters: int) -> None:
         f"{loader.steps_per_epoch} steps"
     )
     if compiles(config, device):
-        log.info("the network and the augmentation are compiled in the first step, which may take minutes")
+        log.info(
+            "the network and the augmentation are compiled in the first step, which may take minutes"
+            if len(sizes := config.train_sizes()) == 1
+            else f"the network and the augmentation are compiled before the first step, once for each of {len(sizes)} "
+            f"image sizes ({', '.join(map(str, sizes))} pixels), which may take minutes each"
+        )
     if shares.global_batch != schedule.recipe_batch:
         log.warning(
             f"the global batch is {shares.global_batch}, but lr = {schedule.lr:g} is meant for {schedule.recipe_batch} "

@@ -28,6 +28,8 @@ from ffcv_convnext.config import (
 from ffcv_convnext.config.timm_defaults import TIMM_IMAGES
 from ffcv_convnext.errors import Failure, Interrupted
 
+RAMP = ("min_res", "max_res", "start_ramp", "end_ramp")  # all four or none
+
 # One accepted value for each setting, other than its default, in the words of a command line.
 OTHER_WORDS: dict[str, str] = {
     "data_path": "/data/beton",
@@ -35,6 +37,11 @@ OTHER_WORDS: dict[str, str] = {
     "update_freq": "4",
     "global_batch": "512",
     "input_size": "160",
+    "test_input_size": "288",
+    "min_res": "128",
+    "max_res": "192",
+    "start_ramp": "2",
+    "end_ramp": "9",
     "mean": "0.5,0.5,0.5",
     "std": "0.25,0.5,1",
     "crop_pct": "0.95",
@@ -131,6 +138,7 @@ NEEDED: dict[str, dict[str, str]] = {
     "resnet_ds_norm": {"resnet_sep_downsample": "true"},
     "model_key": {"finetune": "/runs/b/checkpoint-best.pth"},
     "model_prefix": {"finetune": "/runs/b/checkpoint-best.pth"},
+    **{name: {other: OTHER_WORDS[other] for other in RAMP if other != name} for name in RAMP},
 }
 
 FLAGS_OF_THE_RECIPE = """--epochs --lr --min_lr --warmup_epochs --warmup_steps --weight_decay --weight_decay_end --opt
@@ -220,6 +228,53 @@ def test_evaluation_images_are_resized_as_in_the_papers_code(
 ) -> None:
     data = Config.from_flat(settings).data
     assert (data.eval_side, data.eval_warps) == pixels
+
+
+# --- progressive resizing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ramp", "sizes"),
+    [
+        # ffcv-imagenet's schedules of 16 and 88 epochs: 160 to 192 pixels
+        ("160 192 11 13", {0: 160, 11: 160, 12: 192, 13: 192, 15: 192}),
+        ("160 192 65 76", {65: 160, 70: 160, 71: 192, 76: 192, 87: 192}),
+        ("128 256 4 12", {4: 128, 5: 128, 6: 160, 8: 192, 10: 224, 11: 256, 12: 256}),  # 144, 240: half to even
+        ("128 192 0 0", {0: 128, 1: 192}),
+        ("160 160 0 5", {0: 160, 3: 160, 9: 160}),
+    ],
+)
+def test_the_training_images_grow_as_in_ffcv_imagenet(ramp: str, sizes: dict[int, int]) -> None:
+    config = Config.from_flat({**dict(zip(RAMP, ramp.split(), strict=True)), "input_size": 224})
+    assert {epoch: config.data.train_size(epoch) for epoch in sizes} == sizes
+    assert config.data.test_size == 224
+    assert config.data.max_train_size == int(ramp.split()[1])
+
+
+def test_a_run_knows_its_sizes_and_its_share_of_the_pixels() -> None:
+    config = Config.from_flat({**dict(zip(RAMP, (128, 192, 1, 3), strict=True)), "epochs": 4, "warmup_epochs": 0})
+    assert config.train_sizes() == [128, 160, 192]
+    assert config.relative_pixels() == pytest.approx((2 * 128**2 + 160**2 + 192**2) / (4 * 192**2))
+    assert Config().train_sizes() == [224]
+    assert Config().relative_pixels() == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_res": 128}, "progressive resizing needs --max_res --start_ramp --end_ramp too, or none of the four"),
+        ({"min_res": 100}, "min_res = 100: expected a multiple of 32"),
+        ({"max_res": 200}, "max_res = 200: expected a multiple of 32"),
+        ({"min_res": 224}, "min_res = 224: expected at most max_res = 192"),
+        ({"start_ramp": 10}, "start_ramp = 10: expected at most end_ramp = 9"),
+        ({"epochs": 9, "warmup_epochs": 0}, "end_ramp = 9: expected at most 8, the last of 9 epochs"),
+    ],
+)
+def test_a_wrong_ramp_is_refused(changes: dict[str, Any], message: str) -> None:
+    good = {"min_res": 128, "max_res": 192, "start_ramp": 2, "end_ramp": 9}
+    Config.from_flat(good)
+    with pytest.raises(ValueError, match=message):
+        Config.from_flat(changes if list(changes) == ["min_res"] and changes["min_res"] == 128 else {**good, **changes})
 
 
 # --- timm models --------------------------------------------------------------------------------------------------

@@ -236,6 +236,16 @@ def diagnosis(**changes: Any) -> Diagnosis:
     )
 
 
+def test_the_page_says_which_of_a_runs_image_sizes_it_measured() -> None:
+    ramp = {"min_res": 128, "max_res": 192, "start_ramp": 100, "end_ramp": 200}
+    page = " ".join(format_page(diagnosis(config=CONFIG.replace(**ramp))).split())
+    assert "; 128 to 192 (measured at 192) pixels, batch_size" in page
+    assert (
+        "images take at most 4.9 hours without evaluation (they have 72 % of the pixels of the largest size)." in page
+    )
+    assert "measured at" not in format_page(diagnosis())
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -18,7 +18,7 @@ import torch
 import yaml
 from support import REPOSITORY
 
-from ffcv_convnext.config import SETTINGS, ModelConfig, load_config
+from ffcv_convnext.config import ModelConfig, load_config
 from ffcv_convnext.ladder import (
     STARTING_POINT,
     PaperResult,
@@ -164,9 +164,22 @@ def test_a_recipe_changes_only_the_schedule_of_a_step(recipe: Path) -> None:
     step = CONFIGS / "07_kernel7.yaml"
     alone, short = load_config(step).flat(), load_config(step, recipe).flat()
     changed = {name for name in alone if alone[name] != short[name]}
-    assert changed == {"epochs", "warmup_epochs"}
-    assert all(SETTINGS[name].group == "schedule" for name in changed)
-    assert short["epochs"] == int(recipe.stem.split("_")[0])
+    ramp = {"min_res", "max_res", "start_ramp", "end_ramp", "test_input_size", "model_ema_decay"}
+    assert changed == {"epochs", "warmup_epochs"} | (ramp if recipe.stem.startswith("fast") else set())
+    assert str(short["epochs"]) in recipe.stem.split("_")
+
+
+@pytest.mark.parametrize("recipe", sorted((CONFIGS / "recipes").glob("fast_*.yaml")), ids=lambda p: p.stem)
+def test_a_fast_recipe_states_its_cost(recipe: Path) -> None:
+    config = load_config(CONFIGS / "07_kernel7.yaml", recipe)
+    images = config.schedule.epochs * 1_281_167 / 1e6
+    share = config.relative_pixels() * (config.data.max_train_size / 224) ** 2
+    text = recipe.read_text()
+    assert f"Cost: {images:.1f} M images at {100 * share:.0f} % of the pixels" in text
+    assert f": {images * share:.1f} M images of 224 pixels" in text
+    assert f"a run of {config.schedule.epochs * (1_281_167 // 4096):,}." in text
+    assert f"look back on {1 / (1 - config.run.model_ema_decay):,.0f} steps" in text
+    assert (config.data.test_size, config.data.eval_side) == (224, 256)
 
 
 def test_rows_have_the_documented_keys_and_survive_json() -> None:

@@ -160,6 +160,27 @@ def test_a_budget_is_given_measured_or_unknown(small_settings: dict[str, Any], m
     assert "at 5 to 20 images/s per run (measured here): 10.0 h one after" in budget(tasks, 2, None)
 
 
+def test_a_budget_counts_the_pixels_of_progressive_resizing(
+    small_settings: dict[str, Any], mini: Path, tmp_path: Path
+) -> None:
+    """450 epochs at 32 pixels, 450 at 64: 5/8 of the pixels of 900 at 64. Rates are those of the largest images."""
+    cluster = ClusterConfig(job_dir=tmp_path / "L", ngpus=2, nodes=1)
+    ramp = {"min_res": 32, "max_res": 64, "start_ramp": 449, "end_ramp": 450}
+    settings = {name: small_settings[name] for name in ("data_path", "batch_size", "input_size", "device")}
+    overrides = {**settings, **ramp, "epochs": 900, "warmup_epochs": 0}
+    tasks = plan_ladder(select_steps(mini, "00"), [0], cluster, overrides=overrides)
+    assert budget(tasks, 2, 10.0) == (
+        "budget: 1 run, 72,000 training images with 62 % of the pixels of their largest size; at 10 images/s per run "
+        "(given): 1.2 h one after the other, 1.2 h with 1 at a time, 2 GPU-hours (training only, without queueing and "
+        "evaluation)"
+    )
+    run = tmp_path / "L" / "00_start" / "seed0"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"starts": [{"processes": 2}]}))
+    (run / "log.jsonl").write_text(json.dumps({"images_per_s": 40.0, "train_size": 32}) + "\n")
+    assert "at 10 images/s per run (measured here): 1.2 h" in budget(tasks, 2, None), "a quarter of the pixels"
+
+
 # --- status -----------------------------------------------------------------------------------------------
 
 

@@ -80,7 +80,7 @@ class Scratch(NamedTuple):
 class CropKernel:
     """A kernel with its parameters."""
 
-    size: int  # side of the result, pixels
+    size: int  # side of the largest result, pixels
     decode: Any  # decode_random_crops or decode_center_crops, compiled
     parameters: RandomCrop | CenterCrop
 
@@ -104,13 +104,13 @@ def random_crop_kernel(config: DataConfig) -> CropKernel:
     """Return the training kernel: a random resized crop, perhaps mirrored."""
     bicubic_share = {"bicubic": 1.0, "bilinear": 0.0, "random": 0.5}[config.train_interpolation]
     parameters = RandomCrop(*config.scale, *config.ratio, config.hflip, bicubic_share)
-    return CropKernel(config.input_size, decode_random_crops, parameters)
+    return CropKernel(config.max_train_size, decode_random_crops, parameters)
 
 
 def center_crop_kernel(config: DataConfig) -> CropKernel:
     """Return the evaluation kernel: resize by the short side or to a square, then crop, as in torchvision."""
     parameters = CenterCrop(config.eval_side, config.eval_warps, config.eval_interpolation == "bicubic")
-    return CropKernel(config.input_size, decode_center_crops, parameters)
+    return CropKernel(config.test_size, decode_center_crops, parameters)
 
 
 @jit

@@ -127,7 +127,9 @@ class BatchDecoder:
 
     def _compile(self) -> None:
         """Compile the kernel, or load it from the cache, by decoding an empty batch."""
-        batch = self._allocate(Samples.of(np.empty(0, np.int64)), self.source.begin(np.empty(0, np.int64)))
+        batch = self._allocate(
+            Samples.of(np.empty(0, np.int64)), self.source.begin(np.empty(0, np.int64)), self.kernel.size
+        )
         with announced_compilation(f"the decoder of {self.beton.name}"):
             self._pool.submit(self._decode, batch, slice(0, 0), Key(np.uint64(0), np.uint64(0))).result()
         batch.data.release()
@@ -138,21 +140,27 @@ class BatchDecoder:
         check = PageCheck(page_crc32, start, self.page_size, self.rows["data_ptr"], self.source.crc32)
         self.page_check = check if page_crc32 else None
 
-    def batches(self, samples: Iterable[Samples], seed: int, epoch: int) -> Generator[Batch, None, None]:
+    def batches(
+        self, samples: Iterable[Samples], seed: int, epoch: int, size: int | None = None
+    ) -> Generator[Batch, None, None]:
         """Decode the given lists of samples, `batches_ahead` of them in advance, and yield them in order.
 
+        size: side of the images, at most the kernel's, which is the default.
         Yields images (n, 3, size, size) uint8 in channels_last memory and labels (n,) int64 on the device; the caller
         owns both. Closing the generator ends the work.
         A sample that cannot be decoded or lies in a damaged page raises SampleError. With replace_bad, the next good
         sample of its list (after the end, the first) replaces it, image and label, and a warning names both.
         """
+        size = self.kernel.size if size is None else size
+        if size > self.kernel.size:
+            raise ValueError(f"size = {size}: expected at most {self.kernel.size}, for which there is memory")
         self.source.prepare()
         key = Key(np.uint64(seed), np.uint64(epoch))
         pending: deque[_Pending] = deque()
         fetched = self.source.fetch(self._checked(samples))
         try:
             for listed, data in fetched:
-                pending.append(self._submit(listed, data, key))
+                pending.append(self._submit(self._allocate(listed, data, size), key))
                 if len(pending) > self.batches_ahead:
                     yield self._finish(pending.popleft())
             while pending:
@@ -173,14 +181,14 @@ class BatchDecoder:
                     raise ValueError(f"samples {first} to {last}: expected 0 to {len(self) - 1}")
             yield listed
 
-    def _allocate(self, samples: Samples, data: Fetch) -> _Pending:
-        num, size = len(samples), self.kernel.size
+    def _allocate(self, samples: Samples, data: Fetch, size: int) -> _Pending:
+        num = len(samples)
         images = self.transfer.empty(num, size, size, 3, dtype=torch.uint8)
         labels = self.transfer.empty(num, dtype=torch.int64)
         return _Pending(samples, data, images, labels, np.zeros(num, np.int32), [])
 
-    def _submit(self, samples: Samples, data: Fetch, key: Key) -> _Pending:
-        batch = self._allocate(samples, data)
+    def _submit(self, batch: _Pending, key: Key) -> _Pending:
+        samples = batch.samples
         batch.labels.numpy()[:] = self.labels[samples.indices]
         parts = (slice(start, start + _CHUNK) for start in range(0, len(samples), _CHUNK))
         batch.chunks = [self._pool.submit(self._decode, batch, part, key) for part in parts]

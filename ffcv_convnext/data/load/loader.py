@@ -124,6 +124,7 @@ class TrainLoader(_SplitLoader):
     ) -> None:
         super().__init__(config, device, random_crop_kernel(config), local_rank, num_local)
         self.sampler = GlobalBatchSampler(config.batch_size, config.update_freq, world, config.repeated_aug)
+        self.config = config
         self.seed = seed
         self.rank = rank
         self.steps_per_epoch = self.sampler.num_steps(self.num_samples)
@@ -149,15 +150,15 @@ class TrainLoader(_SplitLoader):
     def steps(self, epoch: int, first_step: int = 0) -> Generator[Iterator[Batch], None, None]:
         """Yield, for each optimiser step of the epoch from `first_step` on, its micro-batches of this rank.
 
-        Each is images (batch_size, 3, input_size, input_size) uint8 channels_last and labels (batch_size,) int64 on
-        the device. Use all micro-batches of a step before you take the next step.
+        Each is images (batch_size, 3, size, size) uint8 channels_last and labels (batch_size,) int64 on the device,
+        with size = config.train_size(epoch). Use all micro-batches of a step before you take the next step.
         """
         samples = self.samples(epoch, first_step)
         source = self.decoder.source
         if self.page_shuffle is not None and isinstance(source, Mmap):
             positions = self.sampler.positions(self.num_samples, self.rank, first_step)
             samples = self._reading_pages(samples, self.page_shuffle.pages_ahead(self.seed, epoch, positions), source)
-        batches = self.decoder.batches(samples, self.seed, epoch)
+        batches = self.decoder.batches(samples, self.seed, epoch, self.config.train_size(epoch))
         try:
             for _ in range(first_step, self.steps_per_epoch):
                 yield islice(batches, self.sampler.update_freq)
@@ -192,7 +193,7 @@ class EvalLoader(_SplitLoader):
         self.samples = eval_batches(self.num_samples, config.batch_size, rank, world)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield images (n, 3, input_size, input_size) uint8 channels_last and labels (n,) int64 on the device.
+        """Yield images (n, 3, test_size, test_size) uint8 channels_last and labels (n,) int64 on the device.
 
         The last batch may be smaller.
         """
