@@ -7,7 +7,6 @@ that all of the code is tried before a GPU is at hand.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import signal
 import subprocess
