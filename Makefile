@@ -15,7 +15,7 @@ PYTEST := $(PYTHON_IN_VENV) -m pytest
 ON_ALL_CORES := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 ORDINARY := $(ON_ALL_CORES) -m "not gpu and not slurm and not slow" --cov=ffcv_convnext
 
-.PHONY: help setup demo test test-slurm slow lint format types architecture coverage requirements clean
+.PHONY: help setup demo test test-lowest test-slurm gpu slow lint format types architecture coverage requirements clean
 
 help:  ## list these commands
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' Makefile | expand -t 22
@@ -36,6 +36,13 @@ $(BETON) &: $(DIGITS) | setup
 
 test: lint types  ## lint, types, and the tests that need neither a GPU nor Slurm; coverage must reach 90 %
 	$(PYTEST) $(ORDINARY) --cov-report=term --cov-fail-under=90
+
+test-lowest:  ## the same tests with the oldest versions that pyproject.toml allows, in .venv-lowest
+	@bash scripts/setup.sh lowest
+	.venv-lowest/bin/python -m pytest $(ON_ALL_CORES) -m "not gpu and not slurm and not slow"
+
+gpu: | setup  ## try everything that needs a GPU, in nine minutes; ARGS="--device cpu" tries it without one
+	$(PYTHON_IN_VENV) -m ffcv_convnext.cli bench gpu $(ARGS)
 
 test-slurm: | setup  ## the tests on a real Slurm: it starts two nodes on this machine and ends them
 	@bash scripts/setup.sh slurm

@@ -2,11 +2,13 @@
 # Make .venv with the project and everything its commands need; quick when there is nothing to do.
 # `make demo` and `make test` call it. PYTHON=/path/to/python chooses the interpreter of a new .venv.
 # `setup.sh slurm` installs the system packages of `make test-slurm` instead, and nothing else; `setup.sh chromium` the
-# browser of `make slow`.
+# browser of `make slow`; `setup.sh lowest` makes .venv-lowest, with the oldest versions that pyproject.toml allows, for
+# `make test-lowest` (LOWEST_PYTHON=/path/to/python chooses its interpreter).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly VENV=.venv
+readonly LOWEST=.venv-lowest
 readonly STAMP=$VENV/.installed
 readonly EXTRAS=ffcv,slurm,report,demo,dev
 
@@ -149,9 +151,40 @@ main() {
     say "done in $((SECONDS - started)) s"
 }
 
+# Python 3.12, which the oldest torch's GPU images have; any other that works if it is not there.
+find_lowest_python() {
+    local candidate
+    for candidate in ${LOWEST_PYTHON:+"$LOWEST_PYTHON"} python3.12 ~/.pyenv/versions/3.12.*/bin/python; do
+        if command -v "$candidate" >/dev/null && is_new_enough "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    find_python
+}
+
+lowest() {
+    local python started=$SECONDS marks
+    marks="$({ cat pyproject.toml scripts/setup.sh; pwd; } | cksum)"
+    if [[ -f $LOWEST/.installed && $(<$LOWEST/.installed) == "$marks" ]]; then
+        return 0
+    fi
+    main
+    find_uv
+    python=$(find_lowest_python)
+    install_packages missing_for_python "$python"
+    say "making $LOWEST with $("$python" --version) and the oldest versions that pyproject.toml allows (3 GB the first time)"
+    "$UV" venv --quiet --clear --python "$python" $LOWEST
+    "$UV" pip install --quiet --python $LOWEST/bin/python --build-constraints requirements.txt \
+        --resolution lowest-direct --editable ".[$EXTRAS]"
+    echo "$marks" >$LOWEST/.installed
+    say "done in $((SECONDS - started)) s"
+}
+
 case "$*" in
     "") main ;;
+    lowest) lowest ;;
     slurm) install_packages missing_for_slurm ;;
     chromium) install_packages missing_for_chromium ;;
-    *) die "'$*': expected nothing, slurm or chromium" ;;
+    *) die "'$*': expected nothing, lowest, slurm or chromium" ;;
 esac

@@ -41,8 +41,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOORS = {
     *("data.beton", "data.beton.tables", "data.beton.ffcv_import"),
     *("data.codec", "data.convert", "data.load", "data.check"),
-    *("bench.synthetic_data", "bench.timing"),
-    *("training.distributed", "training.engine", "training.preflight", "training.run"),
+    *("bench.gpu", "bench.synthetic_data", "bench.timing"),
+    *("models.kernels", "training.distributed", "training.engine", "training.preflight", "training.run"),
 }
 
 # Third parties, and the only places that may import them.

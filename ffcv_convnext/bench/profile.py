@@ -48,7 +48,7 @@ def profile_step(step: Callable[[], object], device: torch.device, *, num_steps:
     wait = synchronizer(device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     wait()
-    with profile(activities=activities, record_shapes=True) as profiler:
+    with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
         for _ in range(num_steps):
             with record_function(STEP):
                 step()

@@ -9,6 +9,7 @@ from typing import Any
 
 from ffcv_convnext.cli.parsing import check_json, parser_of
 from ffcv_convnext.config import SETTINGS, add_flags, config_from_args
+from ffcv_convnext.errors import EXIT_FAILURE, complain
 from ffcv_convnext.files import write_atomically
 
 FOLDER_BENCHMARKS = {
@@ -17,6 +18,7 @@ FOLDER_BENCHMARKS = {
     "convert": "the conversion of an ImageFolder to a .beton",
     "startup": "the time from process start to the first batch, and quick commands",
 }
+GPU_HELP = "everything that needs a GPU, in nine minutes: stages of their own, figures as JSON and Markdown"
 STEP_BENCHMARKS = {
     "augment": "the augmentation of batches, beside timm's for single images",
     "step": "the training step, beside timm's and torchvision's, or every step of the ladder",
@@ -24,9 +26,12 @@ STEP_BENCHMARKS = {
 
 
 def bench(argv: Sequence[str]) -> int:
-    """Measure loading, conversion, start-up, augmentation or the training step beside other libraries."""
+    """Measure loading, conversion, start-up, augmentation or the training step beside other libraries; try a GPU."""
+    if argv and argv[0] == "gpu":
+        return _bench_gpu(argv[1:])
     parser = parser_of("bench", bench)
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    kinds.add_parser("gpu", help=GPU_HELP)
     for name, what in (FOLDER_BENCHMARKS | STEP_BENCHMARKS).items():
         kind = kinds.add_parser(name, help=what, description=f"Measure {what}.", allow_abbrev=False)
         flag = kind.add_argument
@@ -77,6 +82,37 @@ def bench(argv: Sequence[str]) -> int:
     print(found.format())
     if options.json:
         write_atomically(options.json, (found.to_json() + "\n").encode())
+    return 0
+
+
+def _bench_gpu(argv: Sequence[str]) -> int:
+    parser = parser_of("bench gpu", _bench_gpu)
+    parser.description = f"Try {GPU_HELP}."
+    flag = parser.add_argument
+    flag("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="folder of gpu.json, gpu.md and the logs")
+    flag("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: try all of it with small shapes")
+    flag("--stages", metavar="A,B", help="only these stages (default: all)")
+    flag("--minutes", type=float, default=9.0, help="no stage starts later (default 9)")
+    flag("--wheels", type=Path, metavar="DIR", help="wheels of packages that the machine lacks, e.g. ffcv's")
+    options = parser.parse_args(argv)
+    from ffcv_convnext.bench.gpu import STAGES, GpuOptions, bench_gpu, to_markdown
+
+    found = bench_gpu(
+        GpuOptions(
+            out=options.out,
+            device=options.device,
+            stages=options.stages.split(",") if options.stages else tuple(STAGES),
+            minutes=options.minutes,
+            wheels=options.wheels,
+            progress=_progress,
+        )
+    )
+    text = to_markdown(found)
+    write_atomically(options.out / "gpu.md", (text + "\n").encode())
+    print(text)
+    failed = [name for name, stage in found["stages"].items() if stage["status"] in ("failed", "timeout")]
+    if failed:
+        return complain(f"{', '.join(failed)} failed; see the logs in {options.out}", EXIT_FAILURE)
     return 0
 
 

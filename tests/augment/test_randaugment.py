@@ -364,7 +364,7 @@ def test_autoaugment_s_sequences_are_timm_s(text: str) -> None:
 
 @pytest.mark.parametrize("text", [RECIPE, "rand", "rand-m3-n5-p0.25-mstd1-mmax12", "rand-t3a", "rand-tweights-inc1"])
 def test_randaugment_s_settings_are_timm_s(text: str) -> None:
-    found, expected = parse_policy(text), timm_policies.rand_augment_transform(text)
+    found, expected = parse_policy(text), timm_policies.rand_augment_transform(text, {})
     assert found.num_draws == expected.num_layers
     assert [(steps[0].name, steps[0].prob, steps[0].magnitude) for steps in found.sequences] == [
         (op.name, op.prob, op.magnitude) for op in expected.ops

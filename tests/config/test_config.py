@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import yaml
 from support import REPOSITORY
 
@@ -310,9 +311,11 @@ def test_a_timm_model_without_a_configuration_in_timm_gets_the_recipes_images() 
     assert Config.from_flat({"model": "no_such_model"}).data == Config().data, "building it is the error"
 
 
-def test_a_timm_model_of_images_that_are_not_square_is_refused() -> None:
+def test_a_timm_model_of_images_that_are_not_square_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = dataclasses.replace(timm.get_pretrained_cfg("vit_tiny_patch16_224"), input_size=(3, 1024, 768))
+    monkeypatch.setattr(timm.models, "get_pretrained_cfg", lambda _: cfg)
     with pytest.raises(ValueError, match=r"takes images of 3 x 1024 x 768; expected square RGB"):
-        Config.from_flat({"model": "vit_base_patch16_sapiens2"})
+        Config.from_flat({"model": "vit_tiny_patch16_224"})
 
 
 # --- precedence ---------------------------------------------------------------------------------------------------

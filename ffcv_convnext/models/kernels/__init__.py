@@ -1,6 +1,6 @@
 """Triton kernels for the network's memory-bound parts, each with a plain PyTorch twin. docs/kernels.md lists them.
 
-Only `use_triton` imports Triton, and with it the kernels.
+Only `triton_operations` imports Triton, and with it the kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ from torch import nn
 from ffcv_convnext.models.kernels.fused_branch import fuse_blocks
 from ffcv_convnext.models.kernels.twins import TWINS, Operations
 
-__all__ = ["TWINS", "Operations", "fuse_blocks", "use_triton"]
+__all__ = ["TWINS", "Operations", "fuse_blocks", "triton_operations", "use_triton"]
+
+
+def triton_operations() -> Operations:
+    """Return the kernels. Raises ValueError if Triton is not installed."""
+    if find_spec("triton") is None:
+        raise ValueError("kernels = triton: the package triton is not installed; install it, or use --kernels torch")
+    from ffcv_convnext.models.kernels import depthwise, norm, residual
+
+    return Operations(depthwise.depthwise_conv2d, norm.depthwise_layer_norm, residual.add_branch)
 
 
 def use_triton(network: nn.Module) -> None:
@@ -20,9 +29,4 @@ def use_triton(network: nn.Module) -> None:
 
     Raises ValueError if Triton is not installed.
     """
-    if find_spec("triton") is None:
-        raise ValueError("kernels = triton: the package triton is not installed; install it, or use --kernels torch")
-    from ffcv_convnext.models.kernels import depthwise, norm, residual
-
-    operations = Operations(depthwise.depthwise_conv2d, norm.depthwise_layer_norm, residual.add_branch)
-    fuse_blocks(network, operations)
+    fuse_blocks(network, triton_operations())
