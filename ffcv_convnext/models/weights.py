@@ -200,8 +200,6 @@ def fit_pretrained(
         skipped = "it has no classifier head"
     elif any(state[name].shape != own[name].shape for name in loaded):
         skipped = f"its head has {len(state[loaded[0]])} classes, the model's {len(own[loaded[0]])}"
-    if skipped and needs_head:
-        raise ValueError(f"{path} cannot be evaluated on this data: {skipped}; train one with --finetune")
     if skipped:
         state = {name: tensor for name, tensor in state.items() if name not in head}
         own = {name: tensor for name, tensor in own.items() if name not in head}
@@ -212,6 +210,8 @@ def fit_pretrained(
     if missing or unexpected or other_shape:
         reason = _misfit(found, model, _mismatch(missing, unexpected, other_shape))
         raise ValueError(f"{path} does not fit the model: {reason}")
+    if skipped and needs_head:
+        raise ValueError(f"{path} cannot be evaluated on this data: {skipped}; train one with --finetune")
     log.info("%s: weights with the names of %s", path, source.title if source else type(model).__name__)
     if skipped:
         log.warning("%s: %s; the model's head keeps its initialisation", path, skipped)

@@ -126,7 +126,7 @@ def test_a_ladder_is_one_array_and_is_not_submitted_twice(
         (["--gpus_per_job", "2"], "gpus_per_job = 2 is for --executor local"),
         (["--batch_size", "5"], "global_batch = 16: expected a multiple of batch_size = 5"),
         (["--ngpus", "3"], "3 processes cannot share equally; 1, 2 processes can"),
-        (["--max_paralel", "3"], "unknown option '--max_paralel'; did you mean --max_parallel?"),
+        (["--max_paralel", "3"], "unknown option '--max_paralel'; did you mean --max_parallel or --max_res?"),
     ],
 )
 def test_wrong_ladders_are_not_submitted(
@@ -177,7 +177,7 @@ def test_a_budget_counts_the_pixels_of_progressive_resizing(
     run = tmp_path / "L" / "00_start" / "seed0"
     run.mkdir(parents=True)
     (run / "run.json").write_text(json.dumps({"starts": [{"processes": 2}]}))
-    (run / "log.jsonl").write_text(json.dumps({"images_per_s": 40.0, "train_size": 32}) + "\n")
+    (run / "log.jsonl").write_text(json.dumps({"epoch": 0, "images_per_s": 40.0, "train_size": 32}) + "\n")
     assert "at 10 images/s per run (measured here): 1.2 h" in budget(tasks, 2, None), "a quarter of the pixels"
 
 
