@@ -12,10 +12,9 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ffcv_convnext.config import Config
@@ -38,6 +37,9 @@ from ffcv_convnext.run_folder import (
 )
 from ffcv_convnext.snapshot import source_commit
 from ffcv_convnext.training.distributed import Processes
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +170,8 @@ class RunLog:
         self.run["starts"][-1]["from_step"] = step
         self._write_run()
         self._trim_logs(step, epoch, continued=continued, logged=step - interval)
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, and the benchmarks do without it
+
         self.tensorboard = SummaryWriter(str(self.folder), purge_step=step + 1)
         if self.config.run.log_wandb:
             self._start_wandb()
