@@ -348,7 +348,7 @@ def _take(learner: Learner, batch: Batch) -> None:
 
 def loader(stage: Stage) -> Figures:
     """Train from a .beton, beside training from the same crops in memory."""
-    if (reason := _lacks_ffcv()) is not None:
+    if (reason := _lacks("ffcv", "numba")) is not None:
         yield {"skipped": reason}
         return
     from ffcv_convnext.bench.contestants.steps import ours
@@ -369,7 +369,7 @@ def loader(stage: Stage) -> Figures:
 
 def resume(stage: Stage) -> Figures:
     """Kill a run, continue it, and compare its weights with those of a run that was left alone."""
-    if (reason := _lacks_ffcv()) is not None:
+    if (reason := _lacks("ffcv", "numba", "tensorboard")) is not None:
         yield {"skipped": reason}
         return
     flat = {
@@ -400,10 +400,10 @@ def resume(stage: Stage) -> Figures:
     yield {"killed_after_step": at, "steps": theirs["step"], "max_difference": max(differences)}
 
 
-def _lacks_ffcv() -> str | None:
-    """Return why a .beton cannot be read here, or None."""
-    missing = [name for name in ("ffcv", "numba") if find_spec(name) is None]
-    return f"{' and '.join(missing)} not installed; give wheels with --wheels" if missing else None
+def _lacks(*packages: str) -> str | None:
+    """Return which of the packages are missing here, or None."""
+    missing = [name for name in packages if find_spec(name) is None]
+    return f"{', '.join(missing)} not installed; give wheels with --wheels" if missing else None
 
 
 def _data(stage: Stage) -> Path:
