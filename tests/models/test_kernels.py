@@ -92,6 +92,19 @@ def test_a_fused_network_compiles_into_one_graph() -> None:
 
 
 @pytest.mark.parametrize(
+    ("device", "enabled", "expected"),
+    [("cpu", True, torch.bfloat16), ("cpu", False, torch.float32), ("meta", True, torch.float32)],
+)
+def test_autocasts_type_is_read_inside_one_graph(device: str, enabled: bool, expected: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    from ffcv_convnext.models.kernels.launch import autocast_type
+
+    read = torch.compile(lambda x: x.to(autocast_type(x)), fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        assert read(torch.ones(2, device=device)).dtype == expected
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"model": "convnext_tiny"}, "kernels = triton does not support model = convnext_tiny; use --kernels torch"),
