@@ -305,7 +305,7 @@ def test_pointwise_convolutions_count_as_the_usual_ones() -> None:
 def copied_shapes(step: Any) -> list[list[int]]:
     """Shapes of all tensors of more than one dimension that PyTorch copies while `step` runs."""
     step()  # the first one allocates gradients
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as found:
         step()
     kinds = ("aten::copy_", "aten::clone", "aten::contiguous")
     return [event.input_shapes[0] for event in found.events() if event.name in kinds and len(event.input_shapes[0]) > 1]
