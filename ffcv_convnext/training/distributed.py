@@ -53,12 +53,17 @@ class Processes:
         return self.rank == 0
 
     def join(self) -> None:
-        """Join the process group. Gloo reduces CPU tensors: a flag never waits for the device."""
-        if self.device.type == "cuda":
+        """Join the process group. Gloo reduces CPU tensors: a flag never waits for the device.
+
+        NCCL is told this process's device: it connects here, not in the first step, and never guesses a device by rank.
+        """
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+            device_id = self.device if on_gpu else None
+            dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device_id)
 
     def leave(self) -> None:
         """Leave the process group, if this process has joined it."""

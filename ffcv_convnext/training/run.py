@@ -225,6 +225,8 @@ def build_run(config: Config, processes: Processes, train_loader: TrainLoader, v
 
 
 def _network(config: Config, num_classes: int, device: torch.device) -> nn.Module:
+    """Return the network on its device. From here on torch multiplies float32 matrices as the settings say."""
+    torch.set_float32_matmul_precision(config.run.matmul_precision)
     network = build_model(config.model, num_classes)
     fixed = getattr(network, "pretrained_cfg", {}) or {}
     if fixed.get("fixed_input_size"):

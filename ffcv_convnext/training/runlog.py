@@ -119,6 +119,11 @@ def describe_machine(processes: Processes) -> dict[str, Any]:
         "device_type": device.type,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor_name()} CPU",
         "cpu_cores": os.cpu_count(),
+        "float32": {  # how torch computes with float32 on a GPU: ieee, tf32, or none if nothing was chosen
+            "matmul_precision": torch.get_float32_matmul_precision(),
+            "matmul": torch.backends.cuda.matmul.fp32_precision,
+            "convolution": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]  # torch declares no types
+        },
         "git": source_commit(),
         "versions": versions,
         "command": sys.argv,
