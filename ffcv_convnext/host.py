@@ -1,4 +1,4 @@
-"""This machine: processor, memory and page cache, as far as this process may use them.
+"""This machine: processor, memory, page cache and folders for caches, as far as this process may use them.
 
 Limits of control groups (containers, Slurm) count: versions 1 and 2, of the process's own group and of all groups
 above it. `root` is the folder with proc/ and sys/.
@@ -51,6 +51,14 @@ def processor_name(root: Path = _ROOT) -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
+
+
+def instruction_sets(root: Path = _ROOT) -> str:
+    """Return the processor's name and instruction sets in one line: code compiled for it runs where this is equal."""
+    first = (_read(root / "proc/cpuinfo") or "").partition("\n\n")[0].splitlines()
+    values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
+    names = ("model name", "CPU implementer", "CPU part", "flags", "Features")  # as Intel, AMD and Arm are described
+    return " ".join([platform.machine(), *(values[name] for name in names if name in values)])
 
 
 # --- Memory -----------------------------------------------------------------------------------------------
@@ -148,6 +156,22 @@ def evict(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if num_bytes_in_memory(path) > path.stat().st_size // 50:
         raise OSError(f"{path} stays in memory: cannot measure cold reads on this file system")
+
+
+# --- Caches -----------------------------------------------------------------------------------------------
+
+
+def cache_folder(name: str, base: str | None = None) -> Path | None:
+    """Return the folder `name` among this package's caches, created; None if it cannot be written.
+
+    base: parent of this package's caches; none: the user's cache folder, XDG_CACHE_HOME or ~/.cache.
+    """
+    folder = Path(base or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ffcv_convnext" / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 # --- Files of the kernel ----------------------------------------------------------------------------------

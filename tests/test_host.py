@@ -18,6 +18,7 @@ from ffcv_convnext.host import (
     available_memory,
     describe_need,
     evict,
+    instruction_sets,
     num_bytes_in_memory,
     processor_name,
 )
@@ -133,6 +134,17 @@ def test_locked_pages_of_a_file_need_no_additional_memory(tmp_path: Path) -> Non
     assert describe_need("ram", files, size, AvailableMemory(size, "", locked=size // 2))
     with pytest.raises(ValueError, match="take"):
         describe_need("ram", files, 0, AvailableMemory(size, "", locked=size // 2))
+
+
+def test_processors_with_other_instruction_sets_are_told_apart(tmp_path: Path) -> None:
+    block = "processor: 0\nmodel name\t: One 9000\ncpu MHz: {mhz}\nflags\t\t: fpu avx{more}\n\nprocessor: 1\nflags: x\n"
+    found = [
+        instruction_sets(write(tmp_path, {"proc/cpuinfo": block.format(mhz=mhz, more=more)}))
+        for mhz, more in ((1000, ""), (2000, ""), (1000, " avx512f"))
+    ]
+    assert found[0] == found[1] == f"{os.uname().machine} One 9000 fpu avx"
+    assert found[2] == f"{found[0]} avx512f"
+    assert "fpu" in instruction_sets() or os.uname().machine != "x86_64"
 
 
 # --- Page cache -------------------------------------------------------------------------------------------

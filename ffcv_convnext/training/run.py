@@ -25,6 +25,7 @@ from ffcv_convnext.models import build_model, load_pretrained, read_weights_file
 from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.run_folder import FolderLock, check_same_config, read_facts, read_scores
 from ffcv_convnext.training.checkpoint import STATE, Checkpoints, read_checkpoint
+from ffcv_convnext.training.compile_cache import keep_compiled, places
 from ffcv_convnext.training.distributed import Processes, data_parallel
 from ffcv_convnext.training.engine import (
     Learner,
@@ -141,6 +142,7 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
     ema = ModelEmaV3(network, decay=config.run.model_ema_decay) if config.run.model_ema else None
     compile = compiles(config, device)
     if compile:  # a graph for each image size, of the network and of the augmentation
+        keep_compiled()
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, 2 * len(config.train_sizes()) + 4)
     model = compiled(network, config) if compile else network
@@ -255,6 +257,7 @@ def _announce(run: Run, parameters: int) -> None:
         f"{loader.steps_per_epoch} steps"
     )
     if compiles(config, device):
+        log.info("compiled code is kept in %s", ", ".join(f"{name} = {place}" for name, place in places().items()))
         log.info(
             "the network and the augmentation are compiled in the first step, which may take minutes"
             if len(sizes := config.train_sizes()) == 1

@@ -37,6 +37,7 @@ from ffcv_convnext.run_folder import (
     write_config,
 )
 from ffcv_convnext.snapshot import source_commit
+from ffcv_convnext.training.compile_cache import places
 from ffcv_convnext.training.distributed import Processes
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ def describe_machine(processes: Processes) -> dict[str, Any]:
             "matmul": torch.backends.cuda.matmul.fp32_precision,
             "convolution": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]  # torch declares no types
         },
+        "compile_cache": places(),
         "git": source_commit(),
         "versions": versions,
         "command": sys.argv,
@@ -215,8 +217,12 @@ class RunLog:
             total = f"{epoch + 1}/{self.config.schedule.epochs}"
             self.bar = tqdm(desc=f"epoch {total}", initial=first_step, total=num_steps, unit="step", leave=False)
 
-    def advance(self) -> None:
-        """Move the progress bar one step."""
+    def advance(self, step_s: float) -> None:
+        """Move the progress bar one step; of a process's first step log the time step_s, in seconds."""
+        if self.active and "first_step_s" not in self.run["starts"][-1]:
+            self.run["starts"][-1]["first_step_s"] = step_s
+            self._write_run()
+            log.info("the first step took %.1f s, with waiting for data and compiling", step_s)
         if self.bar is not None:
             self.bar.update()
 

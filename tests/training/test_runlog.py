@@ -108,6 +108,15 @@ def test_the_precision_of_float32_is_what_the_settings_say_and_is_in_run_json(
     assert found["convolution"] != "ieee", "a convolution keeps torch's default, which is TF32"
 
 
+def test_the_time_of_a_processs_first_step_is_in_run_json(open_log: Callable[..., RunLog], tmp_path: Path) -> None:
+    for seconds in (40.0, 3.0):
+        log = open_log()
+        log.advance(seconds)
+        log.advance(0.1)
+        log.close()
+    assert [start["first_step_s"] for start in json.loads((tmp_path / "run.json").read_text())["starts"]] == [40, 3]
+
+
 def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     assert read_lines(path) == []
@@ -185,7 +194,7 @@ def test_plain_lines_go_to_a_file_and_a_bar_to_a_terminal(
         setup_logging(tmp_path, ALONE)
         log = open_log()
         log.start_epoch(0, 0, 10)
-        log.advance()
+        log.advance(0.5)
         log.train(step_entry(1, images_per_s=123.4), 10)
         log.epoch(epoch_entry(0, test_acc1_ema=55.0))
         log.close()
