@@ -386,6 +386,12 @@ class RunConfig:
         "(CUDA only)",
         free=True,
     )
+    affinity: Literal["auto", "none"] = setting(
+        "auto",
+        "bind a process's threads to processor cores near its GPU, which the processes of a node share equally; none: "
+        "leave them to the system",
+        free=True,
+    )
     model_ema: bool = setting(False, "keep an exponential moving average (EMA) of the weights")
     model_ema_decay: float = setting(0.9999, "decay of the EMA per optimiser step", minimum=0, below=1)
     model_ema_eval: bool = setting(True, "evaluate the averaged weights as well as the raw ones")

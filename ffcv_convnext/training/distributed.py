@@ -76,6 +76,13 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank. They travel through the host."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set in any process, without waiting for the device."""
         return bool(self.sum(torch.tensor(int(flag))).item())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from ffcv_convnext.files import complaint, remove_leftovers
 from ffcv_convnext.models import build_model, load_pretrained, read_weights_file, use_triton
 from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.run_folder import FolderLock, check_same_config, read_facts, read_scores
+from ffcv_convnext.training.affinity import bind_threads
 from ffcv_convnext.training.checkpoint import STATE, Checkpoints, read_checkpoint
 from ffcv_convnext.training.compile_cache import keep_compiled, places
 from ffcv_convnext.training.distributed import Processes, data_parallel
@@ -74,8 +75,9 @@ def train(config: Config) -> dict[str, Any]:
             log.info("%s is finished: %s. Nothing to do; choose another output_dir to train again", folder, finished)
             return finished
         processes.join()
+        cores = bind_threads(processes) if config.run.affinity == "auto" else None  # before the loaders start threads
         train_loader, val_loader = resources.enter_context(_loaders(config, processes))
-        run = build_run(config, processes, train_loader, val_loader)
+        run = build_run(config, processes, train_loader, val_loader, start={"affinity": cores})
         resources.callback(run.log.close)
         _resume(run)
         train_loader.prepare()
@@ -201,8 +203,10 @@ def compiled(network: nn.Module, config: Config) -> nn.Module:
     return model
 
 
-def build_run(config: Config, processes: Processes, train_loader: TrainLoader, val_loader: EvalLoader) -> Run:
-    """Return all parts of a run at its start; nothing is restored yet."""
+def build_run(
+    config: Config, processes: Processes, train_loader: TrainLoader, val_loader: EvalLoader, *, start: Mapping[str, Any]
+) -> Run:
+    """Return all parts of a run at its start; nothing is restored yet. start: facts of this start, for run.json."""
     assert config.run.output_dir is not None
     num_classes = count_classes(config.model, train_loader.num_classes)
     learner = build_learner(config, processes, num_classes=num_classes, steps_per_epoch=train_loader.steps_per_epoch)
@@ -220,7 +224,7 @@ def build_run(config: Config, processes: Processes, train_loader: TrainLoader, v
         train_loader=train_loader,
         val_loader=val_loader,
         checkpoints=Checkpoints(config.run.output_dir),
-        log=RunLog(config.run.output_dir, config, processes, facts),
+        log=RunLog(config.run.output_dir, config, processes, facts, start),
     )
     _announce(run, parameters)
     return run

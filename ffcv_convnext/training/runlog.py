@@ -10,6 +10,7 @@ import secrets
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,10 @@ def describe_machine(processes: Processes) -> dict[str, Any]:
 class RunLog:
     """Logs of a run folder, written from `resume_at` on. Only the main process reads and writes."""
 
-    def __init__(self, folder: Path, config: Config, processes: Processes, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, config: Config, processes: Processes, facts: Mapping[str, Any], start: Mapping[str, Any]
+    ) -> None:
+        """Open nothing yet. facts: of the run; start: of this start, beside the machine's."""
         self.folder = folder
         self.config = config
         self.processes = processes
@@ -149,7 +153,7 @@ class RunLog:
         before = read_facts(folder)
         self.damaged = not before and (folder / FACTS).exists()
         self.run = {"starts": [], **before, **facts}
-        self.run["starts"].append(describe_machine(processes))
+        self.run["starts"].append({**describe_machine(processes), **start})
 
     def _write_run(self) -> None:
         write_object(self.folder / FACTS, self.run, indent=2)

@@ -114,6 +114,7 @@ OTHER_WORDS: dict[str, str] = {
     "compile": "true",
     "matmul_precision": "medium",
     "kernels": "triton",
+    "affinity": "none",
     "model_ema": "true",
     "model_ema_decay": "0.99",
     "model_ema_eval": "false",

@@ -52,7 +52,7 @@ def epoch_entry(epoch: int, **scores: float) -> dict[str, Any]:
 @pytest.fixture
 def open_log(tmp_path: Path) -> Callable[..., RunLog]:
     def opened(*, step: int = 0, epoch: int = 0, processes: Processes = ALONE, **settings: Any) -> RunLog:
-        log = RunLog(tmp_path, config(**settings), processes, {"global_batch": 8})
+        log = RunLog(tmp_path, config(**settings), processes, {"global_batch": 8}, {"affinity": None})
         log.resume_at(step, epoch, continued=step > 0)
         return log
 
