@@ -1,4 +1,4 @@
-"""This machine: processor, memory and page cache, as far as this process may use them.
+"""This machine: processor, memory, page cache and folders for caches, as far as this process may use them.
 
 Limits of control groups (containers, Slurm) count: versions 1 and 2, of the process's own group and of all groups
 above it. `root` is the folder with proc/ and sys/.
@@ -10,8 +10,9 @@ import ctypes
 import mmap
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -51,6 +52,73 @@ def processor_name(root: Path = _ROOT) -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
+
+
+def instruction_sets(root: Path = _ROOT) -> str:
+    """Return the processor's name and instruction sets in one line: code compiled for it runs where this is equal."""
+    first = (_read(root / "proc/cpuinfo") or "").partition("\n\n")[0].splitlines()
+    values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
+    names = ("model name", "CPU implementer", "CPU part", "flags", "Features")  # as Intel, AMD and Arm are described
+    return " ".join([platform.machine(), *(values[name] for name in names if name in values)])
+
+
+def machine_id(root: Path = _ROOT) -> str:
+    """Return what processes on the same running system have in common, also in different containers."""
+    return _read(root / "proc/sys/kernel/random/boot_id") or platform.node()
+
+
+def near_cores(pci_address: str, root: Path = _ROOT) -> frozenset[int]:
+    """Return the cores near a PCI device, e.g. 0000:17:00.0: its own list, or its NUMA node's; empty if unknown."""
+    device = root / "sys/bus/pci/devices" / pci_address
+    node = _read(device / "numa_node")  # -1: unknown
+    return parse_cores(_read(device / "local_cpulist") or "") or parse_cores(
+        _read(root / f"sys/devices/system/node/node{node}/cpulist") or ""
+    )
+
+
+def parse_cores(text: str) -> frozenset[int]:
+    """Return the cores of a list as in /sys: 0-3,8."""
+    ranges = [part.split("-") for part in text.split(",") if part]
+    return frozenset(core for ends in ranges for core in range(int(ends[0]), int(ends[-1]) + 1))
+
+
+def format_cores(cores: Iterable[int]) -> str:
+    """Return cores as a list as in /sys."""
+    ranges: list[list[int]] = []
+    for core in sorted(cores):
+        if ranges and core == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [core]
+        else:
+            ranges.append([core])
+    return ",".join("-".join(map(str, ends)) for ends in ranges)
+
+
+def share_cores(usable: Sequence[frozenset[int]], root: Path = _ROOT) -> list[frozenset[int]]:
+    """Divide cores among processes: each gets a part of those it can use, as equally as possible, in one piece.
+
+    usable: for each process; may be equal, overlap or be empty. Hardware threads of one physical core stay together. A
+    process for which none is left, because there are fewer cores than processes, gets all that it can use.
+    """
+    wanted: dict[int, list[int]] = {}  # physical core -> its hardware threads
+    for core in sorted(frozenset().union(*usable)):
+        siblings = parse_cores(_read(root / f"sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list") or "")
+        wanted.setdefault(min(siblings, default=core), []).append(core)
+    alike: dict[tuple[int, ...], list[list[int]]] = {}  # processes -> cores that exactly these can use
+    for threads in wanted.values():
+        users = tuple(i for i, cores in enumerate(usable) if not cores.isdisjoint(threads))
+        alike.setdefault(users, []).append(threads)
+    shares: list[list[list[int]]] = [[] for _ in usable]
+    for users, cores in sorted(alike.items(), key=lambda item: len(item[0])):
+        sizes = {i: len(shares[i]) for i in users}
+        for _ in cores:
+            sizes[min(sizes, key=sizes.__getitem__)] += 1
+        left = iter(cores)
+        for i in users:
+            shares[i] += islice(left, sizes[i] - len(shares[i]))
+    return [
+        frozenset(core for threads in share for core in threads) & cores or cores
+        for share, cores in zip(shares, usable, strict=True)
+    ]
 
 
 # --- Memory -----------------------------------------------------------------------------------------------
@@ -148,6 +216,22 @@ def evict(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if num_bytes_in_memory(path) > path.stat().st_size // 50:
         raise OSError(f"{path} stays in memory: cannot measure cold reads on this file system")
+
+
+# --- Caches -----------------------------------------------------------------------------------------------
+
+
+def cache_folder(name: str, base: str | None = None) -> Path | None:
+    """Return the folder `name` among this package's caches, created; None if it cannot be written.
+
+    base: parent of this package's caches; none: the user's cache folder, XDG_CACHE_HOME or ~/.cache.
+    """
+    folder = Path(base or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ffcv_convnext" / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 # --- Files of the kernel ----------------------------------------------------------------------------------

@@ -18,8 +18,14 @@ from ffcv_convnext.host import (
     available_memory,
     describe_need,
     evict,
+    format_cores,
+    instruction_sets,
+    machine_id,
+    near_cores,
     num_bytes_in_memory,
+    parse_cores,
     processor_name,
+    share_cores,
 )
 
 MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\nMlocked:      500 kB\nHugePages_Total:  0\n"}
@@ -133,6 +139,105 @@ def test_locked_pages_of_a_file_need_no_additional_memory(tmp_path: Path) -> Non
     assert describe_need("ram", files, size, AvailableMemory(size, "", locked=size // 2))
     with pytest.raises(ValueError, match="take"):
         describe_need("ram", files, 0, AvailableMemory(size, "", locked=size // 2))
+
+
+def test_processors_with_other_instruction_sets_are_told_apart(tmp_path: Path) -> None:
+    block = "processor: 0\nmodel name\t: One 9000\ncpu MHz: {mhz}\nflags\t\t: fpu avx{more}\n\nprocessor: 1\nflags: x\n"
+    found = [
+        instruction_sets(write(tmp_path, {"proc/cpuinfo": block.format(mhz=mhz, more=more)}))
+        for mhz, more in ((1000, ""), (2000, ""), (1000, " avx512f"))
+    ]
+    assert found[0] == found[1] == f"{os.uname().machine} One 9000 fpu avx"
+    assert found[2] == f"{found[0]} avx512f"
+    assert "fpu" in instruction_sets() or os.uname().machine != "x86_64"
+
+
+# --- Cores near a GPU -------------------------------------------------------------------------------------
+
+
+def node_of(*, sockets: int, cores: int, gpus: int) -> dict[str, str]:
+    """A made-up /sys: `cores` physical cores a socket with two hardware threads each, GPUs 0000:00 to 0000:GPUS-1."""
+    files = {}
+    for socket in range(sockets):
+        first = range(socket * cores, (socket + 1) * cores)
+        second = [core + sockets * cores for core in first]
+        listed = f"{first[0]}-{first[-1]},{second[0]}-{second[-1]}\n"
+        files[f"sys/devices/system/node/node{socket}/cpulist"] = listed
+        for core, other in zip(first, second, strict=True):
+            for each in (core, other):
+                files[f"sys/devices/system/cpu/cpu{each}/topology/thread_siblings_list"] = f"{core},{other}\n"
+        for gpu in range(socket * gpus // sockets, (socket + 1) * gpus // sockets):
+            files[f"sys/bus/pci/devices/0000:{gpu:02x}:00.0/local_cpulist"] = listed
+            files[f"sys/bus/pci/devices/0000:{gpu:02x}:00.0/numa_node"] = f"{socket}\n"
+    return files
+
+
+def near(root: Path, num: int) -> list[frozenset[int]]:
+    return [near_cores(f"0000:{gpu:02x}:00.0", root) for gpu in range(num)]
+
+
+def test_the_processes_of_a_node_share_the_cores_near_their_gpus_equally(tmp_path: Path) -> None:
+    root = write(tmp_path, node_of(sockets=2, cores=12, gpus=8))
+    shares = share_cores(near(root, 8), root)
+    assert list(map(format_cores, shares)) == [
+        f"{start}-{start + 2},{start + 24}-{start + 26}" for start in range(0, 24, 3)
+    ]
+
+
+def test_cores_that_a_process_may_not_use_are_not_in_its_share(tmp_path: Path) -> None:
+    root = write(tmp_path, node_of(sockets=1, cores=8, gpus=4))
+    bound = [parse_cores(f"{2 * i}-{2 * i + 1}") for i in range(4)]  # by Slurm, each task to cores of its own
+    assert share_cores([n & b for n, b in zip(near(root, 4), bound, strict=True)], root) == bound
+    half = parse_cores("0-3")  # one thread of each of four cores, for all
+    shares = share_cores([n & half for n in near(root, 4)], root)
+    assert shares == [frozenset([i]) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("usable", "expected"),
+    [
+        (["0-3", "0-3"], ["0-1", "2-3"]),
+        (["0-4", "0-4"], ["0-2", "3-4"]),
+        (["0-7", "0-3"], ["4-7", "0-3"]),
+        (["0-9", "0-3"], ["4-9", "0-3"]),
+        (["0-4", "0-3"], ["0-1,4", "2-3"]),
+        (["0", "0", "0-3"], ["0", "0", "1-3"]),
+        (["", "0-3", "0-3"], ["", "0-1", "2-3"]),
+        (["", ""], ["", ""]),
+        ([], []),
+    ],
+)
+def test_cores_are_shared_equally_in_pieces(tmp_path: Path, usable: list[str], expected: list[str]) -> None:
+    assert list(map(format_cores, share_cores(list(map(parse_cores, usable)), tmp_path))) == expected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_share_is_usable_and_no_core_is_given_twice(tmp_path: Path, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    masks = generator.random((generator.integers(1, 9), generator.integers(8, 65))) < generator.random()
+    usable = [frozenset(np.flatnonzero(mask).tolist()) for mask in masks]
+    shares = share_cores(usable, tmp_path)
+    own = [share for share, cores in zip(shares, usable, strict=True) if share != cores]
+    assert all(share <= cores for share, cores in zip(shares, usable, strict=True))
+    assert all(bool(share) == bool(cores) for share, cores in zip(shares, usable, strict=True))
+    assert sum(map(len, own)) == len(frozenset[int]().union(*own))
+
+
+def test_cores_near_a_gpu_are_its_own_list_or_its_numa_nodes_or_unknown(tmp_path: Path) -> None:
+    root = write(tmp_path, node_of(sockets=2, cores=2, gpus=2))
+    gpu = root / "sys/bus/pci/devices/0000:01:00.0"
+    assert near_cores("0000:01:00.0", root) == {2, 3, 6, 7}
+    (gpu / "local_cpulist").unlink()
+    assert near_cores("0000:01:00.0", root) == {2, 3, 6, 7}
+    (gpu / "numa_node").write_text("-1\n")
+    assert near_cores("0000:01:00.0", root) == frozenset()
+    assert near_cores("0000:99:00.0", root) == frozenset()
+
+
+def test_this_machine_lists_the_cores_near_its_pci_devices_as_this_package_does() -> None:
+    for path in Path("/sys/bus/pci/devices").glob("*"):
+        assert format_cores(near_cores(path.name)) == (path / "local_cpulist").read_text().strip()
+    assert machine_id() == machine_id() != ""
 
 
 # --- Page cache -------------------------------------------------------------------------------------------

@@ -374,10 +374,22 @@ class RunConfig:
         "torch.compile the network for training (evaluation runs eagerly); auto: on a CUDA device",
         free=True,
     )
+    matmul_precision: Literal["highest", "high", "medium"] = setting(
+        "high",
+        "products of float32 matrices, as in torch.set_float32_matmul_precision: highest: float32; high: TF32, as the "
+        "paper's code with its version of torch; medium: TF32 or bfloat16. Matters with amp off",
+        free=True,
+    )
     kernels: Literal["torch", "triton"] = setting(
         "torch",
         "depthwise convolutions, the norms after them and residual sums: PyTorch's, or this package's Triton kernels "
         "(CUDA only)",
+        free=True,
+    )
+    affinity: Literal["auto", "none"] = setting(
+        "auto",
+        "bind a process's threads to processor cores near its GPU, which the processes of a node share equally; none: "
+        "leave them to the system",
         free=True,
     )
     model_ema: bool = setting(False, "keep an exponential moving average (EMA) of the weights")
@@ -478,11 +490,12 @@ class Config:
     def recorded(cls, values: Mapping[str, Any]) -> Config:
         """Build the config of a run from the settings in its folder or checkpoint, also of an older version.
 
-        Before 0.3.0 all models had ImageNet's mean and std and bicubic central crops, without settings for them.
+        Before 0.3.0 all models had ImageNet's mean and std and bicubic central crops, without settings for them, and
+        products of float32 matrices had torch's default precision.
         """
-        before: dict[str, Any] = {}
+        before: dict[str, Any] = {"matmul_precision": "highest"}
         if "mean" not in values:
-            before = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "eval_interpolation": "bicubic"}
+            before |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "eval_interpolation": "bicubic"}
             if int(values.get("input_size", 0)) >= WARPED_FROM:
                 before["eval_resize"] = "crop"
         return cls.from_flat({**before, **values})

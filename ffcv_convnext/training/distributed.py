@@ -53,12 +53,17 @@ class Processes:
         return self.rank == 0
 
     def join(self) -> None:
-        """Join the process group. Gloo reduces CPU tensors: a flag never waits for the device."""
-        if self.device.type == "cuda":
+        """Join the process group. Gloo reduces CPU tensors: a flag never waits for the device.
+
+        NCCL is told this process's device: it connects here, not in the first step, and never guesses a device by rank.
+        """
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+            device_id = self.device if on_gpu else None
+            dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device_id)
 
     def leave(self) -> None:
         """Leave the process group, if this process has joined it."""
@@ -69,6 +74,13 @@ class Processes:
         """Sum over all processes, in place; the result is the same on each."""
         if self.world > 1:
             dist.all_reduce(values)
+        return values
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank. They travel through the host."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def any(self, flag: bool) -> bool:

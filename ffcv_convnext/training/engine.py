@@ -168,9 +168,10 @@ def fit(run: Run) -> dict[str, float]:
             replaced = loader.num_replaced
             throughput.start()
             for micro_batches in loader.steps(epoch, first_step):
+                step_started = time.perf_counter()
                 train_step(learner, micro_batches)
                 state.step += 1
-                run.log.advance()
+                run.log.advance(time.perf_counter() - step_started)
                 if state.step % config.log_every == 0 or state.step == (epoch + 1) * num_steps:
                     images = (state.step - logged) * run.sampler.global_batch
                     logged = state.step
@@ -250,6 +251,7 @@ def compile_sizes(learner: Learner) -> None:
     So an image size that does not fit into memory fails now and not in epoch 40. Weights, running statistics, optimiser
     and draws stay as they are.
     """
+    started = time.perf_counter()
     config, device = learner.config, learner.processes.device
     epochs = range(learner.state.epoch, config.schedule.epochs)
     sizes = sorted({config.data.train_size(epoch) for epoch in epochs})
@@ -265,6 +267,7 @@ def compile_sizes(learner: Learner) -> None:
     learner.optimizer.zero_grad(set_to_none=True)
     for buffer, value in zip(learner.network.buffers(), before, strict=True):
         buffer.copy_(value)
+    log.info("compiled in %.1f s", time.perf_counter() - started)
 
 
 def log_point(run: Run, epoch: int, throughput: Throughput, images: int) -> None:

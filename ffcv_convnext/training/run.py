@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,9 @@ from ffcv_convnext.files import complaint, remove_leftovers
 from ffcv_convnext.models import build_model, load_pretrained, read_weights_file, use_triton
 from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.run_folder import FolderLock, check_same_config, read_facts, read_scores
+from ffcv_convnext.training.affinity import bind_threads
 from ffcv_convnext.training.checkpoint import STATE, Checkpoints, read_checkpoint
+from ffcv_convnext.training.compile_cache import keep_compiled, places
 from ffcv_convnext.training.distributed import Processes, data_parallel
 from ffcv_convnext.training.engine import (
     Learner,
@@ -73,8 +75,9 @@ def train(config: Config) -> dict[str, Any]:
             log.info("%s is finished: %s. Nothing to do; choose another output_dir to train again", folder, finished)
             return finished
         processes.join()
+        cores = bind_threads(processes) if config.run.affinity == "auto" else None  # before the loaders start threads
         train_loader, val_loader = resources.enter_context(_loaders(config, processes))
-        run = build_run(config, processes, train_loader, val_loader)
+        run = build_run(config, processes, train_loader, val_loader, start={"affinity": cores})
         resources.callback(run.log.close)
         _resume(run)
         train_loader.prepare()
@@ -141,6 +144,7 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
     ema = ModelEmaV3(network, decay=config.run.model_ema_decay) if config.run.model_ema else None
     compile = compiles(config, device)
     if compile:  # a graph for each image size, of the network and of the augmentation
+        keep_compiled()
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, 2 * len(config.train_sizes()) + 4)
     model = compiled(network, config) if compile else network
@@ -199,8 +203,10 @@ def compiled(network: nn.Module, config: Config) -> nn.Module:
     return model
 
 
-def build_run(config: Config, processes: Processes, train_loader: TrainLoader, val_loader: EvalLoader) -> Run:
-    """Return all parts of a run at its start; nothing is restored yet."""
+def build_run(
+    config: Config, processes: Processes, train_loader: TrainLoader, val_loader: EvalLoader, *, start: Mapping[str, Any]
+) -> Run:
+    """Return all parts of a run at its start; nothing is restored yet. start: facts of this start, for run.json."""
     assert config.run.output_dir is not None
     num_classes = count_classes(config.model, train_loader.num_classes)
     learner = build_learner(config, processes, num_classes=num_classes, steps_per_epoch=train_loader.steps_per_epoch)
@@ -218,13 +224,15 @@ def build_run(config: Config, processes: Processes, train_loader: TrainLoader, v
         train_loader=train_loader,
         val_loader=val_loader,
         checkpoints=Checkpoints(config.run.output_dir),
-        log=RunLog(config.run.output_dir, config, processes, facts),
+        log=RunLog(config.run.output_dir, config, processes, facts, start),
     )
     _announce(run, parameters)
     return run
 
 
 def _network(config: Config, num_classes: int, device: torch.device) -> nn.Module:
+    """Return the network on its device. From here on torch multiplies float32 matrices as the settings say."""
+    torch.set_float32_matmul_precision(config.run.matmul_precision)
     network = build_model(config.model, num_classes)
     fixed = getattr(network, "pretrained_cfg", {}) or {}
     if fixed.get("fixed_input_size"):
@@ -253,6 +261,7 @@ def _announce(run: Run, parameters: int) -> None:
         f"{loader.steps_per_epoch} steps"
     )
     if compiles(config, device):
+        log.info("compiled code is kept in %s", ", ".join(f"{name} = {place}" for name, place in places().items()))
         log.info(
             "the network and the augmentation are compiled in the first step, which may take minutes"
             if len(sizes := config.train_sizes()) == 1

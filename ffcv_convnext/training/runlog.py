@@ -10,6 +10,7 @@ import secrets
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ from ffcv_convnext.run_folder import (
     write_config,
 )
 from ffcv_convnext.snapshot import source_commit
+from ffcv_convnext.training.compile_cache import places
 from ffcv_convnext.training.distributed import Processes
 
 if TYPE_CHECKING:
@@ -121,6 +123,12 @@ def describe_machine(processes: Processes) -> dict[str, Any]:
         "device_type": device.type,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor_name()} CPU",
         "cpu_cores": os.cpu_count(),
+        "float32": {  # how torch computes with float32 on a GPU: ieee, tf32, or none if nothing was chosen
+            "matmul_precision": torch.get_float32_matmul_precision(),
+            "matmul": torch.backends.cuda.matmul.fp32_precision,
+            "convolution": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]  # torch declares no types
+        },
+        "compile_cache": places(),
         "git": source_commit(),
         "versions": versions,
         "command": sys.argv,
@@ -130,7 +138,10 @@ def describe_machine(processes: Processes) -> dict[str, Any]:
 class RunLog:
     """Logs of a run folder, written from `resume_at` on. Only the main process reads and writes."""
 
-    def __init__(self, folder: Path, config: Config, processes: Processes, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, config: Config, processes: Processes, facts: Mapping[str, Any], start: Mapping[str, Any]
+    ) -> None:
+        """Open nothing yet. facts: of the run; start: of this start, beside the machine's."""
         self.folder = folder
         self.config = config
         self.processes = processes
@@ -144,7 +155,7 @@ class RunLog:
         before = read_facts(folder)
         self.damaged = not before and (folder / FACTS).exists()
         self.run = {"starts": [], **before, **facts}
-        self.run["starts"].append(describe_machine(processes))
+        self.run["starts"].append({**describe_machine(processes), **start})
 
     def _write_run(self) -> None:
         write_object(self.folder / FACTS, self.run, indent=2)
@@ -214,8 +225,12 @@ class RunLog:
             total = f"{epoch + 1}/{self.config.schedule.epochs}"
             self.bar = tqdm(desc=f"epoch {total}", initial=first_step, total=num_steps, unit="step", leave=False)
 
-    def advance(self) -> None:
-        """Move the progress bar one step."""
+    def advance(self, step_s: float) -> None:
+        """Move the progress bar one step; of a process's first step log the time step_s, in seconds."""
+        if self.active and "first_step_s" not in self.run["starts"][-1]:
+            self.run["starts"][-1]["first_step_s"] = step_s
+            self._write_run()
+            log.info("the first step took %.1f s, with waiting for data and compiling", step_s)
         if self.bar is not None:
             self.bar.update()
 

@@ -112,7 +112,9 @@ OTHER_WORDS: dict[str, str] = {
     "amp": "fp16",
     "channels_last": "false",
     "compile": "true",
+    "matmul_precision": "medium",
     "kernels": "triton",
+    "affinity": "none",
     "model_ema": "true",
     "model_ema_decay": "0.99",
     "model_ema_eval": "false",
@@ -316,6 +318,12 @@ def test_a_timm_model_of_images_that_are_not_square_is_refused(monkeypatch: pyte
     monkeypatch.setattr(timm.models, "get_pretrained_cfg", lambda _: cfg)
     with pytest.raises(ValueError, match=r"takes images of 3 x 1024 x 768; expected square RGB"):
         Config.from_flat({"model": "vit_tiny_patch16_224"})
+
+
+def test_a_config_without_a_matmul_precision_is_of_a_version_that_used_torchs_default() -> None:
+    assert Config.from_flat({}).run.matmul_precision == "high"
+    assert Config.recorded({}).run.matmul_precision == "highest"
+    assert Config.recorded(Config().flat()) == Config()
 
 
 # --- precedence ---------------------------------------------------------------------------------------------------

@@ -190,6 +190,21 @@ def test_torchrun_stops_with_a_saved_state(settings: dict[str, Any], tmp_path: P
     assert steps[0] == steps[1] == str(read_checkpoint(tmp_path / LAST)["step"])
 
 
+@pytest.mark.parametrize(
+    ("device", "backend", "device_id"), [("cpu", "gloo", None), ("cuda:1", "cpu:gloo,cuda:nccl", "cuda:1")]
+)
+def test_a_process_joins_the_group_with_its_own_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, backend: str, device_id: str | None
+) -> None:
+    calls: list[tuple[str, Any]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: calls.append(("device", str(chosen))))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, **kwargs: calls.append((name, kwargs)))
+    Processes(1, 2, 1, torch.device(device)).join()
+    name, found = calls.pop()
+    assert (name, found["device_id"]) == (backend, None if device_id is None else torch.device(device_id))
+    assert calls == ([("device", "cuda:1")] if device_id else []), "set before NCCL connects"
+
+
 def test_one_process_is_alone_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

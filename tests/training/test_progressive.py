@@ -85,6 +85,7 @@ def test_compiling_all_sizes_in_advance_changes_nothing(
         compile_sizes(learner)
     assert sizes == [32, 64, 96]
     lines = [record.getMessage() for record in caplog.records]
+    assert lines.pop().startswith("compiled in ")
     assert lines == [f"compiling for images of {size} pixels ({i} of 3)" for i, size in enumerate(sizes, 1)]
     for name, value in learner.network.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.runs import config_from
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
@@ -22,6 +23,7 @@ from ffcv_convnext.config import Config
 from ffcv_convnext.files import read_lines
 from ffcv_convnext.run_folder import FolderLock, check_same_config, read_scores
 from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.run import build_learner
 from ffcv_convnext.training.runlog import PACKAGES, RunLog, describe_machine, setup_logging
 
 ALONE = Processes(0, 1, 0, torch.device("cpu"))
@@ -50,7 +52,7 @@ def epoch_entry(epoch: int, **scores: float) -> dict[str, Any]:
 @pytest.fixture
 def open_log(tmp_path: Path) -> Callable[..., RunLog]:
     def opened(*, step: int = 0, epoch: int = 0, processes: Processes = ALONE, **settings: Any) -> RunLog:
-        log = RunLog(tmp_path, config(**settings), processes, {"global_batch": 8})
+        log = RunLog(tmp_path, config(**settings), processes, {"global_batch": 8}, {"affinity": None})
         log.resume_at(step, epoch, continued=step > 0)
         return log
 
@@ -90,6 +92,29 @@ def test_the_machine_is_described_in_run_json() -> None:
     assert facts["host"] == socket.gethostname()
     assert facts["processes"] == 1
     json.dumps(facts)
+
+
+@pytest.mark.parametrize(("precision", "matmul"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_the_precision_of_float32_is_what_the_settings_say_and_is_in_run_json(
+    small_settings: dict[str, Any], precision: str, matmul: str
+) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        build_learner(config_from(small_settings, matmul_precision=precision), ALONE, num_classes=4, steps_per_epoch=10)
+        found = describe_machine(ALONE)["float32"]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (found["matmul_precision"], found["matmul"]) == (precision, matmul)
+    assert found["convolution"] != "ieee", "a convolution keeps torch's default, which is TF32"
+
+
+def test_the_time_of_a_processs_first_step_is_in_run_json(open_log: Callable[..., RunLog], tmp_path: Path) -> None:
+    for seconds in (40.0, 3.0):
+        log = open_log()
+        log.advance(seconds)
+        log.advance(0.1)
+        log.close()
+    assert [start["first_step_s"] for start in json.loads((tmp_path / "run.json").read_text())["starts"]] == [40, 3]
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
@@ -169,7 +194,7 @@ def test_plain_lines_go_to_a_file_and_a_bar_to_a_terminal(
         setup_logging(tmp_path, ALONE)
         log = open_log()
         log.start_epoch(0, 0, 10)
-        log.advance()
+        log.advance(0.5)
         log.train(step_entry(1, images_per_s=123.4), 10)
         log.epoch(epoch_entry(0, test_acc1_ema=55.0))
         log.close()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import atexit
 import hashlib
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -32,6 +31,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from ffcv_convnext import rng
+from ffcv_convnext.host import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +44,7 @@ def _cache_folder() -> str:
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for source in sorted([*Path(__file__).parents[1].rglob("*.py"), Path(rng.__file__)]):
         digest.update(source.read_bytes())
-    chosen = numba.config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(chosen) / "ffcv_convnext" / digest.hexdigest()[:16]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if writable:
+    if (folder := cache_folder(digest.hexdigest()[:16], numba.config.CACHE_DIR)) is not None:
         return str(folder)
     private = tempfile.mkdtemp(prefix="ffcv_convnext-")  # private: the cache contains pickles
     atexit.register(shutil.rmtree, private, ignore_errors=True)

@@ -15,6 +15,12 @@ class DeviceTransfer:
 
     On a GPU the buffers are pinned, and copies run on a stream of their own, beside the computation. On a CPU a batch
     stays where it was decoded.
+
+    Pinned buffers are used again, by torch's caching host allocator (ATen/core/CachingHostAllocator.h): `.to` with
+    non_blocking notes its stream at the buffer; when the last reference goes, the allocator records an event on that
+    stream; and an allocation first asks, without waiting, which events have passed and takes one of their buffers. Only
+    if none is free does it pin new memory. So there are as many buffers as batches are decoded or copied at a time, and
+    after the first of them nothing is pinned any more. A ring of our own would do the same.
     """
 
     def __init__(self, device: torch.device) -> None:

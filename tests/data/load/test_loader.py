@@ -40,6 +40,7 @@ from ffcv_convnext.data.load.crops import (  # noqa: E402
     random_crop_kernel,
 )
 from ffcv_convnext.data.load.decoder import BatchDecoder, SampleError  # noqa: E402
+from ffcv_convnext.data.load.device import DeviceTransfer  # noqa: E402
 from ffcv_convnext.data.load.loader import (  # noqa: E402
     EvalLoader,
     TrainLoader,
@@ -764,3 +765,21 @@ def test_a_file_with_other_fields_is_refused(stock_files: tuple[Path, Path]) -> 
 def test_a_training_set_smaller_than_the_global_batch_is_refused(beton_dir: Path) -> None:
     with pytest.raises(ValueError, match="80 images, fewer than the global batch of 96"):
         TrainLoader(settings(beton_dir, update_freq=3), CPU, seed=0, world=4)
+
+
+@pytest.mark.gpu
+def test_pinned_buffers_are_used_again_once_their_copy_has_ended() -> None:
+    device = torch.device("cuda", 0)
+    transfer = DeviceTransfer(device)
+    pinned, sums = [], []
+    for number in range(64):
+        images = transfer.empty(64, 224, 224, 3, dtype=torch.uint8).fill_(number)
+        labels = transfer.empty(64, dtype=torch.int64).fill_(number)
+        batch = transfer(images, labels)
+        sums.append(torch.stack([batch[0].float().mean(), batch[1].float().mean()]))
+        del images, labels
+        if number % 4 == 3:
+            torch.cuda.synchronize(device)  # at most four copies at a time
+        pinned.append(torch.cuda.host_memory_stats()["num_host_alloc"])
+    assert pinned[-1] == pinned[3], "nothing is pinned after the first four"
+    assert torch.stack(sums).cpu().tolist() == [[number, number] for number in range(64)]
