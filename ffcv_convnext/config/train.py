@@ -315,8 +315,14 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """The optimiser, by timm's names."""
+    """The loss, and the optimiser by timm's names."""
 
+    loss: Literal["ce", "bce"] = setting(
+        "ce", "cross-entropy, or binary cross-entropy of each class (arXiv:2110.00476), with soft targets"
+    )
+    bce_target_thresh: float | None = setting(
+        None, "loss bce: targets above this become 1, others 0; none: soft targets", minimum=0, below=1
+    )
     opt: str = setting("adamw", "optimiser, any name of timm.optim")
     opt_eps: float | None = setting(None, "optimiser's epsilon; none: its own default (AdamW: 1e-8)", above=0)
     opt_betas: tuple[float, float] | None = setting(
@@ -333,6 +339,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        _require(
+            self.bce_target_thresh is None or self.loss == "bce",
+            f"bce_target_thresh = {self.bce_target_thresh} needs --loss bce",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -166,7 +166,7 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
             compile=compile,  # a graph of its own, beside the network's
             dtype=input_dtype(config),
         ),
-        criterion=build_criterion(),
+        criterion=build_criterion(config.optim),
         tracker=LossTracker(processes),
         state=State(),
     )
@@ -252,6 +252,11 @@ def _announce(run: Run, parameters: int) -> None:
         f"{shares.world} processes on {device}; peak lr {schedule.lr:g}; {schedule.epochs} epochs of "
         f"{loader.steps_per_epoch} steps"
     )
+    if config.optim.loss == "bce" and config.augment.smoothing > 0:
+        log.info(
+            f"loss = bce with smoothing = {config.augment.smoothing:g}: before bce_target_thresh, each class has the "
+            "target smoothing / classes, and an image's own class 1 - smoothing more"
+        )
     if compiles(config, device):
         log.info(
             "the network and the augmentation are compiled in the first step, which may take minutes"

@@ -280,7 +280,7 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("ffcv_convnext.training.run.build_criterion", lambda: NotANumberAt(step))
+    monkeypatch.setattr("ffcv_convnext.training.run.build_criterion", lambda _: NotANumberAt(step))
     words = [w for name, value in {**settings, "output_dir": tmp_path}.items() for w in (f"--{name}", str(value))]
     assert run_command("train", words) == 1
     message = capsys.readouterr().err.splitlines()[-1]
