@@ -261,6 +261,9 @@ class ModelConfig:
     drop_path: float = setting(
         0.0, "stochastic depth: rate of the last block; rates rise linearly from 0", minimum=0, below=1
     )
+    head_init_scale: float = setting(
+        1.0, "factor of the head's initial weight and bias, unless finetune loads the head", above=0
+    )
     resnet_layers: tuple[int, int, int, int] = setting((3, 4, 6, 3), "blocks in each stage", minimum=1)
     resnet_stem: Literal["original", "patch_embed"] = setting(
         "original", "7x7 stride-2 convolution and max-pool, or one 4x4 stride-4 convolution"
@@ -312,6 +315,11 @@ class ModelConfig:
             value = getattr(self, name)
             _require(met or value in (False, "none"), f"{name} = {format_value(value)} needs --{other}")
 
+    @property
+    def architecture(self) -> ModelConfig:
+        """These settings without those that do not change what trained weights compute in evaluation."""
+        return dataclasses.replace(self, nb_classes=None, drop_path=0.0, head_init_scale=1.0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
@@ -334,6 +342,13 @@ class OptimConfig:
     )
     weight_decay_end: float | None = setting(
         None, "weight decay of the last step (cosine between); none: constant", minimum=0
+    )
+    layer_decay: float = setting(
+        1.0,
+        "factor of the learning rate from each group of layers to the one before it, for fine-tuning; groups as in the "
+        "paper's code, or timm's own of a timm model; 1: one learning rate",
+        above=0,
+        maximum=1,
     )
     clip_grad: float | None = setting(None, "maximum norm of the gradient; none: no clipping", above=0)
 

@@ -7,7 +7,7 @@ the residual sum. Source: Liu et al. 2022, "A ConvNet for the 2020s", arXiv:2201
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ffcv_convnext.config import ModelConfig
 from ffcv_convnext.models.layers import ACTIVATIONS, NORMS, LayerScale, PointwiseConv2d, sequence
 
+FAR = 10**6  # in the order of groups of layers: behind any number of blocks
 EXPANSION = 4  # wide / narrow width of a block
 
 
@@ -153,12 +154,34 @@ class ResNet(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:  # noqa: ARG002
+        """Return `layer_group`: timm's interface for layer_decay, which numbers the groups in their order."""
+        return layer_group
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
         x = self.stages(self.stem(images))
         x = self.norm(x.mean((2, 3), keepdim=True))
         logits: Tensor = self.head(x.flatten(1))
         return logits
+
+
+def layer_group(name: str) -> int:
+    """Return the group of layers to which a parameter of `ResNet` belongs, from the stem's 0, for layer_decay.
+
+    A stage is a group, with the downsampling before it, but the third stage has one for every three blocks; norm and
+    head are the last group. So ConvNeXt-S, -B and -L have the 14 groups of the paper's code (optim_factory.py), and
+    ConvNeXt-T has 8, as in its object detection.
+    """
+    part, *rest = name.split(".")
+    if part == "stem":
+        return 0
+    if part != "stages":
+        return FAR + 1
+    stage = int(rest[0])
+    if stage < 2:
+        return stage + 1
+    return FAR if stage == 3 else 3 + (int(rest[2]) // 3 if rest[1] == "blocks" else 0)
 
 
 def drop_path_rates(config: ModelConfig) -> list[float]:

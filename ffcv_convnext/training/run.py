@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -390,6 +389,7 @@ def _check_resumable(path: Path, content: dict[str, Any], config: Config) -> Non
     theirs = Config.recorded(content["config"])
     for name, ours, other in (
         ("opt", config.optim.opt, theirs.optim.opt),
+        ("layer_decay", config.optim.layer_decay, theirs.optim.layer_decay),
         ("model_ema", config.run.model_ema, theirs.run.model_ema),
         ("amp", config.run.amp, theirs.run.amp),
     ):
@@ -462,7 +462,7 @@ def _check_same_network(path: Path, content: dict[str, Any], config: Config) -> 
             f"{', '.join(map(str, content))[:200]}"
         )
     theirs = Config.recorded(content["config"]).model
-    if replace(theirs, nb_classes=None, drop_path=0.0) != replace(config.model, nb_classes=None, drop_path=0.0):
+    if theirs.architecture != config.model.architecture:
         raise ValueError(
             f"{path} has another network than these settings; use its own: --config {path.parent / 'config.yaml'}"
         )
