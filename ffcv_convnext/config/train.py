@@ -264,6 +264,12 @@ class ModelConfig:
     head_init_scale: float = setting(
         1.0, "factor of the head's initial weight and bias, unless finetune loads the head", above=0
     )
+    grad_checkpointing: bool = setting(
+        False,
+        "keep each block's input only, and compute the block again in the backward pass: less memory, more time, the "
+        "same gradients",
+        free=True,
+    )
     resnet_layers: tuple[int, int, int, int] = setting((3, 4, 6, 3), "blocks in each stage", minimum=1)
     resnet_stem: Literal["original", "patch_embed"] = setting(
         "original", "7x7 stride-2 convolution and max-pool, or one 4x4 stride-4 convolution"
@@ -318,7 +324,7 @@ class ModelConfig:
     @property
     def architecture(self) -> ModelConfig:
         """These settings without those that do not change what trained weights compute in evaluation."""
-        return dataclasses.replace(self, nb_classes=None, drop_path=0.0, head_init_scale=1.0)
+        return dataclasses.replace(self, nb_classes=None, drop_path=0.0, head_init_scale=1.0, grad_checkpointing=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

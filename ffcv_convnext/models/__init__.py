@@ -6,6 +6,7 @@ import timm
 from torch import nn
 
 from ffcv_convnext.config import ModelConfig, nearest
+from ffcv_convnext.models.checkpointing import checkpoint_gradients, fixed_statistics
 from ffcv_convnext.models.complexity import count_gmacs, count_parameters
 from ffcv_convnext.models.kernels import use_triton
 from ffcv_convnext.models.resnet import ResNet
@@ -25,6 +26,7 @@ __all__ = [
     "count_parameters",
     "export_weights",
     "fit_pretrained",
+    "fixed_statistics",
     "load_pretrained",
     "read_weights_file",
     "use_triton",
@@ -40,6 +42,8 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     model = ResNet(config, num_classes) if config.model == "resnet" else _build_timm(config, num_classes)
     if config.head_init_scale != 1:
         _scale_head(model, config)
+    if config.grad_checkpointing:
+        checkpoint_gradients(model, config.model)
     return model
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ffcv_convnext.config import ModelConfig
 from ffcv_convnext.models.layers import ACTIVATIONS, NORMS, LayerScale, PointwiseConv2d, sequence
@@ -72,9 +73,16 @@ class Block(nn.Module):
         if stride != 1 or width_in != out:
             self.shortcut = sequence({"conv": nn.Conv2d(width_in, out, 1, stride, bias=False), "norm": norm(out)})
         self.act = nn.Identity() if config.resnet_del_act else activation()
+        self.grad_checkpointing = False  # compute the block again in the backward pass of training
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output for x."""
+        if self.grad_checkpointing and self.training:
+            output: Tensor = checkpoint(self._compute, x, use_reentrant=False)  # restores the random generators too
+            return output
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
         output: Tensor = self.act(self.branch(x, self.shortcut(x)))
         return output
 
@@ -153,6 +161,12 @@ class ResNet(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Let each block keep its input only in training, or everything; timm's interface."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:  # noqa: ARG002
         """Return `layer_group`: timm's interface for layer_decay, which numbers the groups in their order."""

@@ -76,6 +76,7 @@ OTHER_WORDS: dict[str, str] = {
     "nb_classes": "10",
     "drop_path": "0.1",
     "head_init_scale": "0.001",
+    "grad_checkpointing": "true",
     "resnet_layers": "3-3-9-3",
     "resnet_stem": "patch_embed",
     "resnet_stem_norm": "true",
