@@ -368,21 +368,33 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """Learning rate over optimiser steps: linear warm-up, then a cosine."""
+    """Learning rate over optimiser steps: linear warm-up, then a cosine or a line down."""
 
     epochs: int = setting(300, "passes over the training set", minimum=1)
     lr: float = setting(4e-3, "peak learning rate, for a global batch of recipe_batch; never rescaled", above=0)
-    min_lr: float = setting(1e-6, "learning rate at the end of the cosine", minimum=0)
+    min_lr: float = setting(1e-6, "learning rate at the end of the decay, and of the cooldown", minimum=0)
+    sched: Literal["cosine", "linear", "cyclic"] = setting(
+        "cosine",
+        "decay after the warm-up: a cosine, or a line to min_lr; cyclic (ffcv-imagenet): a line from lr / 10000 to the "
+        "peak at the end of the warm-up, and one to min_lr",
+    )
     warmup_epochs: int = setting(20, "epochs of linear warm-up from 0, counted in optimiser steps", minimum=0)
     warmup_steps: int = setting(-1, "warm-up in optimiser steps; if positive, it replaces warmup_epochs")
+    cooldown_epochs: int = setting(0, "last epochs, part of `epochs`, with learning rate min_lr", minimum=0)
     recipe_batch: int = setting(4096, "global batch that lr is chosen for; a different one causes a warning", minimum=1)
 
     def __post_init__(self) -> None:
         check_ranges(self)
         _require(self.min_lr <= self.lr, f"min_lr = {self.min_lr}: expected at most lr = {self.lr}")
         _require(
-            self.warmup_epochs <= self.epochs or self.warmup_steps > 0,
-            f"warmup_epochs = {self.warmup_epochs}: expected at most epochs = {self.epochs}",
+            self.cooldown_epochs < self.epochs,
+            f"cooldown_epochs = {self.cooldown_epochs}: expected fewer than epochs = {self.epochs}",
+        )
+        left = self.epochs - self.cooldown_epochs
+        _require(
+            self.warmup_epochs <= left or self.warmup_steps > 0,
+            f"warmup_epochs = {self.warmup_epochs}: expected at most epochs = {self.epochs}"
+            + (f" without cooldown_epochs = {self.cooldown_epochs}, {left}" if self.cooldown_epochs else ""),
         )
 
 
