@@ -261,6 +261,15 @@ class ModelConfig:
     drop_path: float = setting(
         0.0, "stochastic depth: rate of the last block; rates rise linearly from 0", minimum=0, below=1
     )
+    head_init_scale: float = setting(
+        1.0, "factor of the head's initial weight and bias, unless finetune loads the head", above=0
+    )
+    grad_checkpointing: bool = setting(
+        False,
+        "keep each block's input only, and compute the block again in the backward pass: less memory, more time, the "
+        "same gradients",
+        free=True,
+    )
     resnet_layers: tuple[int, int, int, int] = setting((3, 4, 6, 3), "blocks in each stage", minimum=1)
     resnet_stem: Literal["original", "patch_embed"] = setting(
         "original", "7x7 stride-2 convolution and max-pool, or one 4x4 stride-4 convolution"
@@ -312,11 +321,22 @@ class ModelConfig:
             value = getattr(self, name)
             _require(met or value in (False, "none"), f"{name} = {format_value(value)} needs --{other}")
 
+    @property
+    def architecture(self) -> ModelConfig:
+        """These settings without those that do not change what trained weights compute in evaluation."""
+        return dataclasses.replace(self, nb_classes=None, drop_path=0.0, head_init_scale=1.0, grad_checkpointing=False)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """The optimiser, by timm's names."""
+    """The loss, and the optimiser by timm's names."""
 
+    loss: Literal["ce", "bce"] = setting(
+        "ce", "cross-entropy, or binary cross-entropy of each class (arXiv:2110.00476), with soft targets"
+    )
+    bce_target_thresh: float | None = setting(
+        None, "loss bce: targets above this become 1, others 0; none: soft targets", minimum=0, below=1
+    )
     opt: str = setting("adamw", "optimiser, any name of timm.optim")
     opt_eps: float | None = setting(None, "optimiser's epsilon; none: its own default (AdamW: 1e-8)", above=0)
     opt_betas: tuple[float, float] | None = setting(
@@ -329,29 +349,52 @@ class OptimConfig:
     weight_decay_end: float | None = setting(
         None, "weight decay of the last step (cosine between); none: constant", minimum=0
     )
+    layer_decay: float = setting(
+        1.0,
+        "factor of the learning rate from each group of layers to the one before it, for fine-tuning; groups as in the "
+        "paper's code, or timm's own of a timm model; 1: one learning rate",
+        above=0,
+        maximum=1,
+    )
     clip_grad: float | None = setting(None, "maximum norm of the gradient; none: no clipping", above=0)
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        _require(
+            self.bce_target_thresh is None or self.loss == "bce",
+            f"bce_target_thresh = {self.bce_target_thresh} needs --loss bce",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """Learning rate over optimiser steps: linear warm-up, then a cosine."""
+    """Learning rate over optimiser steps: linear warm-up, then a cosine or a line down."""
 
     epochs: int = setting(300, "passes over the training set", minimum=1)
     lr: float = setting(4e-3, "peak learning rate, for a global batch of recipe_batch; never rescaled", above=0)
-    min_lr: float = setting(1e-6, "learning rate at the end of the cosine", minimum=0)
+    min_lr: float = setting(1e-6, "learning rate at the end of the decay, and of the cooldown", minimum=0)
+    sched: Literal["cosine", "linear", "cyclic"] = setting(
+        "cosine",
+        "decay after the warm-up: a cosine, or a line to min_lr; cyclic (ffcv-imagenet): a line from lr / 10000 to the "
+        "peak at the end of the warm-up, and one to min_lr",
+    )
     warmup_epochs: int = setting(20, "epochs of linear warm-up from 0, counted in optimiser steps", minimum=0)
     warmup_steps: int = setting(-1, "warm-up in optimiser steps; if positive, it replaces warmup_epochs")
+    cooldown_epochs: int = setting(0, "last epochs, part of `epochs`, with learning rate min_lr", minimum=0)
     recipe_batch: int = setting(4096, "global batch that lr is chosen for; a different one causes a warning", minimum=1)
 
     def __post_init__(self) -> None:
         check_ranges(self)
         _require(self.min_lr <= self.lr, f"min_lr = {self.min_lr}: expected at most lr = {self.lr}")
         _require(
-            self.warmup_epochs <= self.epochs or self.warmup_steps > 0,
-            f"warmup_epochs = {self.warmup_epochs}: expected at most epochs = {self.epochs}",
+            self.cooldown_epochs < self.epochs,
+            f"cooldown_epochs = {self.cooldown_epochs}: expected fewer than epochs = {self.epochs}",
+        )
+        left = self.epochs - self.cooldown_epochs
+        _require(
+            self.warmup_epochs <= left or self.warmup_steps > 0,
+            f"warmup_epochs = {self.warmup_epochs}: expected at most epochs = {self.epochs}"
+            + (f" without cooldown_epochs = {self.cooldown_epochs}, {left}" if self.cooldown_epochs else ""),
         )
 
 

@@ -7,14 +7,16 @@ the residual sum. Source: Liu et al. 2022, "A ConvNet for the 2020s", arXiv:2201
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ffcv_convnext.config import ModelConfig
 from ffcv_convnext.models.layers import ACTIVATIONS, NORMS, LayerScale, PointwiseConv2d, sequence
 
+FAR = 10**6  # in the order of groups of layers: behind any number of blocks
 EXPANSION = 4  # wide / narrow width of a block
 
 
@@ -71,9 +73,16 @@ class Block(nn.Module):
         if stride != 1 or width_in != out:
             self.shortcut = sequence({"conv": nn.Conv2d(width_in, out, 1, stride, bias=False), "norm": norm(out)})
         self.act = nn.Identity() if config.resnet_del_act else activation()
+        self.grad_checkpointing = False  # compute the block again in the backward pass of training
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output for x."""
+        if self.grad_checkpointing and self.training:
+            output: Tensor = checkpoint(self._compute, x, use_reentrant=False)  # restores the random generators too
+            return output
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
         output: Tensor = self.act(self.branch(x, self.shortcut(x)))
         return output
 
@@ -153,12 +162,40 @@ class ResNet(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Let each block keep its input only in training, or everything; timm's interface."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:  # noqa: ARG002
+        """Return `layer_group`: timm's interface for layer_decay, which numbers the groups in their order."""
+        return layer_group
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
         x = self.stages(self.stem(images))
         x = self.norm(x.mean((2, 3), keepdim=True))
         logits: Tensor = self.head(x.flatten(1))
         return logits
+
+
+def layer_group(name: str) -> int:
+    """Return the group of layers to which a parameter of `ResNet` belongs, from the stem's 0, for layer_decay.
+
+    A stage is a group, with the downsampling before it, but the third stage has one for every three blocks; norm and
+    head are the last group. So ConvNeXt-S, -B and -L have the 14 groups of the paper's code (optim_factory.py), and
+    ConvNeXt-T has 8, as in its object detection.
+    """
+    part, *rest = name.split(".")
+    if part == "stem":
+        return 0
+    if part != "stages":
+        return FAR + 1
+    stage = int(rest[0])
+    if stage < 2:
+        return stage + 1
+    return FAR if stage == 3 else 3 + (int(rest[2]) // 3 if rest[1] == "blocks" else 0)
 
 
 def drop_path_rates(config: ModelConfig) -> list[float]:

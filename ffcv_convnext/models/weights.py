@@ -59,7 +59,7 @@ CONVNEXT_CONFIG = ModelConfig(
 )
 RESNET_CONFIG = ModelConfig()
 CONVNEXT_YAML, RESNET_YAML = "rn_configs/convnext_tiny.yaml", "rn_configs/00_resnet50.yaml"
-FREE = {"nb_classes", "drop_path", "resnet_init"}
+FREE = {"nb_classes", "drop_path", "head_init_scale", "grad_checkpointing", "resnet_init"}
 SIZE_SETTINGS = {"layers": "resnet_layers", "width": "resnet_embed_dim", "kernel size": "resnet_kernel_size"}
 MODEL_SETTINGS = [field.name for field in dataclasses.fields(ModelConfig)]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from ffcv_convnext.config import SETTINGS, Config, ModelConfig, format_value
+from ffcv_convnext.config import SETTINGS, Config, format_value
 from ffcv_convnext.ladder import PaperResult, Step, natural_order, read_ladder, read_paper, read_released
 from ffcv_convnext.report.runs import Metric
 
@@ -77,13 +77,10 @@ def _reference(folder: Path, steps: Iterable[Step], *, optional: bool, metric: M
 
 def find_step(ladders: Iterable[ReferenceLadder], config: Config) -> tuple[ReferenceLadder, ReferenceStep] | None:
     """Return the step with the same network as `config`, and its ladder; None if there is none."""
-    ours = _network(config)
-    return next(((ladder, s) for ladder in ladders for s in ladder.steps if _network(s.step.config) == ours), None)
-
-
-def _network(config: Config) -> ModelConfig:
-    """Return the settings of the network without those that leave it the same."""
-    return replace(config.model, nb_classes=None, drop_path=0.0)
+    ours = config.model.architecture
+    return next(
+        ((ladder, s) for ladder in ladders for s in ladder.steps if s.step.config.model.architecture == ours), None
+    )
 
 
 def recipe_changes(ours: Config, step: Config) -> tuple[str, ...]:
@@ -94,6 +91,6 @@ def recipe_changes(ours: Config, step: Config) -> tuple[str, ...]:
         for name, declared in SETTINGS.items()
         if mine[name] != theirs[name]
         and not declared.free
-        and (declared.group != "model" or name == "drop_path")  # the network is the same
+        and (declared.group != "model" or name in ("drop_path", "head_init_scale"))  # the network is the same
         and name not in BESIDE_THE_RECIPE
     )

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ffcv_convnext.augment import Normalisation, TrainAugment
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import Failure, Interrupted
+from ffcv_convnext.models import fixed_statistics
 from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.signals import stop_signals
 from ffcv_convnext.training.checkpoint import BEST, BEST_EMA, Checkpoints
@@ -241,7 +242,8 @@ def _backward(learner: Learner, images: Tensor, labels: Tensor, step: int, micro
             logits = learner.model(inputs.contiguous(memory_format=memory_format(config)))
             loss: Tensor = learner.criterion(logits, targets)
         scaled: Tensor = learner.scaler.scale(loss / config.data.update_freq)
-        scaled.backward()  # type: ignore[no-untyped-call]
+        with fixed_statistics(learner.network) if config.model.grad_checkpointing else nullcontext():
+            scaled.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 

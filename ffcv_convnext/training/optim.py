@@ -17,10 +17,12 @@ KEPT = {"betas", "eps", "momentum", "weight_decay", "decays", "fused"}  # taken 
 def build_optimizer(network: nn.Module, config: OptimConfig, *, peak_lr: float = 4e-3) -> torch.optim.Optimizer:
     """Return an optimiser over two groups: parameters of one dimension and biases have no weight decay.
 
+    With layer_decay there are two for each group of layers of the network's `group_matcher`, timm's interface: the last
+    group, with the head, has the schedule's learning rate, and each one before it layer_decay times the next one's.
     Adam, AdamW and SGD are torch's fused versions: with fp16 they apply the loss scale on the device.
     peak_lr: of the schedule; some of timm's optimisers scale their weight decay by it.
-    Learning rate and weight decay are set before each step. Raises ValueError for a name that timm does not have, and
-    for options that the optimiser does not have.
+    Learning rate and weight decay are set before each step. Raises ValueError for a name that timm does not have, for
+    options that the optimiser does not have, and for layer_decay with a network without groups of layers.
     """
     if config.opt.lower() not in list_optimizers():
         raise ValueError(f"opt = {config.opt}: timm has no such optimiser{nearest(config.opt, list_optimizers())}")
@@ -39,6 +41,13 @@ def build_optimizer(network: nn.Module, config: OptimConfig, *, peak_lr: float =
         info.opt_class, FUSED
     ):  # a string if its package is not installed
         extra["fused"] = True
+    if config.layer_decay < 1:
+        if not hasattr(network, "group_matcher"):
+            raise ValueError(
+                f"layer_decay = {config.layer_decay:g}: timm has no groups of layers for {type(network).__name__}; "
+                "remove it, or choose another --model"
+            )
+        extra["layer_decay"] = config.layer_decay
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         network,
         opt=config.opt,
@@ -52,7 +61,7 @@ def build_optimizer(network: nn.Module, config: OptimConfig, *, peak_lr: float =
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
-    """Set every group's learning rate for this step, and the weight decay of the group that has one."""
+    """Set every group's learning rate for this step, and the weight decay of the groups that have one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
         if group["decays"]:

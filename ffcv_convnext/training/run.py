@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +169,7 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
             compile=compile,  # a graph of its own, beside the network's
             dtype=input_dtype(config),
         ),
-        criterion=build_criterion(),
+        criterion=build_criterion(config.optim),
         tracker=LossTracker(processes),
         state=State(),
     )
@@ -260,6 +259,11 @@ def _announce(run: Run, parameters: int) -> None:
         f"{shares.world} processes on {device}; peak lr {schedule.lr:g}; {schedule.epochs} epochs of "
         f"{loader.steps_per_epoch} steps"
     )
+    if config.optim.loss == "bce" and config.augment.smoothing > 0:
+        log.info(
+            f"loss = bce with smoothing = {config.augment.smoothing:g}: before bce_target_thresh, each class has the "
+            "target smoothing / classes, and an image's own class 1 - smoothing more"
+        )
     if compiles(config, device):
         log.info("compiled code is kept in %s", ", ".join(f"{name} = {place}" for name, place in places().items()))
         log.info(
@@ -394,6 +398,7 @@ def _check_resumable(path: Path, content: dict[str, Any], config: Config) -> Non
     theirs = Config.recorded(content["config"])
     for name, ours, other in (
         ("opt", config.optim.opt, theirs.optim.opt),
+        ("layer_decay", config.optim.layer_decay, theirs.optim.layer_decay),
         ("model_ema", config.run.model_ema, theirs.run.model_ema),
         ("amp", config.run.amp, theirs.run.amp),
     ):
@@ -466,7 +471,7 @@ def _check_same_network(path: Path, content: dict[str, Any], config: Config) -> 
             f"{', '.join(map(str, content))[:200]}"
         )
     theirs = Config.recorded(content["config"]).model
-    if replace(theirs, nb_classes=None, drop_path=0.0) != replace(config.model, nb_classes=None, drop_path=0.0):
+    if theirs.architecture != config.model.architecture:
         raise ValueError(
             f"{path} has another network than these settings; use its own: --config {path.parent / 'config.yaml'}"
         )

@@ -4,47 +4,63 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from ffcv_convnext.config import Config
 
+CYCLIC_START = 1e-4  # of the peak; ffcv-imagenet's first learning rate
+
 
 @dataclass(frozen=True, slots=True)
-class CosineSchedule:
-    """Linear warm-up from 0, then a cosine from `start` to `end`, as in the paper's code.
+class Schedule:
+    """Linear warm-up, then a decay from `start` to `end`, which all later steps keep.
 
-    The first warm-up step has value 0 and the last one `start`; the cosine would reach `end` at `total_steps`.
+    cosine, as in the paper's code, and linear: the first warm-up step has value 0 and the last one `start`.
+    cyclic, as in ffcv-imagenet: one line from `start` / 10000 to `start` at step `warmup_steps`, and one to `end`.
+    decay_end: the step that has `end`.
     """
 
     start: float
     end: float
     warmup_steps: int
-    total_steps: int
+    decay_end: int
+    shape: Literal["cosine", "linear", "cyclic"] = "cosine"
 
     def __call__(self, step: int) -> float:
         """Return the value at an optimiser step, from 0."""
         if step < self.warmup_steps:
+            if self.shape == "cyclic":
+                return self.start * (CYCLIC_START + (1 - CYCLIC_START) * step / self.warmup_steps)
             return self.start * step / max(self.warmup_steps - 1, 1)
-        progress = (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
-        return self.end + 0.5 * (self.start - self.end) * (1 + math.cos(math.pi * progress))
+        if step >= self.decay_end:
+            return self.end
+        progress = (step - self.warmup_steps) / (self.decay_end - self.warmup_steps)
+        left = 0.5 * (1 + math.cos(math.pi * progress)) if self.shape == "cosine" else 1 - progress
+        return self.end + (self.start - self.end) * left
 
 
 @dataclass(frozen=True, slots=True)
 class Schedules:
     """Values for an optimiser step."""
 
-    lr: CosineSchedule
-    weight_decay: CosineSchedule
+    lr: Schedule
+    weight_decay: Schedule
 
 
 def build_schedules(config: Config, steps_per_epoch: int) -> Schedules:
-    """Convert epochs to optimiser steps. Raises ValueError if the warm-up is longer than the run."""
+    """Convert epochs to optimiser steps. Raises ValueError if warm-up and cooldown are longer than the run.
+
+    The weight decay follows a cosine over the whole run, whatever the learning rate does.
+    """
     schedule, optim = config.schedule, config.optim
     total = schedule.epochs * steps_per_epoch
     warmup = schedule.warmup_steps if schedule.warmup_steps > 0 else schedule.warmup_epochs * steps_per_epoch
-    if warmup > total:
-        raise ValueError(f"warmup_steps = {warmup}: longer than the run of {total} optimiser steps")
-    decay_end = optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end
+    decay_end = total - schedule.cooldown_epochs * steps_per_epoch
+    if warmup > decay_end:
+        before = " before its cooldown" if decay_end < total else ""
+        raise ValueError(f"warmup_steps = {warmup}: longer than the run of {decay_end} optimiser steps{before}")
+    last_decay = optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end
     return Schedules(
-        lr=CosineSchedule(schedule.lr, schedule.min_lr, warmup, total),
-        weight_decay=CosineSchedule(optim.weight_decay, decay_end, 0, total),
+        lr=Schedule(schedule.lr, schedule.min_lr, warmup, decay_end, schedule.sched),
+        weight_decay=Schedule(optim.weight_decay, last_decay, 0, total),
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ffcv_convnext.config import ModelConfig, load_config
-from ffcv_convnext.models import ResNet, build_model, count_gmacs, count_parameters, layers
+from ffcv_convnext.models import ResNet, build_model, count_gmacs, count_parameters, layers, load_pretrained
 from ffcv_convnext.models.layers import Float32LayerNorm2d, LayerNorm2d, PointwiseConv2d
 from ffcv_convnext.models.resnet import Block, drop_path_rates
 
@@ -241,6 +241,31 @@ def test_initial_weights_follow_resnet_init() -> None:
             assert other.weight.std().item() == pytest.approx(0.02, rel=0.1)
             assert ours.bias is None or (ours.bias != 0).any()
             assert other.bias is None or (other.bias == 0).all()
+
+
+@pytest.mark.parametrize("name", ["resnet", "test_convnext"])
+def test_head_init_scale_multiplies_the_head_alone_unless_its_weights_are_loaded(name: str, tmp_path: Path) -> None:
+    def build(num_classes: int = 5, **settings: Any) -> nn.Module:
+        torch.manual_seed(0)
+        config = small(**settings) if name == "resnet" else ModelConfig(model=name, **settings)
+        return build_model(config, num_classes)
+
+    plain, scaled = build(), build(head_init_scale=0.5)
+    head = "head." if name == "resnet" else "head.fc."
+    for (key, ours), theirs in zip(plain.state_dict().items(), scaled.state_dict().values(), strict=True):
+        assert torch.equal(theirs, 0.5 * ours if key.startswith(head) else ours), key
+    for num_classes, loaded in ((5, True), (7, False)):
+        state = {key: torch.ones_like(value) for key, value in build(num_classes).state_dict().items()}
+        torch.save(state, tmp_path / "weights.pth")
+        model = build(head_init_scale=0.5)
+        load_pretrained(model, tmp_path / "weights.pth")
+        expected = torch.ones(5) if loaded else scaled.state_dict()[f"{head}weight"][:, 0]
+        assert torch.equal(model.state_dict()[f"{head}weight"][:, 0], expected)
+
+
+def test_head_init_scale_is_refused_for_a_head_of_several_layers() -> None:
+    with pytest.raises(ValueError, match=r"head_init_scale = 0.5 does not support model = deit_tiny_distilled"):
+        build_model(ModelConfig(model="deit_tiny_distilled_patch16_224", head_init_scale=0.5), 5)
 
 
 def test_layernorm_normalises_over_the_channels_of_each_position() -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from support import REPOSITORY
 from torch import nn
 
-from ffcv_convnext.config import ModelConfig, OptimConfig
+from ffcv_convnext.config import ModelConfig, OptimConfig, load_config
 from ffcv_convnext.models import build_model
 from ffcv_convnext.training.optim import build_optimizer, restore_optimizer, set_hyperparameters
 
@@ -155,3 +156,59 @@ def test_a_checkpoint_continues_in_another_memory_format(fused: bool) -> None:
 def test_torchs_common_optimisers_are_fused(opt: str, fused: bool) -> None:
     optimizer = build_optimizer(nn.Linear(2, 2), OptimConfig(opt=opt))
     assert optimizer.param_groups[0].get("fused", False) in ((True,) if fused else (False, None))
+
+
+def convnext(blocks_of_third_stage: int) -> ModelConfig:
+    config = load_config(REPOSITORY / "rn_configs" / "convnext_tiny.yaml")
+    return config.replace(resnet_layers=(3, 3, blocks_of_third_stage, 3)).model
+
+
+# Exponents of layer_decay by the beginning of a name. ConvNeXt-S: 13 - layer in the paper's optim_factory.py.
+CONVNEXT_S = {
+    "stem.": 13, "stages.0.": 12, "stages.1.": 11, "stages.2.downsample.": 10, "stages.3.": 1, "norm.": 0, "head.": 0,
+    **{f"stages.2.blocks.{block}.": 10 - block // 3 for block in range(27)},
+}  # fmt: skip
+CONVNEXT_T = {
+    "stem.": 7, "stages.0.": 6, "stages.1.": 5, "stages.2.downsample.": 4, "stages.3.": 1, "norm.": 0, "head.": 0,
+    **{f"stages.2.blocks.{block}.": exponent for block, exponent in enumerate((4, 4, 4, 3, 3, 3, 2, 2, 2))},
+}  # fmt: skip
+RESNET_50 = {
+    "stem.": 6, "stages.0.": 5, "stages.1.": 4, "stages.3.": 1, "head.": 0,
+    **{f"stages.2.blocks.{block}.": exponent for block, exponent in enumerate((3, 3, 3, 2, 2, 2))},
+}  # fmt: skip
+VIT_TINY = {  # timm's own groups: 12 blocks, the last with the norm
+    "cls_token": 13, "pos_embed": 13, "patch_embed.": 13, "norm.": 1, "head.": 0,
+    **{f"blocks.{block}.": 12 - block for block in range(12)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "exponents"),
+    [
+        pytest.param(convnext(27), CONVNEXT_S, id="ConvNeXt-S"),
+        pytest.param(convnext(9), CONVNEXT_T, id="ConvNeXt-T"),
+        pytest.param(ModelConfig(), RESNET_50, id="ResNet-50"),
+        pytest.param(ModelConfig(model="vit_tiny_patch16_224"), VIT_TINY, id="a timm model"),
+    ],
+)
+def test_layer_decay_is_the_papers_for_our_network_and_timms_for_its_models(
+    config: ModelConfig, exponents: dict[str, int]
+) -> None:
+    with torch.device("meta"):
+        network = build_model(config, 10)
+    chosen = optimiser(network, layer_decay=0.7)
+    set_hyperparameters(chosen, lr=0.01, weight_decay=0.2)
+    rates = {id(p): group["lr"] for group in chosen.param_groups for p in group["params"]}
+    decay = decays(chosen)
+    for name, parameter in network.named_parameters():
+        (exponent,) = {value for start, value in exponents.items() if name.startswith(start)}
+        assert rates[id(parameter)] == pytest.approx(0.01 * 0.7**exponent), name
+        if config.model == "resnet":
+            assert decay[id(parameter)] == (0.2 if parameter.ndim > 1 else 0.0), name
+    assert {round(rate, 12) for rate in rates.values()} == {round(0.01 * 0.7**e, 12) for e in exponents.values()}
+
+
+def test_layer_decay_1_makes_no_groups_and_a_network_without_groups_refuses_another(network: nn.Module) -> None:
+    assert len(optimiser(network, layer_decay=1.0).param_groups) == 2
+    with pytest.raises(ValueError, match=r"layer_decay = 0.7: timm has no groups of layers for Sequential; remove it"):
+        optimiser(network, layer_decay=0.7)

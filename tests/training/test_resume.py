@@ -74,6 +74,27 @@ def test_four_epochs_equal_two_and_a_half_plus_one_and_a_half(
     assert_same_run(folder, undisturbed)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"loss": "bce", "bce_target_thresh": 0.2, "layer_decay": 0.7, "head_init_scale": 0.1, "sched": "linear"},
+        {"opt": "lamb", "layer_decay": 0.9, "sched": "cyclic", "cooldown_epochs": 1, "grad_checkpointing": True},
+    ],
+    ids=["fine-tuning", "short"],
+)
+def test_other_losses_and_schedules_continue_to_the_last_bit(
+    more: dict[str, Any], small_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**small_settings, **more}
+    train_here(settings, output_dir=tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        send_at_step(patch, 7, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            train_here(settings, output_dir=tmp_path / "stopped")
+    train_here(settings, output_dir=tmp_path / "stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("how", ["truncated", "bit flipped"])
 def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     how: str, folder: Path, settings: dict[str, Any], undisturbed: Path, caplog: pytest.LogCaptureFixture
@@ -117,6 +138,7 @@ def test_resume_refuses_weights_without_a_state(stopped: Path, settings: dict[st
         ({"resnet_embed_dim": 16}, "another network"),
         ({"model_ema": False}, "model_ema = false, but .* was made with true"),
         ({"opt": "sgd"}, "opt = sgd, but .* was made with adamw"),
+        ({"layer_decay": 0.7}, "layer_decay = 0.7, but .* was made with 1.0"),
         ({"update_freq": 2}, r"global batch of 8, this run has 16 .* product is 1$"),
         ({"resume": "nowhere.pth"}, "checkpoint nowhere.pth does not exist"),
     ],
@@ -280,7 +302,7 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("ffcv_convnext.training.run.build_criterion", lambda: NotANumberAt(step))
+    monkeypatch.setattr("ffcv_convnext.training.run.build_criterion", lambda _: NotANumberAt(step))
     words = [w for name, value in {**settings, "output_dir": tmp_path}.items() for w in (f"--{name}", str(value))]
     assert run_command("train", words) == 1
     message = capsys.readouterr().err.splitlines()[-1]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from ffcv_convnext.config import Config
-from ffcv_convnext.training.schedule import CosineSchedule, Schedules, build_schedules
+from ffcv_convnext.training.schedule import Schedule, Schedules, build_schedules
 
 
 def schedules(steps_per_epoch: int = 10, **settings: Any) -> Schedules:
@@ -76,6 +76,68 @@ def test_a_warm_up_longer_than_the_run_is_refused() -> None:
     schedules(warmup_steps=60)
 
 
-def test_a_schedule_of_warm_up_only_divides_by_nothing() -> None:
-    assert [CosineSchedule(1.0, 0.1, 2, 2)(step) for step in range(3)] == [0, 1, 1]
-    assert CosineSchedule(1.0, 0.1, 1, 1)(0) == 0
+@pytest.mark.parametrize("shape", ["cosine", "linear", "cyclic"])
+def test_a_schedule_of_warm_up_only_divides_by_nothing(shape: Literal["cosine", "linear", "cyclic"]) -> None:
+    start = 1e-4 if shape == "cyclic" else 0
+    assert Schedule(1.0, 0.1, 1, 1, shape)(0) == start
+    assert Schedule(1.0, 0.1, 2, 2, shape)(0) == start
+    assert Schedule(1.0, 0.1, 2, 2, shape)(2) == 0.1
+    assert Schedule(1.0, 0.1, 0, 2, shape)(0) == 1.0
+
+
+# --- other schedules, and cooldown -----------------------------------------------------------------------------------
+
+
+def test_linear_is_the_warm_up_and_a_line() -> None:
+    """60 steps, 10 of them warm-up: 50 from 1 to 0.2."""
+    lr = schedules(sched="linear", min_lr=0.2).lr
+    assert [lr(step) for step in (0, 3, 9, 10)] == pytest.approx([0, 1 / 3, 1, 1])
+    assert [lr(step) for step in (15, 35, 59, 60)] == pytest.approx([0.92, 0.6, 0.2 + 0.8 / 50, 0.2])
+
+
+def test_cyclic_is_two_lines_that_meet_at_the_peak() -> None:
+    lr = schedules(sched="cyclic", min_lr=0.2).lr
+    assert [lr(step) for step in (0, 5, 9, 10)] == pytest.approx([1e-4, 0.50005, 0.90001, 1])
+    assert [lr(step) for step in (15, 35, 59, 60)] == pytest.approx([0.92, 0.6, 0.2 + 0.8 / 50, 0.2])
+
+
+@pytest.mark.parametrize(("epochs", "peak", "lr"), [(16, 2, 1.7), (88, 2, 0.5), (6, 5, 1.0), (6, 0, 1.0)])
+def test_cyclic_is_ffcv_imagenets(epochs: int, peak: int, lr: float) -> None:
+    """Its rate of an epoch is between (0, lr / 10000), (peak, lr) and (epochs, 0), and a line inside an epoch."""
+    rates = np.interp(range(epochs + 1), *(([0, peak, epochs], [1e-4 * lr, lr, 0]) if peak else ([0, epochs], [lr, 0])))
+    expected = [np.interp(step, [0, 10], rates[epoch : epoch + 2]) for epoch in range(epochs) for step in range(10)]
+    ours = schedules(sched="cyclic", epochs=epochs, warmup_epochs=peak, lr=lr, min_lr=0.0).lr
+    assert np.allclose([ours(step) for step in range(10 * epochs)], expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("sched", ["cosine", "linear", "cyclic"])
+def test_the_cooldown_is_the_last_epochs_at_min_lr(sched: str) -> None:
+    """6 epochs of 10 steps, 2 of them cooldown, equal 4 epochs and 20 steps at min_lr."""
+    lr = schedules(sched=sched, cooldown_epochs=2, min_lr=0.2, weight_decay=0.1, weight_decay_end=0.3)
+    shorter = schedules(sched=sched, epochs=4, min_lr=0.2)
+    assert [lr.lr(step) for step in range(40)] == [shorter.lr(step) for step in range(40)]
+    assert lr.lr(25) == pytest.approx(0.6)
+    assert {lr.lr(step) for step in range(40, 60)} == {0.2}
+    assert lr.weight_decay(30) == pytest.approx(0.2), "the weight decay has no cooldown"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cooldown_epochs": 6}, "cooldown_epochs = 6: expected fewer than epochs = 6"),
+        (
+            {"cooldown_epochs": 4, "warmup_epochs": 3},
+            "warmup_epochs = 3: expected at most epochs = 6 without cooldown_epochs = 4, 2",
+        ),
+        (
+            {"cooldown_epochs": 4, "warmup_steps": 21},
+            "warmup_steps = 21: longer than the run of 20 optimiser steps before its cooldown",
+        ),
+        ({"sched": "step"}, "sched = step: expected one of cosine, linear, cyclic"),
+        ({"cooldown_epochs": -1}, "cooldown_epochs = -1: expected a whole number >= 0"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        schedules(**settings)
+    schedules(cooldown_epochs=4, warmup_epochs=2)  # nothing between them

@@ -28,7 +28,7 @@ from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.metrics import LossTracker, Throughput, evaluate
 from ffcv_convnext.training.optim import build_optimizer, set_hyperparameters
 from ffcv_convnext.training.run import evaluate_only
-from ffcv_convnext.training.schedule import CosineSchedule, build_schedules
+from ffcv_convnext.training.schedule import Schedule, build_schedules
 
 ALONE = Processes(0, 1, 0, torch.device("cpu"))
 
@@ -382,7 +382,7 @@ def test_throughput_leaves_out_the_first_interval_and_evaluation(monkeypatch: py
 
 
 def test_the_schedule_warms_up_linearly_then_follows_a_cosine() -> None:
-    schedule = CosineSchedule(start=4.0, end=1.0, warmup_steps=5, total_steps=25)
+    schedule = Schedule(start=4.0, end=1.0, warmup_steps=5, decay_end=25)
     assert [schedule(step) for step in range(5)] == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert [schedule(step) for step in (5, 15, 25)] == pytest.approx([4.0, 2.5, 1.0])
     assert schedule(10) == pytest.approx(1 + 1.5 * (1 + 2**-0.5))
