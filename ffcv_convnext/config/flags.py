@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ffcv_convnext.config.fields import Setting, collect_settings, format_value, nearest
+from ffcv_convnext.config.papers_flags import translate_papers_flags
 from ffcv_convnext.config.train import GROUPS, SETTINGS, Config
 from ffcv_convnext.config.yaml_files import load_config
+from ffcv_convnext.errors import complain
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -56,8 +59,14 @@ def settings_from_args(
 ) -> tuple[dict[str, Any], argparse.Namespace]:
     """Return the settings that a command line states, unparsed, and the whole namespace.
 
+    A run's settings may be written with the flags of the paper's code; a line on stderr explains each of them.
     Raises ValueError for an unknown option, with the most similar ones, and for a required setting that is missing.
     """
+    if settings is SETTINGS:
+        argv, notes = translate_papers_flags(argv)
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, only one writes
+            for note in notes:
+                complain(note, 0)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].split("=")[0]

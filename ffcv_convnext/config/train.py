@@ -23,6 +23,7 @@ from ffcv_convnext.config.fields import (
     setting,
     to_plain,
 )
+from ffcv_convnext.config.papers_flags import PAPERS_FLAGS
 from ffcv_convnext.config.timm_defaults import TIMM_IMAGES, timm_images
 from ffcv_convnext.policy_grammar import parse_policy
 
@@ -463,6 +464,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        for name, path in (("resume", self.resume), ("finetune", self.finetune)):
+            _require(
+                not str(path).startswith(("http:", "https:")),
+                f"{name} = {path}: expected a file on this machine; download it first",
+            )
         for field in dataclasses.fields(self):
             if field.name in ("model_key", "model_prefix") and self.finetune is None:
                 value = getattr(self, field.name)
@@ -589,7 +595,10 @@ SETTINGS: dict[str, Setting] = collect_settings(GROUPS)
 def find_setting(name: str) -> Setting:
     """Return a declared setting. Raises ValueError for an unknown name, with the most similar ones."""
     if name not in SETTINGS:
-        raise ValueError(f"unknown setting '{name}'{nearest(name, SETTINGS)}")
+        hint = nearest(name, SETTINGS)
+        if name in PAPERS_FLAGS:
+            hint = "; docs/training.md says what this flag of the paper's code is here"
+        raise ValueError(f"unknown setting '{name}'{hint}")
     return SETTINGS[name]
 
 
