@@ -162,7 +162,7 @@ def build_scene(scene: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    from ffcv_convnext.cluster.requeue_policy import should_requeue
+    from ffcv_convnext.cluster.requeue_policy import decide
     from ffcv_convnext.cluster.submissions import Submission, write_submissions
     from ffcv_convnext.data.convert.journal import Journal
     from ffcv_convnext.run_folder import read_config, write_config
@@ -211,7 +211,7 @@ def build_scene(scene: Path) -> None:
     write_config(scene / FAILED, read_config(scene / FAILED).replace(seed=2))
     (scene / RUN / ".lock").write_text(f"process 1 on {socket.gethostname()}\n")  # as a kill leaves it
     for status in (1, 75):
-        should_requeue(scene / RUN, "local-1", status)
+        decide(scene / RUN, "local-1", status)
     code = take_snapshot(scene / "ladder" / "code")
     write_submissions(
         scene / "ladder",
@@ -329,9 +329,9 @@ def convert_and_read(scene: Path) -> tuple[int, Any, Any]:
 
 def decide_requeue(scene: Path) -> tuple[int, Any, Any]:
     """Decide after a third failure."""
-    from ffcv_convnext.cluster.requeue_policy import should_requeue
+    from ffcv_convnext.cluster.requeue_policy import decide
 
-    return 0, None, [should_requeue(scene / RUN, "local-1", 1) for _ in range(2)]
+    return 0, None, [decide(scene / RUN, "local-1", 1).again for _ in range(2)]
 
 
 def snapshot_again(scene: Path) -> tuple[int, Any, Any]:

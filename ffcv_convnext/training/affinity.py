@@ -25,7 +25,7 @@ def bind_threads(processes: Processes, *, root: Path = Path("/")) -> list[str | 
     Returns the cores by rank as in /sys, e.g. 0-11,64-75; None: not bound.   root: the folder with proc/ and sys/.
     """
     allowed = frozenset(os.sched_getaffinity(0))
-    usable, reason = frozenset[int](), "the run uses no GPU"
+    usable, reason = frozenset[int](), ""
     if processes.device.type == "cuda":
         address = pci_address(processes.device)
         near = near_cores(address, root)
@@ -46,7 +46,7 @@ def bind_threads(processes: Processes, *, root: Path = Path("/")) -> list[str | 
             with contextlib.suppress(ProcessLookupError):  # it has ended
                 os.sched_setaffinity(int(thread), share)
         log.info("threads are bound to cores %s, of %s allowed", format_cores(share), format_cores(allowed))
-    else:
+    elif processes.device.type == "cuda":
         log.info("threads are not bound to cores: %s", reason)
     return [format_cores(cores) or None for cores in shares]
 
