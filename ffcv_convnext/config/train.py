@@ -439,6 +439,11 @@ class RunConfig:
     model_ema: bool = setting(False, "keep an exponential moving average (EMA) of the weights")
     model_ema_decay: float = setting(0.9999, "decay of the EMA per optimiser step", minimum=0, below=1)
     model_ema_eval: bool = setting(True, "evaluate the averaged weights as well as the raw ones")
+    model_ema_bn: Literal["average", "recompute"] = setting(
+        "average",
+        "BatchNorm statistics of the averaged weights: averaged like them, or computed for them from the first 10,000 "
+        "training images of each epoch, before evaluation",
+    )
     dist_eval: bool = setting(
         True, "split the evaluation among the processes; false: each process evaluates everything", free=True
     )
@@ -473,6 +478,10 @@ class RunConfig:
             if field.name in ("model_key", "model_prefix") and self.finetune is None:
                 value = getattr(self, field.name)
                 _require(value == field.default, f"{field.name} = {value} needs --finetune FILE")
+        _require(
+            self.model_ema_bn == "average" or (self.model_ema and self.model_ema_eval),
+            "model_ema_bn = recompute needs --model_ema true --model_ema_eval true",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

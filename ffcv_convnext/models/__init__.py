@@ -6,7 +6,7 @@ import timm
 from torch import nn
 
 from ffcv_convnext.config import ModelConfig, nearest
-from ffcv_convnext.models.checkpointing import checkpoint_gradients, fixed_statistics
+from ffcv_convnext.models.checkpointing import batch_norms, checkpoint_gradients, fixed_statistics
 from ffcv_convnext.models.complexity import count_gmacs, count_parameters
 from ffcv_convnext.models.kernels import use_triton
 from ffcv_convnext.models.resnet import ResNet
@@ -21,6 +21,7 @@ from ffcv_convnext.models.weights import (
 __all__ = [
     "ExportLayout",
     "ResNet",
+    "batch_norms",
     "build_model",
     "count_gmacs",
     "count_parameters",

@@ -22,13 +22,18 @@ def checkpoint_gradients(model: nn.Module, name: str) -> None:
         ) from None
 
 
+def batch_norms(network: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorm layers of a network."""
+    return [module for module in network.modules() if isinstance(module, _BatchNorm)]
+
+
 @contextmanager
 def fixed_statistics(network: nn.Module) -> Iterator[None]:
     """Leave BatchNorm's running statistics as they are: for a backward pass, which computes blocks again.
 
     BatchNorm still normalises with the statistics of its batch in training.
     """
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    norms = batch_norms(network)
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for norm in norms:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ffcv_convnext.augment import Normalisation, TrainAugment
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import Failure, Interrupted
-from ffcv_convnext.models import fixed_statistics
+from ffcv_convnext.models import batch_norms, fixed_statistics
 from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.signals import stop_signals
 from ffcv_convnext.training.checkpoint import BEST, BEST_EMA, Checkpoints
@@ -31,6 +33,8 @@ if TYPE_CHECKING:  # needs ffcv, which this file's tests do without
     from ffcv_convnext.data.load import EvalLoader, GlobalBatchSampler, TrainLoader
 
 log = logging.getLogger(__name__)
+
+RECOMPUTE_IMAGES = 10_000  # Wu and Johnson 2021, arXiv:2105.07576: BatchNorm's statistics need 1,000 to 10,000
 
 
 @dataclass(slots=True)
@@ -182,7 +186,8 @@ def fit(run: Run) -> dict[str, float]:
                     save(run)
                 if stopping:
                     raise Interrupted(stop.message(state.step))
-            train_s = time.perf_counter() - epoch_started
+            train_s, data_wait_s = time.perf_counter() - epoch_started, loader.wait_s - waited
+            num_bad = loader.num_replaced - replaced
             check_weights(run)
             state.epoch = epoch + 1
             scores = evaluate_candidates(run)
@@ -193,10 +198,10 @@ def fit(run: Run) -> dict[str, float]:
                     "train_loss": learner.tracker.epoch.value,
                     **scores,
                     "images_per_s": throughput.take(),
-                    "data_wait_s": loader.wait_s - waited,
+                    "data_wait_s": data_wait_s,
                     "train_s": train_s,
                     "epoch_s": time.perf_counter() - epoch_started,
-                    "bad_samples": int(processes.sum(torch.tensor(loader.num_replaced - replaced))),
+                    "bad_samples": int(processes.sum(torch.tensor(num_bad))),
                     "lr": learner.schedules.lr(state.step - 1),
                     "train_size": learner.config.data.train_size(epoch),
                     "n_parameters": sum(p.numel() for p in learner.network.parameters()),
@@ -321,10 +326,41 @@ def evaluate_candidates(run: Run) -> dict[str, float]:
     """Return the scores of the raw and of the averaged weights, these with the suffix _ema."""
     learner = run.learner
     scores: dict[str, float] = {}
+    if learner.ema is not None and learner.config.run.model_ema_bn == "recompute":
+        recompute_statistics(run, learner.ema.module)
     for suffix, network in learner.candidates():
         learner.processes.average_buffers(network)
         scores |= evaluate_network(network, run.val_loader, learner.config, learner.processes, suffix)
     return scores
+
+
+def recompute_statistics(run: Run, network: nn.Module) -> None:
+    """Set BatchNorm's running statistics to their mean over micro-batches of the epoch that has just ended.
+
+    Takes the epoch's first optimiser steps, as many as have 10,000 images or all, with the crops and draws that they
+    had in training, but without stochastic depth; each process its share of the micro-batches. Leaves the network in
+    evaluation mode.
+    """
+    learner, loader = run.learner, run.train_loader
+    config, processes, epoch = learner.config, learner.processes, learner.state.epoch - 1
+    norms = batch_norms(network.eval())
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().reset_running_stats()
+    num_steps, number = math.ceil(RECOMPUTE_IMAGES / run.sampler.global_batch), 0
+    with torch.no_grad(), closing(loader.steps(epoch)) as steps:
+        for step, micro_batches in enumerate(islice(steps, num_steps), epoch * loader.steps_per_epoch):
+            for i, (images, labels) in enumerate(micro_batches):
+                number += 1
+                for norm in norms:
+                    norm.momentum = 1 / number  # makes the running statistics the mean of all so far
+                micro_batch = processes.rank + i * processes.world
+                inputs, _ = learner.augment(images, labels, step=step, micro_batch=micro_batch)
+                with autocast(config, processes.device):
+                    network(inputs.contiguous(memory_format=memory_format(config)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.eval()
 
 
 def check_weights(run: Run) -> None:

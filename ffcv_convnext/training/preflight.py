@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ffcv_convnext.config import Config, ModelConfig, steps_per_epoch
 from ffcv_convnext.data.beton import Manifest
 from ffcv_convnext.run_folder import check_same_config
 from ffcv_convnext.training.schedule import build_schedules
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ADAM_LIKE = ("adam", "adamw", "lamb")  # optimisers with two betas and an epsilon, without momentum
 
@@ -41,7 +45,7 @@ def check_config(config: Config, world: int) -> Plan:
         if path is not None and not path.is_file():
             raise FileNotFoundError(f"{name} = {path} does not exist")
     our_own = config.model.model == "resnet" and config.optim.opt in ADAM_LIKE and config.optim.momentum is None
-    if not our_own or config.run.finetune is not None:
+    if not our_own or config.run.finetune is not None or config.run.model_ema_bn == "recompute":
         _build(config, num_classes)
     build_schedules(config, num_steps)
     if config.run.output_dir is not None:
@@ -64,10 +68,22 @@ def _build(config: Config, num_classes: int) -> None:
 
     with torch.device("meta"):
         network = build_model(config.model, num_classes)
+    check_model_ema_bn(config, network)
     build_optimizer(network, config.optim, peak_lr=config.schedule.lr)
     run = config.run
     if run.finetune is not None:
         fit_pretrained(network, run.finetune, model_key=run.model_key, model_prefix=run.model_prefix)
+
+
+def check_model_ema_bn(config: Config, network: nn.Module) -> None:
+    """Raise ValueError if statistics are to be recomputed in a network without BatchNorm."""
+    from ffcv_convnext.models import batch_norms
+
+    if config.run.model_ema_bn == "recompute" and not batch_norms(network):
+        raise ValueError(
+            f"model_ema_bn = recompute has no effect: model = {config.model.model} has no BatchNorm with these "
+            "settings; remove it"
+        )
 
 
 def check_same_classes(train: Manifest, val: Manifest, folder: Path | None) -> None:

@@ -41,7 +41,7 @@ from ffcv_convnext.training.losses import build_criterion
 from ffcv_convnext.training.lost_ranks import ending
 from ffcv_convnext.training.metrics import LossTracker
 from ffcv_convnext.training.optim import build_optimizer
-from ffcv_convnext.training.preflight import check_same_classes, count_classes
+from ffcv_convnext.training.preflight import check_model_ema_bn, check_same_classes, count_classes
 from ffcv_convnext.training.runlog import RunLog, setup_logging
 from ffcv_convnext.training.schedule import build_schedules
 
@@ -140,6 +140,7 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
     schedules = build_schedules(config, steps_per_epoch)
     torch.manual_seed(step_seed(seed, 0, 0, Stream.INITIALISATION))
     network = _network(config, num_classes, device)
+    check_model_ema_bn(config, network)
     ema = ModelEmaV3(network, decay=config.run.model_ema_decay) if config.run.model_ema else None
     compile = compiles(config, device)
     if compile:  # a graph for each image size, of the network and of the augmentation

@@ -17,7 +17,7 @@ import pytest
 import torch
 from support import REPOSITORY
 from support.nursery import Nursery
-from support.runs import assert_same_training, train_here
+from support.runs import assert_equal, assert_same_training, train_here
 
 from ffcv_convnext.config import Config, DataConfig
 from ffcv_convnext.data.convert.conversion import ConversionOptions, convert
@@ -91,13 +91,18 @@ def test_two_processes_train_like_one_that_accumulates(one_process: Path, two_pr
 def test_two_processes_train_a_batchnorm_network_like_one_that_accumulates(
     settings: dict[str, Any], nursery: Nursery, tmp_path: Path
 ) -> None:
-    settings = {**settings, "resnet_norm_layer": "bn", "epochs": 2}
+    settings = {**settings, "resnet_norm_layer": "bn", "epochs": 2, "model_ema_bn": "recompute"}
     train_here(settings, update_freq=2, output_dir=tmp_path / "one")
     two = {**settings, "output_dir": tmp_path / "two", "dist_eval": False}
     for status, output in nursery.run_ranks(two, strikes={}):
         assert status == 0, output
     # Running statistics see one update a micro-batch, in a row or averaged: they differ, the weights do not.
     assert_same_training(tmp_path / "two", tmp_path / "one", buffers=False)
+    # Those of the averaged weights are recomputed from the same micro-batches.
+    ours, theirs = (read_checkpoint(tmp_path / name / LAST)["ema"] for name in ("two", "one"))
+    for name in theirs:
+        if "running" in name:
+            assert_equal(ours[name], theirs[name], where=name, tolerance=1e-5)
 
 
 @pytest.mark.slow
