@@ -114,13 +114,7 @@ PAPERS_FLAGS: dict[str, PapersFlag] = {  # in the order of the paper's code
         why="the head's initial weights are not scaled",
         instead="remove it",
     ),
-    **_equal(model_key="model|module", model_prefix="''", data_path="a folder of images"),
-    "eval_data_path": PapersFlag(
-        default="none",
-        same=("none", ""),
-        why="evaluation reads val.beton in data_path",
-        instead="write it there with write_ffcv_dataset.py --split val",
-    ),
+    **_equal(model_key="model|module", model_prefix="''", data_path="a folder of images", eval_data_path="none"),
     **_equal(nb_classes="1000"),
     "imagenet_default_mean_and_std": PapersFlag(
         default="true",
