@@ -10,7 +10,7 @@ from ffcv_convnext.config.fields import (
     to_plain,
 )
 from ffcv_convnext.config.flags import add_flags, add_setting_flags, config_from_args, settings_from_args
-from ffcv_convnext.config.timm_defaults import timm_images
+from ffcv_convnext.config.timm_defaults import fixed_size, timm_images
 from ffcv_convnext.config.train import (
     GROUPS,
     IMAGENET_MEAN,
@@ -51,6 +51,7 @@ __all__ = [
     "config_from_args",
     "differences",
     "find_setting",
+    "fixed_size",
     "format_value",
     "load_config",
     "nearest",

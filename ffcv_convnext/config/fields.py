@@ -187,6 +187,8 @@ def _parse(kind: Any, word: str) -> Any:
         kinds = get_args(kind)
         separator = r"\s*[-,/]\s*|\s+" if kinds[0] is int else r"\s*,\s*|\s+"
         words = re.split(separator, word.strip("[]() "))
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(words)
         return tuple(_parse(k, w) for k, w in zip(kinds, words, strict=True))
     if kind is type(None):
         raise ValueError
@@ -209,7 +211,8 @@ def _describe(kind: Any, bounds: Bounds) -> str:
     if origin is Literal:
         return ("one of " if len(kinds) > 1 else "") + ", ".join(str(choice) for choice in kinds)
     if origin is tuple:
-        return f"{len(kinds)} {'whole ' if kinds[0] is int else ''}numbers{bounds.describe()}"
+        count = "" if kinds[-1] is Ellipsis else f"{len(kinds)} "
+        return f"{count}{'whole ' if kinds[0] is int else ''}numbers{bounds.describe()}"
     if kind in (int, float):
         return ("a whole number" if kind is int else "a number") + bounds.describe()
     return {type(None): "none", bool: "true or false", str: "text", Path: "a path"}[kind]

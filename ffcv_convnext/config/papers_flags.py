@@ -102,13 +102,7 @@ PAPERS_FLAGS: dict[str, PapersFlag] = {  # in the order of the paper's code
     ),
     **_equal(mixup="0.8", cutmix="1.0", cutmix_minmax="none"),
     **_equal(mixup_prob="1.0", mixup_switch_prob="0.5", mixup_mode="batch", finetune="''", head_init_scale="1.0"),
-    **_equal(model_key="model|module", model_prefix="''", data_path="a folder of images"),
-    "eval_data_path": PapersFlag(
-        default="none",
-        same=("none", ""),
-        why="evaluation reads val.beton in data_path",
-        instead="write it there with write_ffcv_dataset.py --split val",
-    ),
+    **_equal(model_key="model|module", model_prefix="''", data_path="a folder of images", eval_data_path="none"),
     **_equal(nb_classes="1000"),
     "imagenet_default_mean_and_std": PapersFlag(
         default="true",

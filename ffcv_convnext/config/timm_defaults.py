@@ -30,3 +30,11 @@ def timm_images(model: str) -> dict[str, Any]:
     }
     resize = {"center": "crop", "squash": "warp"}.get(found.crop_mode)  # timm's third, border, has no counterpart
     return settings if resize is None else {**settings, "eval_resize": resize}
+
+
+def fixed_size(model: str) -> int | None:
+    """Return the side of the only images that a timm model accepts, in pixels; None if it accepts several sizes."""
+    from timm.models import get_pretrained_cfg, is_model
+
+    found = get_pretrained_cfg(model) if is_model(model) else None
+    return found.input_size[-1] if found is not None and found.fixed_input_size else None

@@ -448,6 +448,28 @@ class RunConfig:
         True, "split the evaluation among the processes; false: each process evaluates everything", free=True
     )
     eval: bool = setting(False, "only evaluate: --resume CHECKPOINT, or the newest one in output_dir", free=True)
+    test_sizes: tuple[int, ...] | None = setting(
+        None,
+        "with eval: sides of the input image to evaluate one after the other, instead of test_input_size; prints a "
+        "table",
+        free=True,
+        minimum=32,
+        example="192,224,256",
+    )
+    tta: Literal["none", "flip"] = setting(
+        "none",
+        "with eval: flip also evaluates the mean of the logits of each image and its mirror image, as scores of their "
+        "own (suffix _flip)",
+        free=True,
+    )
+    eval_data_path: Path | None = setting(
+        None,
+        "with eval: folder of another val.beton, whose classes are some or all of those in data_path, by name",
+        free=True,
+    )
+    eval_csv: Path | None = setting(
+        None, "with eval: file to write with the accuracy and the most frequent confusions of each class", free=True
+    )
     resume: Path | None = setting(None, "checkpoint to continue from while output_dir has none", free=True)
     auto_resume: bool = setting(True, "continue from the newest complete checkpoint in output_dir", free=True)
     finetune: Path | None = setting(
@@ -474,10 +496,16 @@ class RunConfig:
                 not str(path).startswith(("http:", "https:")),
                 f"{name} = {path}: expected a file on this machine; download it first",
             )
+        needs = {
+            **dict.fromkeys(("model_key", "model_prefix"), (self.finetune is not None, "finetune FILE")),
+            **dict.fromkeys(("test_sizes", "tta", "eval_data_path", "eval_csv"), (self.eval, "eval true")),
+        }
         for field in dataclasses.fields(self):
-            if field.name in ("model_key", "model_prefix") and self.finetune is None:
-                value = getattr(self, field.name)
-                _require(value == field.default, f"{field.name} = {value} needs --finetune FILE")
+            met, other = needs.get(field.name, (True, ""))
+            value = getattr(self, field.name)
+            _require(met or value == field.default, f"{field.name} = {format_value(value)} needs --{other}")
+        if self.test_sizes is not None and len(set(self.test_sizes)) < len(self.test_sizes):
+            raise ValueError(f"test_sizes = {format_value(self.test_sizes)}: expected each size once")
         _require(
             self.model_ema_bn == "average" or (self.model_ema and self.model_ema_eval),
             "model_ema_bn = recompute needs --model_ema true --model_ema_eval true",

@@ -14,10 +14,12 @@ __all__ = ["run_config"]
 def run_config(config: Config) -> int:
     """Train, continue or evaluate in this process; return exit status 0. Raises as `run.train` does."""
     with stopping_at_once():  # the imports take seconds
-        from ffcv_convnext.training.run import evaluate_only, train
-
         if config.run.eval:
+            from ffcv_convnext.training.evaluation import evaluate_only
+
             evaluate_only(config)
         else:
+            from ffcv_convnext.training.run import train
+
             train(config)
     return 0

@@ -24,8 +24,9 @@ from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.signals import stop_signals
 from ffcv_convnext.training.checkpoint import BEST, BEST_EMA, Checkpoints
 from ffcv_convnext.training.distributed import Processes
-from ffcv_convnext.training.metrics import LossMean, LossTracker, Throughput, evaluate
+from ffcv_convnext.training.metrics import Evaluation, LossMean, LossTracker, Throughput, evaluate
 from ffcv_convnext.training.optim import restore_optimizer, set_hyperparameters
+from ffcv_convnext.training.preflight import TestedClasses
 from ffcv_convnext.training.runlog import RunLog
 from ffcv_convnext.training.schedule import Schedules
 
@@ -307,19 +308,23 @@ def flush_losses(run: Run) -> None:
 
 
 def evaluate_network(
-    network: nn.Module, loader: EvalLoader, config: Config, processes: Processes, suffix: str = ""
-) -> dict[str, float]:
-    """Return test_acc1, test_acc5 and test_loss, each with `suffix`; with dist_eval the processes share the work."""
-    sharing = processes if config.run.dist_eval else replace(processes, rank=0, world=1)
-    scores = evaluate(
+    network: nn.Module, loader: EvalLoader, config: Config, processes: Processes, classes: TestedClasses | None = None
+) -> dict[str, Evaluation]:
+    """Evaluate a network with the config's precision, tta and eval_csv; with dist_eval the processes share the work.
+
+    classes: of an evaluation set that need not have all classes.   Returns as `metrics.evaluate` does.
+    """
+    return evaluate(
         network,
         loader,
-        sharing,
+        processes if config.run.dist_eval else replace(processes, rank=0, world=1),
         lambda: autocast(config, processes.device),
         Normalisation.of(config.data),
         memory_format(config),
+        columns=None if classes is None else classes.columns,
+        flip=config.run.tta == "flip",
+        predictions=config.run.eval_csv is not None,
     )
-    return {f"test_{key}{suffix}": scores[key] for key in ("acc1", "acc5", "loss")}
 
 
 def evaluate_candidates(run: Run) -> dict[str, float]:
@@ -330,7 +335,7 @@ def evaluate_candidates(run: Run) -> dict[str, float]:
         recompute_statistics(run, learner.ema.module)
     for suffix, network in learner.candidates():
         learner.processes.average_buffers(network)
-        scores |= evaluate_network(network, run.val_loader, learner.config, learner.processes, suffix)
+        scores |= evaluate_network(network, run.val_loader, learner.config, learner.processes)[""].scores(suffix)
     return scores
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -99,6 +99,59 @@ class Throughput:
         return rate
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Exact results over all images of an evaluation set, the same on every process."""
+
+    acc1: float  # percent
+    acc5: float  # percent
+    loss: float  # mean cross-entropy
+    images: int
+    labels: Tensor  # (images,) int64 on the host; empty unless predictions were asked for
+    predictions: Tensor  # (images,) int64 on the host, the best class of each image; empty as well
+
+    def scores(self, suffix: str = "") -> dict[str, float]:
+        """Return test_acc1, test_acc5 and test_loss, each with `suffix`."""
+        return {f"test_{key}{suffix}": getattr(self, key) for key in ("acc1", "acc5", "loss")}
+
+
+class _Tally:
+    """Counts over this process's images, on its device."""
+
+    def __init__(self, device: torch.device, *, predictions: bool) -> None:
+        self.counts = torch.zeros(4, dtype=torch.float64, device=device)
+        self.pairs: list[Tensor] | None = [] if predictions else None  # (n, 2): label and best class
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch. logits: (n, K) float32.   labels: (n,) int64."""
+        best = logits.topk(min(5, logits.shape[1])).indices
+        hits = best == labels[:, None]
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        num = torch.full((), len(labels), device=labels.device)
+        self.counts += torch.stack([hits[:, 0].sum(), hits.sum(), loss.double(), num]).double()
+        if self.pairs is not None:
+            self.pairs.append(torch.stack([labels, best[:, 0]], dim=1))
+
+    def total(self, processes: Processes) -> Evaluation:
+        """Return the results over all processes."""
+        top1, top5, loss, images = processes.sum(self.counts).tolist()
+        pairs = torch.empty(0, 2, dtype=torch.int64)
+        if self.pairs is not None:
+            pairs = _gather(torch.cat([pairs, *(each.cpu() for each in self.pairs)]), processes)
+        accuracies = 100 * top1 / images, 100 * top5 / images
+        return Evaluation(*accuracies, loss / images, int(images), labels=pairs[:, 0], predictions=pairs[:, 1])
+
+
+def _gather(rows: Tensor, processes: Processes) -> Tensor:
+    """Return the rows (n, ...) of all processes in the order of their ranks; each has its own n. On the host."""
+    counts = torch.zeros(processes.world, dtype=torch.int64)
+    counts[processes.rank] = len(rows)
+    start = processes.sum(counts)[: processes.rank].sum()
+    everything = rows.new_zeros(int(counts.sum()), *rows.shape[1:])
+    everything[start : start + len(rows)] = rows
+    return processes.sum(everything)
+
+
 def evaluate(
     network: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -106,27 +159,33 @@ def evaluate(
     autocast: Callable[[], torch.autocast],
     normalisation: Normalisation,
     memory_format: torch.memory_format = torch.channels_last,
-) -> dict[str, float]:
-    """Return exact top-1 and top-5 accuracy (percent) and mean cross-entropy over all processes' batches.
+    *,
+    columns: Sequence[int] | None = None,
+    flip: bool = False,
+    predictions: bool = False,
+) -> dict[str, Evaluation]:
+    """Evaluate a network exactly over all processes' batches; return the results under the key ''.
 
     batches: images uint8 (n, 3, H, W) and labels (n,) int64 on the network's device, this process's share of them.
-    Leaves the network in evaluation mode. Keys: acc1, acc5, loss, images.
+    columns: output of the network for each label; other outputs are left out.   None: all, in their order.
+    flip: also evaluate the mean of the logits of image and mirror image, under the key '_flip' (ffcv-imagenet adds
+    them, which has the same accuracy).   predictions: return labels and predictions of all images too.
+    Leaves the network in evaluation mode.
     """
+
+    def logits_of(images: Tensor) -> Tensor:
+        with autocast():
+            logits: Tensor = network(images.contiguous(memory_format=memory_format))
+        return logits.float() if index is None else logits.float()[:, index]
+
     network.eval()
-    counts = torch.zeros(4, dtype=torch.float64, device=processes.device)
+    index = None if columns is None else torch.tensor(columns, device=processes.device)
+    tallies = {key: _Tally(processes.device, predictions=predictions) for key in (["", "_flip"] if flip else [""])}
     with torch.inference_mode():
         for images, labels in batches:
-            with autocast():
-                logits = network(normalise(images, normalisation).contiguous(memory_format=memory_format))
-            logits = logits.float()
-            best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-            num = torch.full((), len(labels), device=counts.device)
-            counts += torch.stack([best[:, 0].sum(), best.sum(), loss.double(), num]).double()
-    top1, top5, loss_sum, images_seen = processes.sum(counts).tolist()
-    return {
-        "acc1": 100 * top1 / images_seen,
-        "acc5": 100 * top5 / images_seen,
-        "loss": loss_sum / images_seen,
-        "images": int(images_seen),
-    }
+            normalised = normalise(images, normalisation)
+            logits = logits_of(normalised)
+            tallies[""].add(logits, labels)
+            if flip:
+                tallies["_flip"].add((logits + logits_of(normalised.flip(-1))) / 2, labels)
+    return {key: tally.total(processes) for key, tally in tallies.items()}

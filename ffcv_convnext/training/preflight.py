@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ffcv_convnext.config import Config, ModelConfig, steps_per_epoch
+from ffcv_convnext.config import Config, ModelConfig, fixed_size, steps_per_epoch
 from ffcv_convnext.data.beton import Manifest
 from ffcv_convnext.run_folder import check_same_config
 from ffcv_convnext.training.schedule import build_schedules
@@ -29,6 +29,15 @@ class Plan:
     steps_per_epoch: int
 
 
+@dataclass(frozen=True, slots=True)
+class TestedClasses:
+    """The classes of an evaluation set, in the order of its labels."""
+
+    names: tuple[str, ...]
+    num_trained: int  # classes that the network was trained on
+    columns: list[int] | None  # the network's output for each class; None: output i is class i
+
+
 def check_config(config: Config, world: int) -> Plan:
     """Check data, batch sizes, network, optimiser, schedule and run folder of a run of `world` processes.
 
@@ -40,6 +49,9 @@ def check_config(config: Config, world: int) -> Plan:
     check_same_classes(train, val, data.data_path)
     num_steps = steps_per_epoch(train.num_samples, data.batch_size, data.update_freq, world, data.repeated_aug)
     num_classes = count_classes(config.model, len(train.classes))
+    check_sizes(config)
+    if config.run.eval:
+        tested_classes(config)
     for name in ("resume", "finetune"):
         path: Path | None = getattr(config.run, name)
         if path is not None and not path.is_file():
@@ -84,6 +96,44 @@ def check_model_ema_bn(config: Config, network: nn.Module) -> None:
             f"model_ema_bn = recompute has no effect: model = {config.model.model} has no BatchNorm with these "
             "settings; remove it"
         )
+
+
+def check_sizes(config: Config) -> None:
+    """Raise ValueError if the network accepts images of one size only, and this is another one."""
+    only = None if config.model.model == "resnet" else fixed_size(config.model.model)
+    if only is not None and {*config.train_sizes(), *(config.run.test_sizes or (config.data.test_size,))} != {only}:
+        raise ValueError(
+            f"model = {config.model.model} accepts images of {only} pixels only; use --input_size {only} without "
+            "progressive resizing, test_input_size and test_sizes"
+        )
+
+
+def tested_classes(config: Config) -> TestedClasses:
+    """Return the classes of the evaluation set: val.beton in eval_data_path, or else in data_path.
+
+    With eval_data_path the manifest of train.beton in data_path, or else of val.beton, lists the trained classes.
+    Raises FileNotFoundError or ValueError, also for a class that is not a trained one.
+    """
+    other, folder = config.run.eval_data_path, config.data.data_path
+    if other is None:
+        names = _manifest(folder, "val").classes
+        return TestedClasses(names, len(names), None)
+    names = _manifest(other, "val").classes
+    manifests = [] if folder is None else [folder / "train.json", folder / "val.json"]
+    found = next((path for path in manifests if path.is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"eval_data_path = {other}: the classes that the network was trained on are unknown, because data_path = "
+            f"{folder} has no train.json; give the folder of the training data: --data_path BETON_DIR"
+        )
+    trained = Manifest.read(found).class_to_idx
+    if unknown := [name for name in names if name not in trained]:
+        raise ValueError(
+            f"eval_data_path = {other}: {len(unknown)} of {len(names)} classes are not in {found}: "
+            f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}; name the class folders as in "
+            "training, and convert again with write_ffcv_dataset.py"
+        )
+    return TestedClasses(names, len(trained), [trained[name] for name in names])
 
 
 def check_same_classes(train: Manifest, val: Manifest, folder: Path | None) -> None:

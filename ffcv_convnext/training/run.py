@@ -20,7 +20,7 @@ from torch import nn
 from ffcv_convnext.augment import Normalisation, TrainAugment
 from ffcv_convnext.config import IMAGENET_MEAN, IMAGENET_STD, Config, differences, format_value, timm_images
 from ffcv_convnext.files import complaint, remove_leftovers
-from ffcv_convnext.models import build_model, load_pretrained, read_weights_file, use_triton
+from ffcv_convnext.models import build_model, load_pretrained, use_triton
 from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.run_folder import FolderLock, check_same_config, read_facts, read_scores
 from ffcv_convnext.training.affinity import bind_threads
@@ -32,7 +32,6 @@ from ffcv_convnext.training.engine import (
     Run,
     State,
     compile_sizes,
-    evaluate_network,
     fit,
     input_dtype,
     memory_format,
@@ -41,7 +40,7 @@ from ffcv_convnext.training.losses import build_criterion
 from ffcv_convnext.training.lost_ranks import ending
 from ffcv_convnext.training.metrics import LossTracker
 from ffcv_convnext.training.optim import build_optimizer
-from ffcv_convnext.training.preflight import check_model_ema_bn, check_same_classes, count_classes
+from ffcv_convnext.training.preflight import check_model_ema_bn, check_same_classes, check_sizes, count_classes
 from ffcv_convnext.training.runlog import RunLog, setup_logging
 from ffcv_convnext.training.schedule import build_schedules
 
@@ -60,7 +59,7 @@ def train(config: Config) -> dict[str, Any]:
     folder = config.run.output_dir
     if folder is None:
         raise ValueError("output_dir is not set; give a run folder: --output_dir runs/NAME")
-    processes = _processes(config)
+    processes = start_processes(config)
     config = config.for_world(processes.world)
     lock = FolderLock(folder) if processes.is_main else None
     with ExitStack() as resources, ending(processes, folder):  # resources are closed after the end is logged
@@ -89,7 +88,8 @@ def train(config: Config) -> dict[str, Any]:
         return scores
 
 
-def _processes(config: Config) -> Processes:
+def start_processes(config: Config) -> Processes:
+    """Return this process and its device. Raises ValueError if the device cannot do what the config asks for."""
     processes = Processes.from_environment(config.run.device)
     if config.run.amp == "fp16" and processes.device.type == "cpu":
         raise ValueError("amp = fp16 needs a CUDA device; use --amp bf16 or --amp off on a CPU")
@@ -111,12 +111,13 @@ def _loaders(config: Config, processes: Processes) -> Iterator[tuple[TrainLoader
         local_rank=processes.local_rank,
         num_local=processes.num_local,
     )
-    with closing(train_loader), closing(_val_loader(config, processes)) as val_loader:
+    with closing(train_loader), closing(build_val_loader(config, processes)) as val_loader:
         check_same_classes(train_loader.manifest, val_loader.manifest, config.data.data_path)
         yield train_loader, val_loader
 
 
-def _val_loader(config: Config, processes: Processes) -> EvalLoader:
+def build_val_loader(config: Config, processes: Processes) -> EvalLoader:
+    """Open val.beton in data_path; with dist_eval each process gets its share."""
     from ffcv_convnext.data.load import EvalLoader
 
     return EvalLoader(
@@ -139,7 +140,7 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
         torch.backends.cudnn.benchmark = True  # batches have one size: cuDNN searches the fastest convolutions once
     schedules = build_schedules(config, steps_per_epoch)
     torch.manual_seed(step_seed(seed, 0, 0, Stream.INITIALISATION))
-    network = _network(config, num_classes, device)
+    network = build_network(config, num_classes, device)
     check_model_ema_bn(config, network)
     ema = ModelEmaV3(network, decay=config.run.model_ema_decay) if config.run.model_ema else None
     compile = compiles(config, device)
@@ -230,18 +231,14 @@ def build_run(
     return run
 
 
-def _network(config: Config, num_classes: int, device: torch.device) -> nn.Module:
-    """Return the network on its device. From here on torch multiplies float32 matrices as the settings say."""
+def build_network(config: Config, num_classes: int, device: torch.device) -> nn.Module:
+    """Build the network on the device. From here on torch multiplies float32 matrices as the settings say.
+
+    Raises ValueError if it does not accept the sizes of the images.
+    """
+    check_sizes(config)
     torch.set_float32_matmul_precision(config.run.matmul_precision)
     network = build_model(config.model, num_classes)
-    fixed = getattr(network, "pretrained_cfg", {}) or {}
-    if fixed.get("fixed_input_size"):
-        only = fixed["input_size"][-1]
-        if {*config.train_sizes(), config.data.test_size} != {only}:
-            raise ValueError(
-                f"model = {config.model.model} accepts images of {only} pixels only; use --input_size {only} without "
-                "progressive resizing and without test_input_size"
-            )
     if config.run.kernels == "triton":
         use_triton(network)
     return network.to(device, memory_format=memory_format(config))  # type: ignore[call-overload, no-any-return]
@@ -250,7 +247,7 @@ def _network(config: Config, num_classes: int, device: torch.device) -> nn.Modul
 def _announce(run: Run, parameters: int) -> None:
     config, device, shares, loader = run.learner.config, run.learner.processes.device, run.sampler, run.train_loader
     schedule = config.schedule
-    _announce_timm_images(config)
+    announce_timm_images(config)
     log.info(
         f"{config.model.model}, {parameters / 1e6:.2f} M parameters, {loader.num_classes} classes; "
         f"{loader.num_samples} training and {run.val_loader.num_samples} validation images"
@@ -282,7 +279,7 @@ def _announce(run: Run, parameters: int) -> None:
         )
 
 
-def _announce_timm_images(config: Config) -> None:
+def announce_timm_images(config: Config) -> None:
     """With a timm model, log which settings of the images are the model's own in timm, and which are not."""
     model = config.model.model
     if model == "resnet":
@@ -395,7 +392,7 @@ def _announce_world(run: Run, update_freq: int) -> None:
 
 def _check_resumable(path: Path, content: dict[str, Any], config: Config) -> None:
     """Raise ValueError if the state of another run cannot be used, and warn about other differences."""
-    _check_same_network(path, content, config)
+    check_same_network(path, content, config)
     theirs = Config.recorded(content["config"])
     for name, ours, other in (
         ("opt", config.optim.opt, theirs.optim.opt),
@@ -412,60 +409,8 @@ def _check_resumable(path: Path, content: dict[str, Any], config: Config) -> Non
         log.warning("%s was made with other settings, which change from now on: %s", path, "; ".join(changed))
 
 
-def evaluate_only(config: Config) -> dict[str, float]:
-    """Evaluate the raw and averaged weights of a checkpoint, as far as it has them, on the validation set.
-
-    The checkpoint is --finetune or --resume, or else the newest one in output_dir. A file that is not a run's (a
-    published state dict) is read as by `load_pretrained`.
-    """
-    processes = _processes(config)
-    setup_logging(None, processes)
-    _announce_timm_images(config)
-    path, content = _weights_to_evaluate(config)
-    with ExitStack() as resources, ending(processes, folder=None):
-        processes.join()
-        val_loader = resources.enter_context(closing(_val_loader(config, processes)))
-        network = _network(config, count_classes(config.model, val_loader.num_classes), processes.device)
-        scores: dict[str, float] = {}
-        for part, suffix in (("model", ""), ("ema", "_ema")):
-            if content is None and part == "model":
-                names = {"model_key": config.run.model_key, "model_prefix": config.run.model_prefix}
-                load_pretrained(network, path, **names, needs_head=True)
-            elif content is not None and content.get(part) is not None:
-                network.load_state_dict(content[part])
-            else:
-                continue
-            scores |= evaluate_network(network, val_loader, config, processes, suffix)
-        scores["images"] = val_loader.num_samples
-    log.info("%s: %s", path, ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
-    return scores
-
-
-def _weights_to_evaluate(config: Config) -> tuple[Path, dict[str, Any] | None]:
-    """Return a checkpoint's path and content; the content is None for `load_pretrained` to read."""
-    run = config.run
-    if run.finetune is not None:
-        if run.resume is not None:
-            raise ValueError("eval = true: --resume and --finetune both name weights; give one of them")
-        return run.finetune, None
-    found = None
-    if run.resume is not None:
-        content = read_weights_file(run.resume)
-        if "config" not in content:
-            return run.resume, None
-        found = run.resume, content
-    elif run.output_dir is not None:
-        found = Checkpoints(run.output_dir).newest()
-    if found is None:
-        raise ValueError(
-            "eval = true: there is no checkpoint; give one with --resume, a run folder with --output_dir, or other "
-            "weights with --finetune"
-        )
-    _check_same_network(*found, config)
-    return found
-
-
-def _check_same_network(path: Path, content: dict[str, Any], config: Config) -> None:
+def check_same_network(path: Path, content: dict[str, Any], config: Config) -> None:
+    """Raise ValueError if a checkpoint is not a run's, or has another network than the config."""
     if "config" not in content or ("model" not in content and "ema" not in content):
         raise ValueError(
             f"{path} is not a checkpoint of ffcv-convnext: expected 'config' and 'model' or 'ema', found "

@@ -128,6 +128,10 @@ OTHER_WORDS: dict[str, str] = {
     "model_ema_bn": "recompute",
     "dist_eval": "false",
     "eval": "true",
+    "test_sizes": "192-224-288",
+    "tta": "flip",
+    "eval_data_path": "/data/other",
+    "eval_csv": "classes.csv",
     "resume": "/runs/a/checkpoint-last.pth",
     "auto_resume": "false",
     "finetune": "/runs/b/checkpoint-best.pth",
@@ -151,6 +155,7 @@ NEEDED: dict[str, dict[str, str]] = {
     "model_ema_bn": {"model_ema": "true"},
     "model_key": {"finetune": "/runs/b/checkpoint-best.pth"},
     "model_prefix": {"finetune": "/runs/b/checkpoint-best.pth"},
+    **{name: {"eval": "true"} for name in ("test_sizes", "tta", "eval_data_path", "eval_csv")},
     **{name: {other: OTHER_WORDS[other] for other in RAMP if other != name} for name in RAMP},
 }
 

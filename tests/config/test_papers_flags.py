@@ -97,10 +97,14 @@ def test_the_finetuning_command_of_the_paper() -> None:
         ),
         (ISOTROPIC, "model = convnext_isotropic_small: neither this project nor timm has"),
         (
+            f"--eval_data_path /val {MACHINE}",
+            "eval_data_path = /val needs --eval true",
+        ),
+        (
             PRETRAINING,
             "--disable_eval true (a flag of the paper's code) is not supported: a run evaluates on val.beton",
         ),
-        (EVALUATION, "eval = true: there is no checkpoint; give one with --resume"),
+        (EVALUATION, "val.beton does not exist; create it with write_ffcv_dataset.py"),
         (f"{EVALUATION} --pin_mem", "--pin_mem: expected a value"),
         (f"--input_size 224 {MACHINE}", "create it with: python write_ffcv_dataset.py"),
     ],
@@ -138,7 +142,6 @@ VALUES: list[tuple[str, str | None]] = [
     *(("--enable_wandb true", "--log_wandb true"), ("--enable_wandb False", "--log_wandb false")),
     ("--enable_wandb offline", None),
     *(("--wandb_ckpt false", ""), ("--wandb_ckpt true", None)),
-    *(("--eval_data_path none", ""), ("--eval_data_path /val", None)),
     ("--use_volta32 --nodes 4", "--constraint volta32gb --nodes 4"),
 ]
 

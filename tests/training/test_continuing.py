@@ -16,7 +16,8 @@ from ffcv_convnext.cli import run_command
 from ffcv_convnext.errors import Interrupted
 from ffcv_convnext.signals import stop_signals, stopping_at_once
 from ffcv_convnext.training.checkpoint import Checkpoints, read_checkpoint
-from ffcv_convnext.training.run import evaluate_only, train
+from ffcv_convnext.training.evaluation import evaluate_only
+from ffcv_convnext.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +62,9 @@ def test_weights_of_timm_are_evaluated(
     settings = {k: v for k, v in small_settings.items() if k not in changes} | {"model": "test_convnext"}
     settings = {name: value for name, value in settings.items() if name not in ("input_size", "crop_pct")}
     with caplog.at_level("INFO", "ffcv_convnext"):
-        scores = evaluate_only(
+        (scores,) = evaluate_only(
             config_from(settings, eval=True, finetune=tmp_path / "weights.pth", std="1,1,1", eval_resize="warp")
-        )
+        ).values()
     (line,) = [record.getMessage() for record in caplog.records if "timm's configuration" in record.getMessage()]
     assert line == (
         "test_convnext: images as in timm's configuration of the model: input_size 160, mean 0.5,0.5,0.5, "

@@ -26,7 +26,7 @@ from ffcv_convnext.data.load.sampler import GlobalBatchSampler, eval_batches
 from ffcv_convnext.files import read_lines
 from ffcv_convnext.training.checkpoint import LAST, read_checkpoint
 from ffcv_convnext.training.distributed import Processes
-from ffcv_convnext.training.run import evaluate_only
+from ffcv_convnext.training.evaluation import evaluate_only
 
 TRAIN_STEP = "ffcv_convnext.training.engine.train_step"
 
@@ -158,7 +158,7 @@ def test_two_processes_count_an_uneven_set_exactly(
     convert(ConversionOptions(data_path=image_folder, out_dir=tmp_path, split="val", subset=7, num_workers=1))
     changes = {"data_path": tmp_path, "eval": "true", "resume": one_process / LAST, "batch_size": 3}
     settings = {**settings, **changes}
-    alone = evaluate_only(Config.from_flat(settings))
+    (alone,) = evaluate_only(Config.from_flat(settings)).values()
     assert alone["images"] == 7
     expected = ", ".join(f"{key} {value:.4f}" for key, value in alone.items())
     first, second = nursery.run_ranks(settings, strikes={})
