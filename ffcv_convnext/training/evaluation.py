@@ -91,7 +91,10 @@ def _check_writable(path: Path | None) -> None:
 def _networks(
     config: Config, path: Path, content: dict[str, Any] | None, num_classes: int, processes: Processes
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the suffix of the scores ('' or '_ema') and the network with these weights."""
+    """Yield the suffix of the scores ('' or '_ema') and the network with these weights.
+
+    Raises ValueError if they are for another number of classes.
+    """
     for part, suffix in (("model", ""), ("ema", "_ema")):
         weights = None if content is None else content.get(part)
         if weights is None and (content is not None or part == "ema"):
@@ -101,7 +104,14 @@ def _networks(
             names = {"model_key": config.run.model_key, "model_prefix": config.run.model_prefix}
             load_pretrained(network, path, **names, needs_head=True)
         else:
-            network.load_state_dict(weights)
+            try:
+                network.load_state_dict(weights)
+            except RuntimeError:  # the rest of the network is the same (check_same_network)
+                raise ValueError(
+                    f"{path} was trained on another number of classes than {num_classes}, which data_path = "
+                    f"{config.data.data_path} has; give the training data with --data_path, and other images with "
+                    "--eval_data_path"
+                ) from None
         yield suffix, network
 
 

@@ -229,6 +229,13 @@ def test_the_trained_classes_must_be_known(settings: dict[str, Any], some_classe
         evaluate_only(config_from(settings, eval_data_path=some_classes, data_path="none"))
 
 
+def test_a_checkpoint_of_other_classes_is_refused_with_the_setting_for_them(
+    settings: dict[str, Any], some_classes: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"another number of classes than 2, which data_path = .*--eval_data_path$"):
+        evaluate_only(config_from(settings, data_path=some_classes))
+
+
 # --- confusions ---------------------------------------------------------------------------------------------------
 
 
