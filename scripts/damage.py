@@ -24,6 +24,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -99,13 +100,14 @@ def repeat_a_line(content: bytes, draw: random.Random) -> bytes:
 def change_a_value(
     content: bytes, draw: random.Random, values: tuple[Any, ...], *, keep_checksum: bool = True
 ) -> bytes:
-    """Set one key of one object. Files of version 0.2.0 have no checksum."""
+    """Set one key of one object, or one item of one list. Files of version 0.2.0 have no checksum."""
     try:
         lines = [json.dumps(json.loads(content)).encode()]
     except ValueError:
         lines = content.splitlines()
     at = draw.randrange(len(lines))
-    entry = json.loads(lines[at])
+    checksum = re.match(rb"([0-9a-f]{8} )?", lines[at])[0]  # type: ignore[index]  # a journal's line begins with one
+    entry = json.loads(lines[at].removeprefix(checksum))
     inner = entry
     if isinstance(entry, str):
         entry = draw.choice(values)
@@ -119,7 +121,7 @@ def change_a_value(
         inner[draw.choice([key for key in inner if key != "crc32"])] = draw.choice(values)
         if not keep_checksum:
             entry.pop("crc32", None)
-    lines[at] = json.dumps(entry).encode()
+    lines[at] = checksum + json.dumps(entry).encode()
     return b"\n".join(lines) + b"\n"
 
 
