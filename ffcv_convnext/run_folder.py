@@ -179,7 +179,11 @@ def write_config(folder: Path, config: Config) -> None:
 def read_config(folder: Path) -> Config:
     """Return the settings of a run folder. Raises FileNotFoundError, or ValueError if they cannot be used."""
     path = folder / CONFIG
-    config = Config.recorded(read_yaml(path))
+    settings = read_yaml(path)
+    try:
+        config = Config.recorded(settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not read_mapping(path):
         raise ValueError(f"{path} holds no settings")
     first, _, rest = path.read_bytes().partition(b"\n")
