@@ -18,7 +18,7 @@ FOLDER_BENCHMARKS = {
     "convert": "the conversion of an ImageFolder to a .beton",
     "startup": "the time from process start to the first batch, and quick commands",
 }
-GPU_HELP = "everything that needs a GPU, in nine minutes: stages of their own, figures as JSON and Markdown"
+GPU_HELP = "everything that needs a GPU, in nine minutes: separate stages, figures as JSON and Markdown"
 STEP_BENCHMARKS = {
     "augment": "the augmentation of batches, beside timm's for single images",
     "step": "the training step, beside timm's and torchvision's, or every step of the ladder",

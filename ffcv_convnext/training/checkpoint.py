@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ffcv_convnext.errors import Failure
+from ffcv_convnext.errors import Failure, Interrupted
 from ffcv_convnext.files import Form, replacing
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,8 @@ def read_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> 
         raise UnreadableCheckpoint(
             f"{path} is not a checkpoint of ffcv-convnext: it contains Python objects besides tensors and numbers"
         ) from None
+    except Interrupted:  # a signal during a start is not damage
+        raise
     except Exception as error:  # a damaged table of contents raises almost any type
         reason = " ".join(str(error).split())[:200]
         raise UnreadableCheckpoint(f"{path} is truncated or damaged: {reason}") from None

@@ -4,7 +4,7 @@ torch's own place is below the temporary folder, which is a node's own, and with
 continues on another node would compile again. In a place below the user's cache folder, which nodes usually share, it
 does not. Both caches are made for several writers: an entry's name is a hash of all that it depends on, and a file is
 written under another name first. C++ is compiled for the processor at hand, which its entry's name does not tell apart,
-so each kind of processor has a folder of its own.
+so each kind of processor has a separate folder.
 """
 
 from __future__ import annotations

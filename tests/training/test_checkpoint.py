@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.runs import assert_equal
 
-from ffcv_convnext.errors import Failure
+from ffcv_convnext.errors import Failure, Interrupted
 from ffcv_convnext.files import remove_leftovers
 from ffcv_convnext.training.checkpoint import (
     LAST,
@@ -167,3 +167,16 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".lock", "config.yaml", "notes.tmp"]
+
+
+def test_a_signal_while_a_checkpoint_is_read_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "checkpoint-last.pth", {"step": 1})
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise Interrupted("SIGTERM")
+
+    monkeypatch.setattr(torch, "load", interrupted)
+    with pytest.raises(Interrupted):
+        Checkpoints(tmp_path).newest()

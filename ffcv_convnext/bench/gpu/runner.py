@@ -1,4 +1,4 @@
-"""Run the stages: each in a process of its own with a time limit, the riskiest first, so that one cannot cost the rest.
+"""Run each stage in a separate process with a time limit, the riskiest first; a failed one does not stop the others.
 
 A GPU is often lent for minutes, on a machine without network, ffcv or pytest. So every figure is on disk as soon as it
 is measured, and a stage that fails, hangs or lacks a package leaves its reason and the others go on.

@@ -1,4 +1,4 @@
-"""The stages of `bench gpu`. Each is a generator of figures, in a process of its own: `python -m ... NAME DEVICE OUT`.
+"""The stages of `bench gpu`: generators of figures. Each runs in a separate process: `python -m ... NAME DEVICE OUT`.
 
 On a GPU they have the recipe's shapes: ConvNeXt-T, 128 images of 224 pixels, bf16. On a CPU they have small ones, so
 that all of the code is tried before a GPU is at hand.

@@ -13,7 +13,7 @@ Batch = tuple[Tensor, Tensor]
 class DeviceTransfer:
     """Host buffers for batches, and their copy to the device.
 
-    On a GPU the buffers are pinned, and copies run on a stream of their own, beside the computation. On a CPU a batch
+    On a GPU the buffers are pinned, and copies run on a separate stream, beside the computation. On a CPU a batch
     stays where it was decoded.
 
     Pinned buffers are used again, by torch's caching host allocator (ATen/core/CachingHostAllocator.h): `.to` with
