@@ -27,7 +27,7 @@ def count_gmacs(model: nn.Module, input_size: int = 224) -> float:
     def count(module: nn.Module, _: Any, output: Tensor) -> None:
         nonlocal macs
         if isinstance(module, FusedBranch):
-            macs += module.count_depthwise(output)
+            macs += module.count_fused(output)
         else:
             assert isinstance(module, nn.Conv2d | nn.Linear)
             macs += output.numel() * module.weight[0].numel()  # each output is a dot product with one filter

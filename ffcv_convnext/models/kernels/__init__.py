@@ -19,9 +19,16 @@ def triton_operations() -> Operations:
     """Return the kernels. Raises ValueError if Triton is not installed."""
     if find_spec("triton") is None:
         raise ValueError("kernels = triton: the package triton is not installed; install it, or use --kernels torch")
-    from ffcv_convnext.models.kernels import depthwise, norm, residual
+    from ffcv_convnext.models.kernels import block, depthwise, mlp, norm, residual
 
-    return Operations(depthwise.depthwise_conv2d, norm.depthwise_layer_norm, residual.add_branch)
+    return Operations(
+        depthwise.depthwise_conv2d,
+        norm.depthwise_layer_norm,
+        norm.depthwise_normalise,
+        mlp.mlp,
+        block.block,
+        residual.add_branch,
+    )
 
 
 def use_triton(network: nn.Module) -> None:

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from ffcv_convnext.models.kernels.launch import autocast_type
 from ffcv_convnext.models.kernels.twins import Operations
-from ffcv_convnext.models.layers import LayerNorm2d, LayerScale
+from ffcv_convnext.models.layers import LayerNorm2d, LayerScale, PointwiseConv2d
 from ffcv_convnext.models.resnet import Block, Branch
 
 
-class FusedBranch(Branch):
-    """A `Branch` that fuses depthwise convolution and LayerNorm, and layer scale, stochastic depth and sum.
+Part = TypeVar("Part", bound=nn.Module)
 
-    It has the same parts, so parameters and state dict stay the same; other kinds of parts run unchanged. Computes what
-    `Branch` does up to rounding: under autocast the norm's result has autocast's data type, not float32.
+
+class Mlp(NamedTuple):
+    """Two pointwise convolutions and the activation between them."""
+
+    first: PointwiseConv2d
+    gelu: bool  # else ReLU
+    second: PointwiseConv2d
+
+
+class FusedBranch(Branch):
+    """A `Branch` in few operations. It has the same parts, so parameters and state dict stay the same.
+
+    Fused are depthwise convolution and LayerNorm; the two pointwise convolutions at the branch's end with the activation
+    between them, stochastic depth and the sum; and all of this where the shortcut is the input. Gain and offset of the
+    LayerNorm before, and layer scale behind, are multiplied into the weights of the pointwise convolutions. A branch that
+    does not end so has layer scale, stochastic depth and the sum fused. Other parts run unchanged.
+
+    Computes what `Branch` does up to rounding: under autocast the norm's result has autocast's data type, not float32,
+    and a weight is rounded after it is multiplied.
     """
 
     def __init__(self, branch: Branch, operations: Operations) -> None:
@@ -28,29 +45,88 @@ class FusedBranch(Branch):
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:  # type: ignore[override]
         """Return shortcut + branch(x)."""
-        gamma = keep = None
-        parts = list(self)
+        operations, parts = self.operations, list(self)
+        scale, drop_path = _take(parts, LayerScale), _take(parts, DropPath)
+        gamma = None if scale is None else scale.gamma
+        keep = None if drop_path is None else _draw(drop_path, x)
+        mlp = _take_mlp(parts)
+        if mlp is None:
+            x, _ = self._run(parts, x, fold=False)
+            return operations.add_branch(shortcut, x, gamma, keep)
+        dtype = autocast_type(x)
+        result = torch.promote_types(shortcut.dtype, dtype)
+        if gamma is not None:
+            result = torch.promote_types(result, gamma.dtype)
+        if len(parts) == 2 and shortcut is x:
+            convolution, norm = parts
+            if _is_depthwise(convolution) and convolution.stride[0] == 1 and isinstance(norm, LayerNorm2d):
+                weights = fold(mlp, norm, gamma, dtype)
+                weight, bias = convolution.weight, convolution.bias
+                return operations.block(x, weight, bias, norm.eps, *weights, keep, mlp.gelu, result)
+        x, norm = self._run(parts, x, fold=True)
+        weights = fold(mlp, norm, gamma, dtype)
+        return operations.mlp(x.to(dtype), *weights, keep, shortcut, mlp.gelu, result)
+
+    def _run(self, parts: list[nn.Module], x: Tensor, *, fold: bool) -> tuple[Tensor, LayerNorm2d | None]:
+        """Run the parts; return the result, and the norm at their end whose gain and offset are left out, if any."""
         while parts:
             part = parts.pop(0)
-            if _is_depthwise(part):
-                weight, bias, stride = part.weight, part.bias, part.stride[0]
-                if parts and isinstance(norm := parts[0], LayerNorm2d):
-                    x = self.operations.depthwise_layer_norm(x, weight, bias, stride, norm.weight, norm.bias, norm.eps)
-                    parts.pop(0)
-                else:
-                    x = self.operations.depthwise_conv2d(x, weight, bias, stride)
-            elif isinstance(part, LayerScale):
-                gamma = part.gamma
-            elif isinstance(part, DropPath):
-                keep = _draw(part, x)
-            else:
+            if not _is_depthwise(part):
                 x = part(x)
-        return self.operations.add_branch(shortcut, x, gamma, keep)
+                continue
+            weight, bias, stride = part.weight, part.bias, part.stride[0]
+            if not (parts and isinstance(norm := parts[0], LayerNorm2d)):
+                x = self.operations.depthwise_conv2d(x, weight, bias, stride)
+                continue
+            parts.pop(0)
+            if fold and not parts:
+                return self.operations.depthwise_normalise(x, weight, bias, stride, norm.eps), norm
+            x = self.operations.depthwise_layer_norm(x, weight, bias, stride, norm.weight, norm.bias, norm.eps)
+        return x, None
 
-    def count_depthwise(self, result: Tensor) -> int:
-        """Return the multiply-accumulates of the depthwise convolution, of which hooks see no call."""
-        pixels = len(result) * result.shape[2] * result.shape[3]
-        return pixels * sum(part.weight.numel() for part in self if _is_depthwise(part))
+    def count_fused(self, result: Tensor) -> int:
+        """Return the multiply-accumulates of the convolutions that are not called as modules, so that hooks miss them."""
+        parts = list(self)
+        _take(parts, LayerScale), _take(parts, DropPath)
+        mlp = _take_mlp(parts)
+        fused = [part for part in parts if _is_depthwise(part)] + ([] if mlp is None else [mlp.first, mlp.second])
+        return len(result) * result.shape[2] * result.shape[3] * sum(part.weight.numel() for part in fused)
+
+
+def fold(mlp: Mlp, norm: LayerNorm2d | None, gamma: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Return first weight (hidden, C) and bias, second weight (C', hidden) and bias; the weights in dtype.
+
+    norm: before the first convolution, of which only the gain and the offset are left to apply.   gamma: layer scale.
+    """
+    # permuted first, so that the weights' gradients get the memory layout of channels_last weights
+    weight1, weight2 = (part.weight.permute(0, 2, 3, 1).flatten(1) for part in (mlp.first, mlp.second))
+    bias1, bias2 = mlp.first.bias, mlp.second.bias
+    if norm is not None:
+        moved = (weight1 * norm.bias).sum(1)
+        bias1 = moved if bias1 is None else bias1 + moved
+        weight1 = weight1 * norm.weight
+    if gamma is not None:
+        weight2 = gamma[:, None] * weight2
+        bias2 = None if bias2 is None else gamma * bias2
+    return weight1.to(dtype), bias1, weight2.to(dtype), bias2
+
+
+def _take(parts: list[nn.Module], kind: type[Part]) -> Part | None:
+    """Remove the part of this kind from the list and return it; None if there is none."""
+    for i, part in enumerate(parts):
+        if isinstance(part, kind):
+            del parts[i]
+            return part
+    return None
+
+
+def _take_mlp(parts: list[nn.Module]) -> Mlp | None:
+    """Remove two pointwise convolutions and the activation between them from the end of the list, and return them."""
+    match parts[-3:]:
+        case [PointwiseConv2d() as first, (nn.GELU() | nn.ReLU()) as activation, PointwiseConv2d() as second]:
+            del parts[-3:]
+            return Mlp(first, isinstance(activation, nn.GELU), second)
+    return None
 
 
 def _is_depthwise(part: nn.Module) -> TypeGuard[nn.Conv2d]:

@@ -15,6 +15,9 @@ class Operations(NamedTuple):
 
     depthwise_conv2d: Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
     depthwise_layer_norm: Callable[[Tensor, Tensor, Tensor | None, int, Tensor, Tensor, float], Tensor]
+    depthwise_normalise: Callable[[Tensor, Tensor, Tensor | None, int, float], Tensor]
+    mlp: Callable[..., Tensor]
+    block: Callable[..., Tensor]
     add_branch: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
@@ -41,6 +44,58 @@ def depthwise_layer_norm(
     return normal.permute(0, 3, 1, 2).to(sums.dtype)
 
 
+def depthwise_normalise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, eps: float) -> Tensor:
+    """Compute `depthwise_layer_norm` without gain and offset."""
+    sums = depthwise_conv2d(x, weight, bias, stride)
+    wide = torch.promote_types(sums.dtype, torch.float32)
+    pixels = sums.to(wide).permute(0, 2, 3, 1)
+    return F.layer_norm(pixels, pixels.shape[3:], eps=eps).permute(0, 3, 1, 2).to(sums.dtype)
+
+
+def mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    keep: Tensor | None,
+    shortcut: Tensor,
+    gelu: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return shortcut + keep x (second convolution of the activation of the first convolution of x).
+
+    x: (N, C, H, W).   weight1: (hidden, C), weight2: (C', hidden), in x's data type: two convolutions with 1x1 kernels.
+    bias1: (hidden,).   bias2: (C',).   keep: (N,), as in `add_branch`.   shortcut: (N, C', H, W).
+    gelu: the activation: GELU, else ReLU.   Returns (N, C', H, W) of data type dtype.
+    """
+    of_each = 1 if keep is None else keep.view(-1, 1, 1, 1)
+    hidden = F.linear(x.permute(0, 2, 3, 1), weight1, None if bias1 is None else bias1.to(weight1.dtype))
+    hidden = (F.gelu(hidden) if gelu else F.relu(hidden)) * of_each
+    branch = F.linear(hidden.to(weight2.dtype), weight2)
+    if bias2 is not None:
+        branch = branch + bias2 * of_each
+    return (shortcut + branch.permute(0, 3, 1, 2)).to(dtype)
+
+
+def block(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    keep: Tensor | None,
+    gelu: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute a block of stride 1 whose shortcut is x: `mlp` of `depthwise_normalise` of x."""
+    normal = depthwise_normalise(x, weight, bias, 1, eps)
+    return mlp(normal, weight1, bias1, weight2, bias2, keep, x, gelu, dtype)
+
+
 def add_branch(shortcut: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
     """Return shortcut + branch x gamma x keep.
 
@@ -54,4 +109,4 @@ def add_branch(shortcut: Tensor, branch: Tensor, gamma: Tensor | None, keep: Ten
     return shortcut + branch
 
 
-TWINS = Operations(depthwise_conv2d, depthwise_layer_norm, add_branch)
+TWINS = Operations(depthwise_conv2d, depthwise_layer_norm, depthwise_normalise, mlp, block, add_branch)

@@ -1,0 +1,378 @@
+"""The two pointwise convolutions of a block with the activation between them, and the residual sum at their end.
+
+Each matrix product does in its epilogue what would be a pass over the pixels: bias, activation and stochastic depth;
+bias and residual sum; the activation's gradient and the biases' gradients. The block sizes depend on the shape only, and
+nothing is added atomically: equal inputs give equal bits on a device.
+
+Stochastic depth multiplies the hidden values instead of the branch (and the second bias), so that the gradient of the
+hidden values is one product with the incoming gradient as it is. Products are of numbers in x's type (float32,
+bfloat16, float16), added in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ffcv_convnext.models.kernels.launch import OPTIONS, channels_last, empty, on
+
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+
+
+@triton.jit
+def _tile(COLUMNS: tl.constexpr, N: tl.constexpr):
+    """Return the program's block of rows and its block of columns; neighbouring programs share their rows."""
+    columns: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    return tl.program_id(0) // columns, tl.program_id(0) % columns
+
+
+@triton.jit
+def _product(
+    a,  # (rows, K)
+    b,  # element (k, n) at k * STRIDE_K + n * STRIDE_N
+    row,
+    column,
+    num_rows,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE_K: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Return a block of a @ b, (ROWS, COLUMNS) float32; a is rounded to b's type."""
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    start = a + row.to(tl.int64)[:, None] * K
+    for first in range(0, K, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        left = tl.load(start + k[None, :], mask=(row < num_rows)[:, None] & (k < K)[None, :], other=0.0)
+        right = tl.load(
+            b + k[:, None] * STRIDE_K + column[None, :] * STRIDE_N, mask=(k < K)[:, None] & (column < N)[None, :], other=0.0
+        )
+        sums = tl.dot(left.to(b.dtype.element_ty), right, sums, input_precision="ieee" if EXACT else "tf32")
+    return sums
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _hidden(
+    x,  # (rows, K)
+    weight,  # (N, K)
+    bias,
+    keep,  # of each image; None: 1
+    linear_out,  # (rows, N), before the activation
+    out,
+    num_rows,
+    IMAGE: tl.constexpr,  # pixels of an image
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GELU: tl.constexpr,  # else ReLU
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    i, j = _tile(COLUMNS, N)
+    row, column = i * ROWS + tl.arange(0, ROWS), j * COLUMNS + tl.arange(0, COLUMNS)
+    sums = _product(x, weight, row, column, num_rows, N, K, 1, K, ROWS, COLUMNS, DEPTH, EXACT)
+    if bias is not None:
+        sums += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    known = (row < num_rows)[:, None] & (column < N)[None, :]
+    position = row.to(tl.int64)[:, None] * N + column[None, :]
+    linear = sums.to(linear_out.dtype.element_ty)
+    tl.store(linear_out + position, linear, mask=known)
+    value = linear.to(tl.float32)
+    if GELU:
+        value = 0.5 * value * (1.0 + tl.erf(value * _SQRT_HALF))
+    else:
+        value = tl.maximum(value, 0.0)
+    if keep is not None:
+        value *= tl.load(keep + row // IMAGE, mask=row < num_rows, other=0.0)[:, None]
+    tl.store(out + position, value.to(out.dtype.element_ty), mask=known)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _output(
+    hidden,  # (rows, K)
+    weight,  # (N, K)
+    bias,
+    keep,
+    shortcut,  # (rows, N)
+    out,
+    num_rows,
+    IMAGE: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    i, j = _tile(COLUMNS, N)
+    row, column = i * ROWS + tl.arange(0, ROWS), j * COLUMNS + tl.arange(0, COLUMNS)
+    sums = _product(hidden, weight, row, column, num_rows, N, K, 1, K, ROWS, COLUMNS, DEPTH, EXACT)
+    if bias is not None:
+        offset = tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+        if keep is not None:
+            offset = offset * tl.load(keep + row // IMAGE, mask=row < num_rows, other=0.0)[:, None]
+        sums += offset
+    known = (row < num_rows)[:, None] & (column < N)[None, :]
+    position = row.to(tl.int64)[:, None] * N + column[None, :]
+    sums += tl.load(shortcut + position, mask=known, other=0.0).to(tl.float32)
+    tl.store(out + position, sums.to(out.dtype.element_ty), mask=known)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _hidden_gradient(
+    g,  # (rows, K), d/dout
+    weight,  # (K, N), of the second convolution
+    linear,  # (rows, N), of the forward pass
+    keep,
+    out,  # (rows, N), d/dlinear
+    rounded,  # (rows, K), g in the weight's type; None: not wanted
+    partial,  # (blocks of rows, N + K) float32, of the first and the second bias
+    num_rows,
+    IMAGE: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    i, j = _tile(COLUMNS, N)
+    row, column = i * ROWS + tl.arange(0, ROWS), j * COLUMNS + tl.arange(0, COLUMNS)
+    sums = _product(g, weight, row, column, num_rows, N, K, N, 1, ROWS, COLUMNS, DEPTH, EXACT)
+    known = (row < num_rows)[:, None] & (column < N)[None, :]
+    position = row.to(tl.int64)[:, None] * N + column[None, :]
+    value = tl.load(linear + position, mask=known, other=0.0).to(tl.float32)
+    if GELU:
+        slope = 0.5 * (1.0 + tl.erf(value * _SQRT_HALF)) + value * (tl.exp(-0.5 * value * value) * _DENSITY)
+    else:
+        slope = tl.where(value > 0.0, 1.0, 0.0)
+    factor = tl.full([ROWS], 1.0, tl.float32)
+    if keep is not None:
+        factor = tl.load(keep + row // IMAGE, mask=row < num_rows, other=0.0)
+    gradient = tl.where(known, sums * slope * factor[:, None], 0.0)
+    tl.store(out + position, gradient.to(out.dtype.element_ty), mask=known)
+    of_biases = partial + i.to(tl.int64) * (N + K)
+    tl.store(of_biases + column, tl.sum(gradient, 0), mask=column < N)
+    if j == 0:  # these programs alone read g once more, from the cache
+        start = row.to(tl.int64)[:, None] * K
+        for first in range(0, K, DEPTH):
+            k = first + tl.arange(0, DEPTH)
+            seen = (row < num_rows)[:, None] & (k < K)[None, :]
+            incoming = tl.load(g + start + k[None, :], mask=seen, other=0.0).to(tl.float32)
+            if rounded is not None:
+                tl.store(rounded + start + k[None, :], incoming.to(rounded.dtype.element_ty), mask=seen)
+            tl.store(of_biases + N + k, tl.sum(incoming * factor[:, None], 0), mask=k < K)
+
+
+def _blocks(k: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the sizes of a program's blocks for sums of k products, and how it is compiled.
+
+    Fixed, not tried out: so a run that is continued computes the same bits. Two programs of 8 warps fit on a
+    multiprocessor of an H100: their 128 registers a thread fill it.
+    """
+    small = dtype.itemsize == 2
+    return {
+        "ROWS": 128 if small else 64,
+        "COLUMNS": 64,
+        "DEPTH": 64 if small and k % 64 == 0 else 32,
+        "EXACT": torch.get_float32_matmul_precision() == "highest",
+        "num_warps": 8 if small else 4,
+        "num_stages": 3,
+        **OPTIONS,
+    }
+
+
+def _launch(kernel: Any, args: list[Any], rows: int, image: int, n: int, k: int, dtype: torch.dtype, **more: Any) -> None:
+    blocks = _blocks(k, dtype)
+    grid = (triton.cdiv(rows, blocks["ROWS"]) * triton.cdiv(n, blocks["COLUMNS"]),)
+    with on(args[0]):
+        kernel[grid](*args, rows, image, n, k, **more, **blocks)
+
+
+def _num_rows(x: Tensor) -> int:
+    return len(x) * x.shape[2] * x.shape[3]
+
+
+@torch.library.custom_op("ffcv_convnext::mlp_hidden", mutates_args=())
+def hidden(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor | None, gelu: bool) -> tuple[Tensor, Tensor]:
+    """Return the first convolution's result, and that after the activation and times keep: (N, hidden, H, W) each."""
+    x = channels_last(x)
+    (n, c, h, w), width = x.shape, len(weight)
+    linear, out = (empty((n, width, h, w), x, weight.dtype) for _ in range(2))
+    args = [x, weight.contiguous(), bias, keep, linear, out]
+    _launch(_hidden, args, n * h * w, h * w, width, c, weight.dtype, GELU=gelu)
+    return linear, out
+
+
+@hidden.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor | None, gelu: bool) -> tuple[Tensor, Tensor]:
+    n, _, h, w = x.shape
+    linear = empty((n, len(weight), h, w), x, weight.dtype)
+    return linear, torch.empty_like(linear)
+
+
+@torch.library.custom_op("ffcv_convnext::mlp_output", mutates_args=())
+def output(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor | None, shortcut: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return shortcut + second convolution of hidden + bias x keep, like shortcut but of data type dtype."""
+    hidden, shortcut = channels_last(hidden), channels_last(shortcut)
+    n, c, h, w = shortcut.shape
+    out = empty(shortcut.shape, shortcut, dtype)
+    args = [hidden, weight.contiguous(), bias, keep, shortcut, out]
+    _launch(_output, args, n * h * w, h * w, c, hidden.shape[1], weight.dtype)
+    return out
+
+
+@output.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor | None, shortcut: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return empty(shortcut.shape, shortcut, dtype)
+
+
+@torch.library.custom_op("ffcv_convnext::mlp_hidden_gradient", mutates_args=())
+def hidden_gradient(
+    g: Tensor, weight: Tensor, linear: Tensor, keep: Tensor | None, gelu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of what `hidden` computed, for g = d/dout.
+
+    weight: (C, hidden), of the second convolution.   linear: the first result of `hidden`.
+    Returns d/dlinear (N, hidden, H, W); g in the weight's type, empty if it has it already; and d/dbias of the first,
+    then of the second convolution: (hidden + C,) float32.
+    """
+    g, linear = channels_last(g), channels_last(linear)
+    (n, c, h, w), width = g.shape, len(weight.t())
+    blocks = triton.cdiv(n * h * w, _blocks(c, weight.dtype)["ROWS"])
+    out = empty(linear.shape, linear, weight.dtype)
+    rounded = None if g.dtype == weight.dtype else empty(g.shape, g, weight.dtype)
+    partial = g.new_empty((blocks, width + c), dtype=torch.float32)
+    args = [g, weight.contiguous(), linear, keep, out, rounded, partial]
+    _launch(_hidden_gradient, args, n * h * w, h * w, width, c, weight.dtype, GELU=gelu)
+    return out, g.new_empty(0, dtype=weight.dtype) if rounded is None else rounded, partial.sum(0)
+
+
+@hidden_gradient.register_fake
+def _(
+    g: Tensor, weight: Tensor, linear: Tensor, keep: Tensor | None, gelu: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rounded = g.new_empty(0, dtype=weight.dtype) if g.dtype == weight.dtype else empty(g.shape, g, weight.dtype)
+    return (
+        empty(linear.shape, linear, weight.dtype),
+        rounded,
+        g.new_empty((weight.shape[1] + weight.shape[0],), dtype=torch.float32),
+    )
+
+
+class Gradients(NamedTuple):
+    """Gradients of `mlp`'s arguments; the biases' are float32."""
+
+    x: Tensor
+    weight1: Tensor
+    bias1: Tensor
+    weight2: Tensor
+    bias2: Tensor
+
+
+def gradients(
+    g: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor, linear: Tensor, hidden: Tensor, keep: Tensor | None, gelu: bool
+) -> Gradients:
+    """Return the gradients of both convolutions for g = d/dout; linear, hidden: the results of `hidden`."""
+    d_linear, rounded, d_biases = hidden_gradient(g, weight2, linear, keep, gelu)
+    rows, d_rows = by_pixel(rounded if rounded.numel() else g), by_pixel(d_linear)
+    d_x = (d_rows @ weight1).view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+    d_bias1, d_bias2 = d_biases.split([len(weight1), len(weight2)])
+    return Gradients(d_x, d_rows.t() @ by_pixel(x), d_bias1, rows.t() @ by_pixel(hidden), d_bias2)
+
+
+def by_pixel(x: Tensor) -> Tensor:
+    """View (N, C, H, W), copied if it is not in channels_last memory, as (N x H x W, C)."""
+    return channels_last(x).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+@torch.library.custom_op("ffcv_convnext::mlp", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    keep: Tensor | None,
+    shortcut: Tensor,
+    gelu: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the result, and what the backward pass needs: the results of `hidden`."""
+    linear, activated = hidden(x, weight1, bias1, keep, gelu)
+    return output(activated, weight2, bias2, keep, shortcut, dtype), linear, activated
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    keep: Tensor | None,
+    shortcut: Tensor,
+    gelu: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, _, h, w = x.shape
+    linear = empty((n, len(weight1), h, w), x, weight1.dtype)
+    return empty(shortcut.shape, shortcut, dtype), linear, torch.empty_like(linear)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight1, bias1, weight2, bias2, keep, shortcut, ctx.gelu, _ = inputs
+    _, linear, activated = output
+    ctx.shortcut_type = shortcut.dtype
+    ctx.bias_types = [None if b is None else b.dtype for b in (bias1, bias2)]
+    ctx.mark_non_differentiable(linear, activated)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight1, weight2, linear, activated, keep)
+
+
+def _backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return (None,) * 9
+    x, weight1, weight2, linear, activated, keep = ctx.saved_tensors
+    d = gradients(g, x, weight1, weight2, linear, activated, keep, ctx.gelu)
+    d_bias1, d_bias2 = (
+        None if t is None else v.to(t) for v, t in zip((d.bias1, d.bias2), ctx.bias_types, strict=True)
+    )
+    return d.x, d.weight1, d_bias1, d.weight2, d_bias2, None, g.to(ctx.shortcut_type), None, None
+
+
+_forward.register_autograd(_backward, setup_context=_save)
+
+
+def mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    keep: Tensor | None,
+    shortcut: Tensor,
+    gelu: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute `twins.mlp` with the kernels; the result is in channels_last memory.
+
+    x, weight1 and weight2 have one data type. Raises ValueError for another than float32, bfloat16 or float16.
+    """
+    result: Tensor = _forward(x, weight1, bias1, weight2, bias2, keep, shortcut, gelu, dtype)[0]
+    return result
