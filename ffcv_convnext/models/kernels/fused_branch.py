@@ -10,7 +10,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ffcv_convnext.models.kernels.launch import autocast_type
-from ffcv_convnext.models.kernels.twins import Operations
+from ffcv_convnext.models.kernels.twins import Operations, fold
 from ffcv_convnext.models.layers import LayerNorm2d, LayerScale, PointwiseConv2d
 from ffcv_convnext.models.resnet import Block, Branch
 
@@ -54,17 +54,20 @@ class FusedBranch(Branch):
             x, _ = self._run(parts, x, fold=False)
             return operations.add_branch(shortcut, x, gamma, keep)
         dtype = autocast_type(x)
-        result = torch.promote_types(shortcut.dtype, dtype)
-        if gamma is not None:
-            result = torch.promote_types(result, gamma.dtype)
-        if len(parts) == 2 and shortcut is x:
-            convolution, norm = parts
-            if _is_depthwise(convolution) and convolution.stride[0] == 1 and isinstance(norm, LayerNorm2d):
-                weights = fold(mlp, norm, gamma, dtype)
-                weight, bias = convolution.weight, convolution.bias
-                return operations.block(x, weight, bias, norm.eps, *weights, keep, mlp.gelu, result)
-        x, norm = self._run(parts, x, fold=True)
-        weights = fold(mlp, norm, gamma, dtype)
+        result = torch.promote_types(shortcut.dtype, dtype if gamma is None else torch.promote_types(dtype, gamma.dtype))
+        # permuted first, so that the weights' gradients get the memory layout of channels_last weights
+        weight1, weight2 = (part.weight.permute(0, 2, 3, 1).flatten(1) for part in (mlp.first, mlp.second))
+        bias1, bias2 = mlp.first.bias, mlp.second.bias
+        if shortcut is x and len(parts) == 2:
+            conv, norm = parts
+            if _is_depthwise(conv) and conv.stride[0] == 1 and isinstance(norm, LayerNorm2d):
+                return operations.block(
+                    x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, weight1, bias1, weight2, bias2,
+                    gamma, keep, mlp.gelu, dtype, result,
+                )  # fmt: skip
+        x, left = self._run(parts, x, fold=True)
+        gain, offset = (None, None) if left is None else (left.weight, left.bias)
+        weights = fold(weight1, bias1, gain, offset, weight2, bias2, gamma, dtype)
         return operations.mlp(x.to(dtype), *weights, keep, shortcut, mlp.gelu, result)
 
     def _run(self, parts: list[nn.Module], x: Tensor, *, fold: bool) -> tuple[Tensor, LayerNorm2d | None]:
@@ -91,24 +94,6 @@ class FusedBranch(Branch):
         mlp = _take_mlp(parts)
         fused = [part for part in parts if _is_depthwise(part)] + ([] if mlp is None else [mlp.first, mlp.second])
         return len(result) * result.shape[2] * result.shape[3] * sum(part.weight.numel() for part in fused)
-
-
-def fold(mlp: Mlp, norm: LayerNorm2d | None, gamma: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """Return first weight (hidden, C) and bias, second weight (C', hidden) and bias; the weights in dtype.
-
-    norm: before the first convolution, of which only the gain and the offset are left to apply.   gamma: layer scale.
-    """
-    # permuted first, so that the weights' gradients get the memory layout of channels_last weights
-    weight1, weight2 = (part.weight.permute(0, 2, 3, 1).flatten(1) for part in (mlp.first, mlp.second))
-    bias1, bias2 = mlp.first.bias, mlp.second.bias
-    if norm is not None:
-        moved = (weight1 * norm.bias).sum(1)
-        bias1 = moved if bias1 is None else bias1 + moved
-        weight1 = weight1 * norm.weight
-    if gamma is not None:
-        weight2 = gamma[:, None] * weight2
-        bias2 = None if bias2 is None else gamma * bias2
-    return weight1.to(dtype), bias1, weight2.to(dtype), bias2
 
 
 def _take(parts: list[nn.Module], kind: type[Part]) -> Part | None:

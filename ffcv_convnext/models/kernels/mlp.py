@@ -200,105 +200,72 @@ def _launch(kernel: Any, args: list[Any], rows: int, image: int, n: int, k: int,
         kernel[grid](*args, rows, image, n, k, **more, **blocks)
 
 
-def _num_rows(x: Tensor) -> int:
-    return len(x) * x.shape[2] * x.shape[3]
+def hidden(
+    x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor | None, *, gelu: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the first convolution's result, and that after the activation and times keep: (N, hidden, H, W) each.
 
-
-@torch.library.custom_op("ffcv_convnext::mlp_hidden", mutates_args=())
-def hidden(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor | None, gelu: bool) -> tuple[Tensor, Tensor]:
-    """Return the first convolution's result, and that after the activation and times keep: (N, hidden, H, W) each."""
-    x = channels_last(x)
+    x: (N, C, H, W) in channels_last memory.   weight: (hidden, C), contiguous; its type is that of the results.
+    """
     (n, c, h, w), width = x.shape, len(weight)
     linear, out = (empty((n, width, h, w), x, weight.dtype) for _ in range(2))
-    args = [x, weight.contiguous(), bias, keep, linear, out]
-    _launch(_hidden, args, n * h * w, h * w, width, c, weight.dtype, GELU=gelu)
+    _launch(_hidden, [x, weight, bias, keep, linear, out], n * h * w, h * w, width, c, weight.dtype, GELU=gelu)
     return linear, out
 
 
-@hidden.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor | None, gelu: bool) -> tuple[Tensor, Tensor]:
-    n, _, h, w = x.shape
-    linear = empty((n, len(weight), h, w), x, weight.dtype)
-    return linear, torch.empty_like(linear)
-
-
-@torch.library.custom_op("ffcv_convnext::mlp_output", mutates_args=())
 def output(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor | None, shortcut: Tensor, dtype: torch.dtype
+    activated: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor | None, shortcut: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Return shortcut + second convolution of hidden + bias x keep, like shortcut but of data type dtype."""
-    hidden, shortcut = channels_last(hidden), channels_last(shortcut)
-    n, c, h, w = shortcut.shape
+    """Return shortcut + second convolution of activated + bias x keep, like shortcut but of data type dtype.
+
+    activated: (N, hidden, H, W), shortcut: (N, C, H, W), in channels_last memory.   weight: (C, hidden), contiguous.
+    """
+    (n, c, h, w), width = shortcut.shape, activated.shape[1]
     out = empty(shortcut.shape, shortcut, dtype)
-    args = [hidden, weight.contiguous(), bias, keep, shortcut, out]
-    _launch(_output, args, n * h * w, h * w, c, hidden.shape[1], weight.dtype)
+    args = [activated, weight, bias, keep, shortcut, out]
+    _launch(_output, args, n * h * w, h * w, c, width, weight.dtype)
     return out
 
 
-@output.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor | None, shortcut: Tensor, dtype: torch.dtype
-) -> Tensor:
-    return empty(shortcut.shape, shortcut, dtype)
-
-
-@torch.library.custom_op("ffcv_convnext::mlp_hidden_gradient", mutates_args=())
-def hidden_gradient(
-    g: Tensor, weight: Tensor, linear: Tensor, keep: Tensor | None, gelu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of what `hidden` computed, for g = d/dout.
-
-    weight: (C, hidden), of the second convolution.   linear: the first result of `hidden`.
-    Returns d/dlinear (N, hidden, H, W); g in the weight's type, empty if it has it already; and d/dbias of the first,
-    then of the second convolution: (hidden + C,) float32.
-    """
-    g, linear = channels_last(g), channels_last(linear)
-    (n, c, h, w), width = g.shape, len(weight.t())
-    blocks = triton.cdiv(n * h * w, _blocks(c, weight.dtype)["ROWS"])
-    out = empty(linear.shape, linear, weight.dtype)
-    rounded = None if g.dtype == weight.dtype else empty(g.shape, g, weight.dtype)
-    partial = g.new_empty((blocks, width + c), dtype=torch.float32)
-    args = [g, weight.contiguous(), linear, keep, out, rounded, partial]
-    _launch(_hidden_gradient, args, n * h * w, h * w, width, c, weight.dtype, GELU=gelu)
-    return out, g.new_empty(0, dtype=weight.dtype) if rounded is None else rounded, partial.sum(0)
-
-
-@hidden_gradient.register_fake
-def _(
-    g: Tensor, weight: Tensor, linear: Tensor, keep: Tensor | None, gelu: bool
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rounded = g.new_empty(0, dtype=weight.dtype) if g.dtype == weight.dtype else empty(g.shape, g, weight.dtype)
-    return (
-        empty(linear.shape, linear, weight.dtype),
-        rounded,
-        g.new_empty((weight.shape[1] + weight.shape[0],), dtype=torch.float32),
-    )
-
-
-class Gradients(NamedTuple):
-    """Gradients of `mlp`'s arguments; the biases' are float32."""
+class ProductGradients(NamedTuple):
+    """Gradients of x and both weights; partial: (n, hidden + C) float32, whose sum over n is that of the biases."""
 
     x: Tensor
     weight1: Tensor
-    bias1: Tensor
     weight2: Tensor
-    bias2: Tensor
+    partial: Tensor
 
 
-def gradients(
-    g: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor, linear: Tensor, hidden: Tensor, keep: Tensor | None, gelu: bool
-) -> Gradients:
-    """Return the gradients of both convolutions for g = d/dout; linear, hidden: the results of `hidden`."""
-    d_linear, rounded, d_biases = hidden_gradient(g, weight2, linear, keep, gelu)
-    rows, d_rows = by_pixel(rounded if rounded.numel() else g), by_pixel(d_linear)
-    d_x = (d_rows @ weight1).view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-    d_bias1, d_bias2 = d_biases.split([len(weight1), len(weight2)])
-    return Gradients(d_x, d_rows.t() @ by_pixel(x), d_bias1, rows.t() @ by_pixel(hidden), d_bias2)
+def product_gradients(
+    g: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    linear: Tensor,
+    activated: Tensor,
+    keep: Tensor | None,
+    *,
+    gelu: bool,
+) -> ProductGradients:
+    """Return the gradients of both convolutions for g = d/dout.
+
+    linear, activated: the results of `hidden` for x. Images are in channels_last memory, weights contiguous.
+    """
+    (n, c, h, w), width = g.shape, len(weight1)
+    blocks = triton.cdiv(n * h * w, _blocks(c, weight2.dtype)["ROWS"])
+    d_linear = torch.empty_like(linear)
+    rounded = None if g.dtype == weight2.dtype else empty(g.shape, g, weight2.dtype)
+    partial = g.new_empty((blocks, width + c), dtype=torch.float32)
+    args = [g, weight2, linear, keep, d_linear, rounded, partial]
+    _launch(_hidden_gradient, args, n * h * w, h * w, width, c, weight2.dtype, GELU=gelu)
+    rows, d_rows = by_pixel(g if rounded is None else rounded), by_pixel(d_linear)
+    d_x = (d_rows @ weight1).view(n, h, w, x.shape[1]).permute(0, 3, 1, 2)
+    return ProductGradients(d_x, d_rows.t() @ by_pixel(x), rows.t() @ by_pixel(activated), partial)
 
 
 def by_pixel(x: Tensor) -> Tensor:
-    """View (N, C, H, W), copied if it is not in channels_last memory, as (N x H x W, C)."""
-    return channels_last(x).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    """View (N, C, H, W) in channels_last memory as (N x H x W, C)."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
 @torch.library.custom_op("ffcv_convnext::mlp", mutates_args=())
@@ -314,8 +281,9 @@ def _forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the result, and what the backward pass needs: the results of `hidden`."""
-    linear, activated = hidden(x, weight1, bias1, keep, gelu)
-    return output(activated, weight2, bias2, keep, shortcut, dtype), linear, activated
+    linear, activated = hidden(channels_last(x), weight1.contiguous(), bias1, keep, gelu=gelu)
+    out = output(activated, weight2.contiguous(), bias2, keep, channels_last(shortcut), dtype)
+    return out, linear, activated
 
 
 @_forward.register_fake
@@ -330,16 +298,49 @@ def _(
     gelu: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, _, h, w = x.shape
-    linear = empty((n, len(weight1), h, w), x, weight1.dtype)
+    linear = empty((len(x), len(weight1), *x.shape[2:]), x, weight1.dtype)
     return empty(shortcut.shape, shortcut, dtype), linear, torch.empty_like(linear)
+
+
+@torch.library.custom_op("ffcv_convnext::mlp_gradient", mutates_args=())
+def _gradient(
+    g: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    linear: Tensor,
+    activated: Tensor,
+    keep: Tensor | None,
+    gelu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, the first and the second weight, and of both biases: (hidden + C,) float32."""
+    *gradients, partial = product_gradients(
+        channels_last(g), channels_last(x), weight1.contiguous(), weight2.contiguous(), linear, activated, keep, gelu=gelu
+    )
+    return *gradients, partial.sum(0)
+
+
+@_gradient.register_fake
+def _(
+    g: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    linear: Tensor,
+    activated: Tensor,
+    keep: Tensor | None,
+    gelu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    biases = g.new_empty(len(weight1) + len(weight2), dtype=torch.float32)
+    weights = (torch.empty_like(each, memory_format=torch.contiguous_format) for each in (weight1, weight2))
+    return empty(x.shape, x, weight1.dtype), *weights, biases
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight1, bias1, weight2, bias2, keep, shortcut, ctx.gelu, _ = inputs
     _, linear, activated = output
     ctx.shortcut_type = shortcut.dtype
-    ctx.bias_types = [None if b is None else b.dtype for b in (bias1, bias2)]
+    ctx.bias_types = [None if bias is None else bias.dtype for bias in (bias1, bias2)]
     ctx.mark_non_differentiable(linear, activated)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight1, weight2, linear, activated, keep)
@@ -348,12 +349,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 9
-    x, weight1, weight2, linear, activated, keep = ctx.saved_tensors
-    d = gradients(g, x, weight1, weight2, linear, activated, keep, ctx.gelu)
+    x, weight1, weight2, *_ = ctx.saved_tensors
+    d_x, d_weight1, d_weight2, d_biases = _gradient(g, *ctx.saved_tensors, ctx.gelu)
     d_bias1, d_bias2 = (
-        None if t is None else v.to(t) for v, t in zip((d.bias1, d.bias2), ctx.bias_types, strict=True)
+        None if dtype is None else each.to(dtype)
+        for each, dtype in zip(d_biases.split([len(weight1), len(weight2)]), ctx.bias_types, strict=True)
     )
-    return d.x, d.weight1, d_bias1, d.weight2, d_bias2, None, g.to(ctx.shortcut_type), None, None
+    return d_x, d_weight1, d_bias1, d_weight2, d_bias2, None, g.to(ctx.shortcut_type), None, None
 
 
 _forward.register_autograd(_backward, setup_context=_save)

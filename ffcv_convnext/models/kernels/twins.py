@@ -78,22 +78,57 @@ def mlp(
     return (shortcut + branch.permute(0, 3, 1, 2)).to(dtype)
 
 
+def fold(
+    weight1: Tensor,
+    bias1: Tensor | None,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    gamma: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Multiply the neighbours of two pointwise convolutions into their weights.
+
+    weight1: (hidden, C).   bias1: (hidden,).   gain, offset: (C,), applied to the first one's input; None: 1 and 0.
+    weight2: (C', hidden).   bias2: (C',).   gamma: (C',), a factor of the second one's output; None: 1.
+    Returns both weights in dtype and both biases: weight1, bias1, weight2, bias2.
+    """
+    if offset is not None:
+        moved = (weight1 * offset).sum(1)
+        bias1 = moved if bias1 is None else bias1 + moved
+    if gain is not None:
+        weight1 = weight1 * gain
+    if gamma is not None:
+        weight2 = gamma[:, None] * weight2
+        bias2 = None if bias2 is None else gamma * bias2
+    return weight1.to(dtype), bias1, weight2.to(dtype), bias2
+
+
 def block(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    gain: Tensor,
+    offset: Tensor,
     eps: float,
     weight1: Tensor,
     bias1: Tensor | None,
     weight2: Tensor,
     bias2: Tensor | None,
+    gamma: Tensor | None,
     keep: Tensor | None,
     gelu: bool,
+    compute: torch.dtype,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Compute a block of stride 1 whose shortcut is x: `mlp` of `depthwise_normalise` of x."""
-    normal = depthwise_normalise(x, weight, bias, 1, eps)
-    return mlp(normal, weight1, bias1, weight2, bias2, keep, x, gelu, dtype)
+    """Compute a block of stride 1 whose shortcut is x: `mlp` of `depthwise_normalise` of x, with the weights of `fold`.
+
+    weight, bias, eps: of the depthwise convolution and the norm.   gain, offset: of the norm.   compute: data type of
+    the matrix products.   dtype: of the result, (N, C, H, W).   The others: as in those functions.
+    """
+    normal = depthwise_normalise(x, weight, bias, 1, eps).to(compute)
+    return mlp(normal, *fold(weight1, bias1, gain, offset, weight2, bias2, gamma, compute), keep, x, gelu, dtype)
 
 
 def add_branch(shortcut: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
