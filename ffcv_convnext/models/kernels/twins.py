@@ -55,3 +55,14 @@ def add_branch(shortcut: Tensor, branch: Tensor, gamma: Tensor | None, keep: Ten
 
 
 TWINS = Operations(depthwise_conv2d, depthwise_layer_norm, add_branch)
+
+
+def depthwise_normalise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, eps: float) -> Tensor:
+    """Compute `depthwise_conv2d`, then (value - mean) / sqrt(variance + eps) over the channels, in at least float32.
+
+    Returns the data type of `depthwise_conv2d`.
+    """
+    sums = depthwise_conv2d(x, weight, bias, stride)
+    wide = torch.promote_types(sums.dtype, torch.float32)
+    normal = F.layer_norm(sums.to(wide).permute(0, 2, 3, 1), sums.shape[1:2], eps=eps)
+    return normal.permute(0, 3, 1, 2).to(sums.dtype)
