@@ -173,16 +173,17 @@ def test_other_memory_formats_are_copied_and_other_types_refused() -> None:
 
 def test_the_operators_are_registered_as_pytorch_asks() -> None:
     x, weight, vector = normal(1, 8, 4, 4), normal(8, 1, 3, 3), normal(8)
-    g, mean = normal(1, 8, 2, 2), torch.rand(1, 2, 2, device=DEVICE)
+    g, rstd = normal(1, 8, 2, 2), torch.rand(1, 2, 2, device=DEVICE)
     half, keep = torch.bfloat16, torch.ones(1, device=DEVICE)
-    learned = [t.clone().requires_grad_() for t in (x, weight, vector, vector, vector)]
+    learned = [t.clone().requires_grad_() for t in (x, weight, vector)]
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     for operator, args in [
         (OPS.depthwise, (*learned[:3], 2, half)),
         (OPS.depthwise_input_gradient, (g, weight, 2, 4, 4, half)),
+        (OPS.depthwise_input_gradient, (g, weight, 2, 4, 4, half, x)),
         (OPS.depthwise_weight_gradient, (x, g, 2, 3, torch.float32)),
-        (OPS.depthwise_layer_norm, (*learned, 1e-6, 2, half)),
-        (OPS.layer_norm_gradient, (g, g.to(half), mean, mean, vector)),
+        (OPS.depthwise_normalised, (*learned[:3], 2, 1e-6, half)),
+        (OPS.normalised_gradient, (g, g.to(half), rstd)),
         (OPS.add_branch, (learned[0], x.to(half).requires_grad_(), learned[2], keep)),
         (OPS.branch_gradient, (x, x.to(half), vector, keep)),
         (OPS.branch_gradient, (x, x.to(half), None, None)),

@@ -163,7 +163,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 15
-    x, weight, d_bias, gain, offset, weight1, d_bias1, weight2, d_bias2, gamma = _gradient(g, *ctx.saved_tensors, ctx.gelu)
+    x, weight, d_bias, gain, offset, weight1, d_bias1, weight2, d_bias2, gamma = _gradient(
+        g, *ctx.saved_tensors, ctx.gelu
+    )
     bias, bias1, bias2 = (
         None if dtype is None else each.to(dtype)
         for each, dtype in zip((d_bias, d_bias1, d_bias2), ctx.bias_types, strict=True)

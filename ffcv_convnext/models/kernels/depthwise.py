@@ -6,6 +6,7 @@ equal inputs give equal bits, whichever configuration is the fastest on a device
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ffcv_convnext.models.kernels.launch import OPTIONS, autocast_type, channels_last, empty, on, output_shape
-from ffcv_convnext.models.kernels.strips import correlate, place, start_sums
+from ffcv_convnext.models.kernels.strips import MAX_REGISTERS, correlate, place, start_sums
 
-# Each thread holds ROWS x 8 or ROWS x 4 sums. More rows: fewer loads a product, more registers.
+# Each thread holds ROWS x 4 or ROWS x 2 sums. More rows: fewer loads a product, more registers.
 CONFIGS = [
-    triton.Config({"ROWS": rows, "STRIPS": strips, "CHANNELS": channels}, num_warps=warps)
-    for rows, strips, channels, warps in [(7, 32, 32, 4), (4, 32, 32, 4), (7, 8, 32, 1), (7, 8, 64, 4), (4, 16, 64, 4)]
+    triton.Config({"ROWS": rows, "STRIPS": strips, "CHANNELS": channels}, num_warps=warps, maxnreg=MAX_REGISTERS)
+    for rows, strips, channels, warps in [(7, 16, 32, 4), (4, 16, 32, 4), (14, 8, 32, 4), (7, 8, 64, 4), (7, 8, 64, 8)]
 ]
 
 
@@ -35,6 +36,7 @@ def _convolve(
     x,
     weight,
     bias,
+    addend,  # like out
     out,
     num_images,
     H: tl.constexpr,
@@ -44,33 +46,54 @@ def _convolve(
     C: tl.constexpr,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
-    SPREAD: tl.constexpr,
+    SPREAD: tl.constexpr,  # the input is x with SPREAD - 1 zeros between its pixels
     FLIP: tl.constexpr,
     ROWS: tl.constexpr,
     STRIPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
+    """Compute a block of strips x channels; with SPREAD > 1, of the outputs of one phase.
+
+    The output pixels whose row and column leave the same remainders modulo SPREAD form a phase: all of them use the
+    same taps, and none of those meets a zero between two pixels of x.
+    """
     blocks: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
-    strip = tl.program_id(0) // blocks * STRIPS + tl.arange(0, STRIPS)
-    channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    image, row, column = place(strip, OUT_H, OUT_W, ROWS)
+    phases: tl.constexpr = SPREAD * SPREAD
+    phase_row = tl.program_id(0) % phases // SPREAD
+    phase_column = tl.program_id(0) % SPREAD
+    block = tl.program_id(0) // phases
+    strip = block // blocks * STRIPS + tl.arange(0, STRIPS)
+    channel = block % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    image, row, column = place(strip, (OUT_H + SPREAD - 1) // SPREAD, (OUT_W + SPREAD - 1) // SPREAD, ROWS)
     exists = image < num_images
+    # The output pixel SPREAD * row + phase_row has its first tap at K // 2 rows above, and uses the taps over pixels.
+    first_row = (K // 2 + SPREAD - phase_row) % SPREAD
+    first_column = (K // 2 + SPREAD - phase_column) % SPREAD
+    top = row * STRIDE + 1 - (K // 2 + SPREAD - phase_row) // SPREAD
+    left = column * STRIDE + 1 - (K // 2 + SPREAD - phase_column) // SPREAD
     sums = start_sums(bias, channel, C, ROWS, STRIPS, CHANNELS)
-    sums = correlate(sums, x, weight, image, row, column, channel, exists, H, W, C, K, ROWS, STRIDE, SPREAD, FLIP)
-    start = out + image.to(tl.int64)[:, None] * (OUT_H * OUT_W * C) + channel[None, :]
-    known = exists[:, None] & (channel < C)[None, :]
+    sums = correlate(
+        sums, x, weight, image, top, left, channel, exists, H, W, C, K, ROWS, STRIDE, SPREAD, first_row, first_column,
+        FLIP,
+    )  # fmt: skip
+    start = image.to(tl.int64)[:, None] * (OUT_H * OUT_W * C) + channel[None, :]
+    across = column * SPREAD + phase_column
+    known = (exists & (across < OUT_W))[:, None] & (channel < C)[None, :]
     for r in tl.static_range(ROWS):
-        pixel = (row + r) * OUT_W + column
-        tl.store(
-            start + (pixel * C)[:, None], sums[r].to(out.dtype.element_ty), mask=known & (row + r < OUT_H)[:, None]
-        )
+        down = (row + r) * SPREAD + phase_row
+        position = start + ((down * OUT_W + across) * C)[:, None]
+        inside = known & (down < OUT_H)[:, None]
+        value = sums[r]
+        if addend is not None:
+            value += tl.load(addend + position, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + position, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_strips", "strips_each"])
 def _weight_gradient(
     x,
     g,
-    partial,  # (chunks, K * K, C) float32
+    partial,  # (chunks, C, K * K) float32
     num_strips,
     strips_each,  # of a chunk
     H: tl.constexpr,
@@ -88,8 +111,8 @@ def _weight_gradient(
     """Sum a chunk of strips, for a block of channels and some columns of the kernel."""
     blocks: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     groups: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
-    channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    first_column = tl.program_id(0) // blocks % groups * COLUMNS
+    channel = tl.program_id(0) // groups % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    first_column = tl.program_id(0) % groups * COLUMNS
     chunk = tl.program_id(0) // (blocks * groups)
     end = tl.minimum((chunk + 1) * strips_each, num_strips)
 
@@ -128,11 +151,11 @@ def _weight_gradient(
                 sums = more
             updated = updated + (sums,)
         columns = updated
+    start = partial + (chunk.to(tl.int64) * C + channel) * (K * K) + first_column
     for j in tl.static_range(COLUMNS):
         for tap in tl.static_range(K):
-            start = partial + chunk.to(tl.int64) * (K * K * C) + (tap * K + first_column + j) * C
             end_of_channels = tl.where(first_column + j < K, C, 0)  # the last group may be narrower
-            tl.store(start + channel, tl.sum(columns[j][tap], 0), mask=channel < end_of_channels)
+            tl.store(start + tap * K + j, tl.sum(columns[j][tap], 0), mask=channel < end_of_channels)
 
 
 def by_tap(weight: Tensor) -> Tensor:
@@ -140,25 +163,36 @@ def by_tap(weight: Tensor) -> Tensor:
     return weight.flatten(1).t().contiguous()
 
 
-def _launch_convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, stride: int = 1, spread: int = 1, flip: bool = False
+def launch_convolve(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    addend: Tensor | None = None,
+    stride: int = 1,
+    spread: int = 1,
+    flip: bool = False,
 ) -> Tensor:
-    (n, c, h, w), (out_h, out_w), k = x.shape, out.shape[2:], weight.shape[-1]
+    """Write a depthwise convolution to out (N, C, H', W') and return it; images in channels_last memory, taps: `by_tap`."""
+    (n, c, h, w), (out_h, out_w), k = x.shape, out.shape[2:], math.isqrt(len(taps))
 
     def grid(config: dict[str, Any]) -> tuple[int]:
-        strips = n * triton.cdiv(out_h, config["ROWS"]) * out_w
-        return (triton.cdiv(strips, config["STRIPS"]) * triton.cdiv(c, config["CHANNELS"]),)
+        strips = n * triton.cdiv(triton.cdiv(out_h, spread), config["ROWS"]) * triton.cdiv(out_w, spread)
+        return (spread**2 * triton.cdiv(strips, config["STRIPS"]) * triton.cdiv(c, config["CHANNELS"]),)
 
     with on(x):
         _convolve[grid](
-            x, by_tap(weight), bias, out, n, h, w, out_h, out_w, c, k, stride, spread, flip, **OPTIONS
+            x, taps, bias, addend, out, n, h, w, out_h, out_w, c, k, stride, spread, flip, **OPTIONS
         )  # fmt: skip
     return out
 
 
 @torch.library.custom_op("ffcv_convnext::depthwise", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dtype: torch.dtype) -> Tensor:
-    return _launch_convolve(channels_last(x), weight, bias, empty(output_shape(x, stride), x, dtype), stride=stride)
+    return launch_convolve(
+        channels_last(x), by_tap(weight), bias, empty(output_shape(x, stride), x, dtype), stride=stride
+    )
 
 
 @_forward.register_fake
@@ -167,21 +201,50 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dtype: torch.
 
 
 @torch.library.custom_op("ffcv_convnext::depthwise_input_gradient", mutates_args=())
-def input_gradient(g: Tensor, weight: Tensor, stride: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Return d/dx for g = d/dout: the correlation of g, spread by the stride, with the kernel turned by 180 degrees."""
-    out = empty((*g.shape[:2], height, width), g, dtype)
-    return _launch_convolve(channels_last(g), weight, None, out, spread=stride, flip=True)
+def input_gradient(
+    g: Tensor,
+    weight: Tensor,
+    stride: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    addend: Tensor | None = None,
+) -> Tensor:
+    """Return d/dx + addend for g = d/dout: the correlation of g, spread by the stride, with the turned kernel.
+
+    g: (N, C, ceil(height / stride), ceil(width / stride)).   weight: (C, 1, K, K).   addend: (N, C, height, width) of
+    any supported type, or None for 0; it is added in float32.   Returns (N, C, height, width) of `dtype`, rounded once.
+    Raises ValueError if the shape of g or addend does not match.
+    """
+    shape = (*g.shape[:2], height, width)
+    out = empty(shape, g, dtype)
+    if output_shape(out, stride) != tuple(g.shape):
+        raise ValueError(f"g has shape {tuple(g.shape)}: expected {output_shape(out, stride)} at stride {stride}")
+    if addend is not None:
+        if addend.shape != out.shape:
+            raise ValueError(f"addend has shape {tuple(addend.shape)}: expected {tuple(out.shape)}")
+        addend = channels_last(addend)
+    return launch_convolve(channels_last(g), by_tap(weight), None, out, addend=addend, spread=stride, flip=True)
 
 
 @input_gradient.register_fake
-def _(g: Tensor, weight: Tensor, stride: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+def _(
+    g: Tensor,
+    weight: Tensor,
+    stride: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    addend: Tensor | None = None,
+) -> Tensor:
     return empty((*g.shape[:2], height, width), g, dtype)
 
 
-@torch.library.custom_op("ffcv_convnext::depthwise_weight_gradient", mutates_args=())
-def weight_gradient(x: Tensor, g: Tensor, stride: int, kernel_size: int, dtype: torch.dtype) -> Tensor:
-    """Return d/dweight (C, 1, K, K), in channels_last memory, for g = d/dout: sums of chunks, then their sum."""
-    x, g = channels_last(x), channels_last(g)
+def partial_weight_gradient(x: Tensor, g: Tensor, stride: int, kernel_size: int) -> Tensor:
+    """Return sums of chunks, (n, C, K * K) float32, whose sum over n is d/dweight for g = d/dout.
+
+    x: (N, C, H, W), g: (N, C, H', W'), both in channels_last memory.
+    """
     (n, c, h, w), (out_h, out_w), k = x.shape, g.shape[2:], kernel_size
     rows, channels = 7, 64 if c % 64 == 0 else 32
     groups = triton.cdiv(k * k, 50)  # two sums a thread for each tap: up to 100 registers
@@ -190,13 +253,21 @@ def weight_gradient(x: Tensor, g: Tensor, stride: int, kernel_size: int, dtype: 
     chunks = max(1, min(2048 // (blocks * groups), triton.cdiv(strips, 16)))
     strips_each = triton.cdiv(triton.cdiv(strips, chunks), 64 // channels) * (64 // channels)
     chunks = triton.cdiv(strips, strips_each)
-    partial = x.new_empty((chunks, k * k, c), dtype=torch.float32)
+    partial = x.new_empty((chunks, c, k * k), dtype=torch.float32)
     with on(x):
         _weight_gradient[(chunks * groups * blocks,)](
             x, g, partial, strips, strips_each, h, w, out_h, out_w, c, k, stride,
             ROWS=rows, STRIPS=64 // channels, CHANNELS=channels, COLUMNS=columns, num_warps=1, **OPTIONS,
         )  # fmt: skip
-    return empty((c, 1, k, k), x, dtype).copy_(partial.sum(0).t().view(c, 1, k, k))
+    return partial
+
+
+@torch.library.custom_op("ffcv_convnext::depthwise_weight_gradient", mutates_args=())
+def weight_gradient(x: Tensor, g: Tensor, stride: int, kernel_size: int, dtype: torch.dtype) -> Tensor:
+    """Return d/dweight (C, 1, K, K), in channels_last memory, for g = d/dout: sums of chunks, then their sum."""
+    partial = partial_weight_gradient(channels_last(x), channels_last(g), stride, kernel_size)
+    shape = (x.shape[1], 1, kernel_size, kernel_size)
+    return empty(shape, x, dtype).copy_(partial.sum(0).view(shape))
 
 
 @weight_gradient.register_fake

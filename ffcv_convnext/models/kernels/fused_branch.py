@@ -14,7 +14,6 @@ from ffcv_convnext.models.kernels.twins import Operations, fold
 from ffcv_convnext.models.layers import LayerNorm2d, LayerScale, PointwiseConv2d
 from ffcv_convnext.models.resnet import Block, Branch
 
-
 Part = TypeVar("Part", bound=nn.Module)
 
 
@@ -54,7 +53,9 @@ class FusedBranch(Branch):
             x, _ = self._run(parts, x, fold=False)
             return operations.add_branch(shortcut, x, gamma, keep)
         dtype = autocast_type(x)
-        result = torch.promote_types(shortcut.dtype, dtype if gamma is None else torch.promote_types(dtype, gamma.dtype))
+        result = torch.promote_types(
+            shortcut.dtype, dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
+        )
         # permuted first, so that the weights' gradients get the memory layout of channels_last weights
         weight1, weight2 = (part.weight.permute(0, 2, 3, 1).flatten(1) for part in (mlp.first, mlp.second))
         bias1, bias2 = mlp.first.bias, mlp.second.bias

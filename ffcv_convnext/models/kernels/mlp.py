@@ -54,7 +54,9 @@ def _product(
         k = first + tl.arange(0, DEPTH)
         left = tl.load(start + k[None, :], mask=(row < num_rows)[:, None] & (k < K)[None, :], other=0.0)
         right = tl.load(
-            b + k[:, None] * STRIDE_K + column[None, :] * STRIDE_N, mask=(k < K)[:, None] & (column < N)[None, :], other=0.0
+            b + k[:, None] * STRIDE_K + column[None, :] * STRIDE_N,
+            mask=(k < K)[:, None] & (column < N)[None, :],
+            other=0.0,
         )
         sums = tl.dot(left.to(b.dtype.element_ty), right, sums, input_precision="ieee" if EXACT else "tf32")
     return sums
@@ -193,16 +195,16 @@ def _blocks(k: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _launch(kernel: Any, args: list[Any], rows: int, image: int, n: int, k: int, dtype: torch.dtype, **more: Any) -> None:
+def _launch(
+    kernel: Any, args: list[Any], rows: int, image: int, n: int, k: int, dtype: torch.dtype, **more: Any
+) -> None:
     blocks = _blocks(k, dtype)
     grid = (triton.cdiv(rows, blocks["ROWS"]) * triton.cdiv(n, blocks["COLUMNS"]),)
     with on(args[0]):
         kernel[grid](*args, rows, image, n, k, **more, **blocks)
 
 
-def hidden(
-    x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor | None, *, gelu: bool
-) -> tuple[Tensor, Tensor]:
+def hidden(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor | None, *, gelu: bool) -> tuple[Tensor, Tensor]:
     """Return the first convolution's result, and that after the activation and times keep: (N, hidden, H, W) each.
 
     x: (N, C, H, W) in channels_last memory.   weight: (hidden, C), contiguous; its type is that of the results.
@@ -315,7 +317,14 @@ def _gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, the first and the second weight, and of both biases: (hidden + C,) float32."""
     *gradients, partial = product_gradients(
-        channels_last(g), channels_last(x), weight1.contiguous(), weight2.contiguous(), linear, activated, keep, gelu=gelu
+        channels_last(g),
+        channels_last(x),
+        weight1.contiguous(),
+        weight2.contiguous(),
+        linear,
+        activated,
+        keep,
+        gelu=gelu,
     )
     return *gradients, partial.sum(0)
 

@@ -45,7 +45,10 @@ def depthwise_layer_norm(
 
 
 def depthwise_normalise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, eps: float) -> Tensor:
-    """Compute `depthwise_layer_norm` without gain and offset."""
+    """Compute `depthwise_conv2d`, then (value - mean) / sqrt(variance + eps) over the channels, in at least float32.
+
+    Returns the data type of `depthwise_conv2d`.
+    """
     sums = depthwise_conv2d(x, weight, bias, stride)
     wide = torch.promote_types(sums.dtype, torch.float32)
     pixels = sums.to(wide).permute(0, 2, 3, 1)

@@ -6,7 +6,7 @@ sums that the kernels of the block have left, in a fixed order, and `fold_gradie
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -236,7 +236,9 @@ def _fold_gradient(
             of_gain += gradient * value
             of_offset += of_bias * value
             tl.store(
-                weight1_out + position, (gradient * scale + of_bias * shift).to(weight1_out.dtype.element_ty), mask=known
+                weight1_out + position,
+                (gradient * scale + of_bias * shift).to(weight1_out.dtype.element_ty),
+                mask=known,
             )
         tl.store(gain_out + column, tl.sum(of_gain, 0).to(gain_out.dtype.element_ty), mask=column < C)
         tl.store(offset_out + column, tl.sum(of_offset, 0).to(offset_out.dtype.element_ty), mask=column < C)
@@ -296,7 +298,18 @@ def fold_gradient(
         torch.empty_like(d_bias2),
         weight2.new_empty(0) if gamma is None else torch.empty_like(gamma),
     )
-    args = [d_weight1, d_bias1, d_weight2, d_bias2, weight1.contiguous(), gain, offset, weight2.contiguous(), bias2, gamma]
+    args = [
+        d_weight1,
+        d_bias1,
+        d_weight2,
+        d_bias2,
+        weight1.contiguous(),
+        gain,
+        offset,
+        weight2.contiguous(),
+        bias2,
+        gamma,
+    ]
     with on(weight1):
         _fold_gradient[(2 * triton.cdiv(c, _SUM_COLUMNS),)](
             *args, *result, hidden, c, ROWS=128, COLUMNS=_SUM_COLUMNS, num_warps=_WARPS, **OPTIONS
