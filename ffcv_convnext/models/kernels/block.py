@@ -1,9 +1,10 @@
 """A ConvNeXt block whose shortcut is its input as one operation; here is decided what it keeps and launches.
 
-Beside the input it keeps the normalised pixels and the hidden values before and after the activation, in autocast's type,
-and the folded weights. Forward are four launches: weights, depthwise convolution with normalisation, and two products
-with their surroundings. Backward are ten: four products, the depthwise convolution's three gradients, and the sums of
-what these leave. The gradient of the shortcut is added where the convolution's input gradient is written.
+Beside the input it keeps the normalised pixels and the hidden values before and after the activation, in autocast's
+type, and the folded weights. Forward has four launches: the weights, the depthwise convolution with the normalisation,
+and two products with what surrounds them. Backward has nine: four products, the gradients of normalisation, of the
+depthwise convolution's input and weight, and two for the sums of what these leave. The gradient of the shortcut is
+added where the convolution's input gradient is written.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def launch_convolve(
     spread: int = 1,
     flip: bool = False,
 ) -> Tensor:
-    """Write a depthwise convolution to out (N, C, H', W') and return it; images in channels_last memory, taps: `by_tap`."""
+    """Write a depthwise convolution of x to out (N, C, H', W'), both channels_last; taps: the weight, `by_tap`."""
     (n, c, h, w), (out_h, out_w), k = x.shape, out.shape[2:], math.isqrt(len(taps))
 
     def grid(config: dict[str, Any]) -> tuple[int]:

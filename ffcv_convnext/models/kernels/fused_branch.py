@@ -28,10 +28,11 @@ class Mlp(NamedTuple):
 class FusedBranch(Branch):
     """A `Branch` in few operations. It has the same parts, so parameters and state dict stay the same.
 
-    Fused are depthwise convolution and LayerNorm; the two pointwise convolutions at the branch's end with the activation
-    between them, stochastic depth and the sum; and all of this where the shortcut is the input. Gain and offset of the
-    LayerNorm before, and layer scale behind, are multiplied into the weights of the pointwise convolutions. A branch that
-    does not end so has layer scale, stochastic depth and the sum fused. Other parts run unchanged.
+    Fused are depthwise convolution and LayerNorm; the two pointwise convolutions at the branch's end with the
+    activation between them, stochastic depth and the sum; and all of this where the shortcut is the input. Gain and
+    offset of the LayerNorm before, and layer scale behind, are multiplied into the weights of the pointwise
+    convolutions. A branch that ends otherwise has layer scale, stochastic depth and the sum fused. Other parts run
+    unchanged.
 
     Computes what `Branch` does up to rounding: under autocast the norm's result has autocast's data type, not float32,
     and a weight is rounded after it is multiplied.
@@ -89,7 +90,7 @@ class FusedBranch(Branch):
         return x, None
 
     def count_fused(self, result: Tensor) -> int:
-        """Return the multiply-accumulates of the convolutions that are not called as modules, so that hooks miss them."""
+        """Return the multiply-accumulates of the convolutions that are not called as modules: hooks miss them."""
         parts = list(self)
         _take(parts, LayerScale), _take(parts, DropPath)
         mlp = _take_mlp(parts)

@@ -1,8 +1,8 @@
 """The two pointwise convolutions of a block with the activation between them, and the residual sum at their end.
 
 Each matrix product does in its epilogue what would be a pass over the pixels: bias, activation and stochastic depth;
-bias and residual sum; the activation's gradient and the biases' gradients. The block sizes depend on the shape only, and
-nothing is added atomically: equal inputs give equal bits on a device.
+bias and residual sum; the activation's gradient and the biases' gradients. The block sizes depend on the shape only,
+and nothing is added atomically: equal inputs give equal bits on a device.
 
 Stochastic depth multiplies the hidden values instead of the branch (and the second bias), so that the gradient of the
 hidden values is one product with the incoming gradient as it is. Products are of numbers in x's type (float32,
@@ -90,10 +90,7 @@ def _hidden(
     linear = sums.to(linear_out.dtype.element_ty)
     tl.store(linear_out + position, linear, mask=known)
     value = linear.to(tl.float32)
-    if GELU:
-        value = 0.5 * value * (1.0 + tl.erf(value * _SQRT_HALF))
-    else:
-        value = tl.maximum(value, 0.0)
+    value = 0.5 * value * (1.0 + tl.erf(value * _SQRT_HALF)) if GELU else tl.maximum(value, 0.0)
     if keep is not None:
         value *= tl.load(keep + row // IMAGE, mask=row < num_rows, other=0.0)[:, None]
     tl.store(out + position, value.to(out.dtype.element_ty), mask=known)
@@ -358,7 +355,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 9
-    x, weight1, weight2, *_ = ctx.saved_tensors
+    _, weight1, weight2, *_ = ctx.saved_tensors
     d_x, d_weight1, d_weight2, d_biases = _gradient(g, *ctx.saved_tensors, ctx.gelu)
     d_bias1, d_bias2 = (
         None if dtype is None else each.to(dtype)

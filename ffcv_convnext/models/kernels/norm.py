@@ -211,7 +211,7 @@ def normalised_gradient(g: Tensor, normal: Tensor, rstd: Tensor) -> tuple[Tensor
 
 
 def launch_gradient(g: Tensor, normal: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute `normalised_gradient` in channels_last memory; for the bias return partial sums, (programs, C) float32."""
+    """Compute `normalised_gradient` in channels_last memory, but partial sums for the bias: (n, C) float32."""
     c, pixels = normal.shape[1], rstd.numel()
     sizes = gradient_tile(c)
     pixels_each = triton.cdiv(triton.cdiv(pixels, 528), sizes["PIXELS"]) * sizes["PIXELS"]

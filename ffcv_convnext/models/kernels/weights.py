@@ -1,7 +1,8 @@
 """What a fused block does with its weights: three launches instead of a dozen, of little work each.
 
-`fold` multiplies gain, offset and layer scale into the weights and rounds these. Backward, `add_partial` adds the partial
-sums that the kernels of the block have left, in a fixed order, and `fold_gradient` applies the chain rule to `fold`.
+`fold` multiplies gain, offset and layer scale into the weights and rounds these. Backward, `add_partial` adds the
+partial sums that the kernels of the block have left, in a fixed order, and `fold_gradient` applies the chain rule to
+`fold`.
 """
 
 from __future__ import annotations
