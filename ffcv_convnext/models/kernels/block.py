@@ -2,9 +2,10 @@
 
 Beside the input it keeps the normalised pixels and the hidden values before and after the activation, in autocast's
 type, and the folded weights. Forward has four launches: the weights, the depthwise convolution with the normalisation,
-and two products with what surrounds them. Backward has nine: four products, the gradients of normalisation, of the
-depthwise convolution's input and weight, and two for the sums of what these leave. The gradient of the shortcut is
-added where the convolution's input gradient is written.
+and two products with what surrounds them. Backward has nine, or eight with up to 256 channels, where the
+normalisation's gradient is part of a product: four products, the gradients of the depthwise convolution's input and
+weight, and two for the sums of what these leave. The gradient of the shortcut is added where the convolution's input
+gradient is written.
 """
 
 from __future__ import annotations
@@ -100,14 +101,18 @@ def _gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients in the order of the operator's arguments, gamma's last and empty without it."""
     g, x, size = channels_last(g), channels_last(x), weight.shape[-1]
-    products = mlp.product_gradients(g, normal, folded1, folded2, linear, activated, keep, gelu=gelu)
-    d_sums, partial_bias = norm.launch_gradient(products.x, normal, rstd)
+    d = mlp.hidden_gradient(g, folded2, linear, keep, gelu=gelu)
+    if x.shape[1] <= mlp.MAX_NORMALISED:
+        d_sums, partial_bias = mlp.normal_gradient(d.linear, folded1, normal, rstd)
+    else:
+        d_sums, partial_bias = norm.launch_gradient(mlp.input_gradient(d.linear, folded1), normal, rstd)
     d_x = empty(x.shape, x, x.dtype)
     depthwise.launch_convolve(d_sums, taps, None, d_x, addend=g, flip=True)
     partial_weight = depthwise.partial_weight_gradient(x, d_sums, 1, size)
-    sums = weights.add_partial(products.partial, partial_bias, partial_weight)
+    sums = weights.add_partial(d.partial, partial_bias, partial_weight)
+    d_weight1, d_weight2 = mlp.weight_gradient(d.linear, normal), mlp.weight_gradient(d.g, activated)
     folds = weights.fold_gradient(
-        products.weight1, sums.bias1, products.weight2, sums.bias2, weight1, gain, offset, weight2, bias2, gamma
+        d_weight1, sums.bias1, d_weight2, sums.bias2, weight1, gain, offset, weight2, bias2, gamma
     )
     d_weight = empty(weight.shape, weight, weight.dtype).copy_(sums.weight.view(weight.shape))
     return (

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from ffcv_convnext.models.kernels.launch import OPTIONS, channels_last, empty, on
 
+MAX_NORMALISED = 256  # channels of a pixel whose normalisation a program of `_normal_gradient` can have as a whole
+
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
@@ -62,6 +64,20 @@ def _product(
     return sums
 
 
+@triton.jit
+def _normal_distribution(x):
+    """Return the normal distribution's function at x, with an error below 1e-7, and exp(-x * x / 2).
+
+    A polynomial instead of `erf`, whose two branches a GPU would compute both: the activation is computed for more
+    values than anything else. Source: Abramowitz and Stegun 1964, 7.1.26.
+    """
+    e = tl.exp(-0.5 * x * x)
+    t = 1.0 / (1.0 + 0.3275911 * _SQRT_HALF * tl.abs(x))
+    p = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    beyond = 0.5 * p * e  # the probability of numbers farther from 0 on x's side
+    return tl.where(x > 0.0, 1.0 - beyond, beyond), e
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _hidden(
     x,  # (rows, K)
@@ -90,7 +106,11 @@ def _hidden(
     linear = sums.to(linear_out.dtype.element_ty)
     tl.store(linear_out + position, linear, mask=known)
     value = linear.to(tl.float32)
-    value = 0.5 * value * (1.0 + tl.erf(value * _SQRT_HALF)) if GELU else tl.maximum(value, 0.0)
+    if GELU:
+        share, _ = _normal_distribution(value)
+        value *= share
+    else:
+        value = tl.maximum(value, 0.0)
     if keep is not None:
         value *= tl.load(keep + row // IMAGE, mask=row < num_rows, other=0.0)[:, None]
     tl.store(out + position, value.to(out.dtype.element_ty), mask=known)
@@ -153,7 +173,8 @@ def _hidden_gradient(
     position = row.to(tl.int64)[:, None] * N + column[None, :]
     value = tl.load(linear + position, mask=known, other=0.0).to(tl.float32)
     if GELU:
-        slope = 0.5 * (1.0 + tl.erf(value * _SQRT_HALF)) + value * (tl.exp(-0.5 * value * value) * _DENSITY)
+        share, e = _normal_distribution(value)
+        slope = share + value * (e * _DENSITY)
     else:
         slope = tl.where(value > 0.0, 1.0, 0.0)
     factor = tl.full([ROWS], 1.0, tl.float32)
@@ -174,31 +195,60 @@ def _hidden_gradient(
             tl.store(of_biases + N + k, tl.sum(incoming * factor[:, None], 0), mask=k < K)
 
 
-def _blocks(k: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the sizes of a program's blocks for sums of k products, and how it is compiled.
+@triton.jit(do_not_specialize=["num_rows"])
+def _normal_gradient(
+    g,  # (rows, K), d/dlinear of `_hidden`
+    weight,  # (K, N), of the first convolution
+    normal,  # (rows, N), x of `_hidden`: normalised pixels
+    rstd,  # of each row
+    out,  # (rows, N), the gradient of what was normalised
+    partial,  # (blocks of rows, N) float32, sums of out
+    num_rows,
+    IMAGE: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,  # at least N
+    DEPTH: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    sums = _product(g, weight, row, column, num_rows, N, K, N, 1, ROWS, COLUMNS, DEPTH, EXACT)
+    known = (row < num_rows)[:, None] & (column < N)[None, :]
+    position = row.to(tl.int64)[:, None] * N + column[None, :]
+    value = tl.load(normal + position, mask=known, other=0.0).to(tl.float32)
+    along_mean = tl.sum(sums, 1)[:, None] / N
+    along_rstd = tl.sum(sums * value, 1)[:, None] / N
+    scale = tl.load(rstd + row, mask=row < num_rows, other=0.0)[:, None]
+    gradient = tl.where(known, scale * (sums - along_mean - value * along_rstd), 0.0)
+    tl.store(out + position, gradient.to(out.dtype.element_ty), mask=known)
+    tl.store(partial + tl.program_id(0).to(tl.int64) * N + column, tl.sum(gradient, 0), mask=column < N)
 
-    Fixed, not tried out: so a run that is continued computes the same bits. Two programs of 8 warps fit on a
-    multiprocessor of an H100: their 128 registers a thread fill it.
+
+def blocks(kernel: str, n: int, k: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the sizes of a program's blocks for n columns and sums of k products, and how it is compiled.
+
+    kernel: the name of one of the kernels above.   Fixed, not tried out: so a run that is continued computes the same
+    bits. On an H100 two programs of 8 warps, or one of 16, fit on a multiprocessor: 128 registers a thread fill it.
     """
     small = dtype.itemsize == 2
-    return {
-        "ROWS": 128 if small else 64,
-        "COLUMNS": 64,
-        "DEPTH": 64 if small and k % 64 == 0 else 32,
-        "EXACT": torch.get_float32_matmul_precision() == "highest",
-        "num_warps": 8 if small else 4,
-        "num_stages": 3,
-        **OPTIONS,
-    }
+    sizes: dict[str, Any] = {"ROWS": 128 if small else 64, "COLUMNS": 64, "num_warps": 8 if small else 4}
+    if kernel == "_normal_gradient":
+        columns = max(16, triton.next_power_of_2(n))
+        sizes = {"ROWS": 64 if small else 32, "COLUMNS": columns, "num_warps": 8 if columns <= 128 else 16}
+    deep = small and k % 64 == 0 and sizes["COLUMNS"] <= 128 and kernel != "_hidden_gradient"
+    exact = torch.get_float32_matmul_precision() == "highest"
+    stages = 2 if kernel == "_hidden_gradient" else 3
+    return {**sizes, "DEPTH": 64 if deep else 32, "EXACT": exact, "num_stages": stages, **OPTIONS}
 
 
 def _launch(
     kernel: Any, args: list[Any], rows: int, image: int, n: int, k: int, dtype: torch.dtype, **more: Any
 ) -> None:
-    blocks = _blocks(k, dtype)
-    grid = (triton.cdiv(rows, blocks["ROWS"]) * triton.cdiv(n, blocks["COLUMNS"]),)
+    sizes = blocks(kernel.__name__, n, k, dtype)
+    grid = (triton.cdiv(rows, sizes["ROWS"]) * triton.cdiv(n, sizes["COLUMNS"]),)
     with on(args[0]):
-        kernel[grid](*args, rows, image, n, k, **more, **blocks)
+        kernel[grid](*args, rows, image, n, k, **more, **sizes)
 
 
 def hidden(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor | None, *, gelu: bool) -> tuple[Tensor, Tensor]:
@@ -226,40 +276,56 @@ def output(
     return out
 
 
-class ProductGradients(NamedTuple):
-    """Gradients of x and both weights; partial: (n, hidden + C) float32, whose sum over n is that of the biases."""
+class HiddenGradient(NamedTuple):
+    """What `hidden_gradient` returns.
 
-    x: Tensor
-    weight1: Tensor
-    weight2: Tensor
+    linear: (N, hidden, H, W).   g: (N, C, H, W), the incoming gradient in the weight's type.
+    partial: (n, hidden + C) float32, whose sum over n is the gradient of both biases.
+    """
+
+    linear: Tensor
+    g: Tensor
     partial: Tensor
 
 
-def product_gradients(
-    g: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    weight2: Tensor,
-    linear: Tensor,
-    activated: Tensor,
-    keep: Tensor | None,
-    *,
-    gelu: bool,
-) -> ProductGradients:
-    """Return the gradients of both convolutions for g = d/dout.
+def hidden_gradient(g: Tensor, weight: Tensor, linear: Tensor, keep: Tensor | None, *, gelu: bool) -> HiddenGradient:
+    """Return the gradients of the first convolution's result and of both biases for g = d/dout.
 
-    linear, activated: the results of `hidden` for x. Images are in channels_last memory, weights contiguous.
+    weight: (C, hidden), of the second convolution, contiguous.   linear: the first result of `hidden`.
     """
-    (n, c, h, w), width = g.shape, len(weight1)
-    blocks = triton.cdiv(n * h * w, _blocks(c, weight2.dtype)["ROWS"])
-    d_linear = torch.empty_like(linear)
-    rounded = None if g.dtype == weight2.dtype else empty(g.shape, g, weight2.dtype)
-    partial = g.new_empty((blocks, width + c), dtype=torch.float32)
-    args = [g, weight2, linear, keep, d_linear, rounded, partial]
-    _launch(_hidden_gradient, args, n * h * w, h * w, width, c, weight2.dtype, GELU=gelu)
-    rows, d_rows = by_pixel(g if rounded is None else rounded), by_pixel(d_linear)
-    d_x = (d_rows @ weight1).view(n, h, w, x.shape[1]).permute(0, 3, 1, 2)
-    return ProductGradients(d_x, d_rows.t() @ by_pixel(x), rows.t() @ by_pixel(activated), partial)
+    (n, c, h, w), width = g.shape, linear.shape[1]
+    programs = triton.cdiv(n * h * w, blocks("_hidden_gradient", width, c, weight.dtype)["ROWS"])
+    out = torch.empty_like(linear)
+    rounded = None if g.dtype == weight.dtype else empty(g.shape, g, weight.dtype)
+    partial = g.new_empty((programs, width + c), dtype=torch.float32)
+    args = [g, weight, linear, keep, out, rounded, partial]
+    _launch(_hidden_gradient, args, n * h * w, h * w, width, c, weight.dtype, GELU=gelu)
+    return HiddenGradient(out, g if rounded is None else rounded, partial)
+
+
+def normal_gradient(d_linear: Tensor, weight: Tensor, normal: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of what was normalised to get x of `hidden`, for at most MAX_NORMALISED channels.
+
+    weight: (hidden, C), of the first convolution, contiguous.   normal: x of `hidden`.   rstd: (N, H, W).
+    Returns a tensor like normal, and partial sums over its pixels, (n, C) float32.
+    """
+    (n, c, h, w), width = normal.shape, d_linear.shape[1]
+    programs = triton.cdiv(n * h * w, blocks("_normal_gradient", c, width, weight.dtype)["ROWS"])
+    out, partial = torch.empty_like(normal), normal.new_empty((programs, c), dtype=torch.float32)
+    args = [d_linear, weight, normal, rstd, out, partial]
+    _launch(_normal_gradient, args, n * h * w, h * w, c, width, weight.dtype)
+    return out, partial
+
+
+def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient (C', C) of a 1x1 convolution's weight, for its input x and g, its result's gradient."""
+    return by_pixel(g).t() @ by_pixel(x)
+
+
+def input_gradient(g: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient (N, C, H, W) of a 1x1 convolution's input, for its weight (C', C)."""
+    n, _, h, w = g.shape
+    return (by_pixel(g) @ weight).view(n, h, w, weight.shape[1]).permute(0, 3, 1, 2)
 
 
 def by_pixel(x: Tensor) -> Tensor:
@@ -313,17 +379,10 @@ def _gradient(
     gelu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, the first and the second weight, and of both biases: (hidden + C,) float32."""
-    *gradients, partial = product_gradients(
-        channels_last(g),
-        channels_last(x),
-        weight1.contiguous(),
-        weight2.contiguous(),
-        linear,
-        activated,
-        keep,
-        gelu=gelu,
-    )
-    return *gradients, partial.sum(0)
+    x = channels_last(x)
+    d = hidden_gradient(channels_last(g), weight2.contiguous(), linear, keep, gelu=gelu)
+    weights = weight_gradient(d.linear, x), weight_gradient(d.g, activated)
+    return input_gradient(d.linear, weight1.contiguous()), *weights, d.partial.sum(0)
 
 
 @_gradient.register_fake

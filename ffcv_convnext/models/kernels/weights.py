@@ -16,8 +16,12 @@ from torch import Tensor
 
 from ffcv_convnext.models.kernels.launch import OPTIONS, on
 
-_ROWS, _COLUMNS, _WARPS = 16, 64, 4  # of the weights, in a tile
-_SUM_ROWS, _SUM_COLUMNS = 256, 16  # of the partial sums, in a tile
+# The tiles of the kernels below and the warps of their programs.
+TILES: dict[str, dict[str, int]] = {
+    "_fold": {"ROWS": 16, "COLUMNS": 64, "num_warps": 4},
+    "_add_partial": {"ROWS": 256, "COLUMNS": 16, "num_warps": 8},
+    "_fold_gradient": {"ROWS": 128, "COLUMNS": 16, "num_warps": 4},
+}
 
 
 class Folded(NamedTuple):
@@ -112,12 +116,11 @@ def fold(
         weight1.new_empty(c, dtype=torch.float32),
         depthwise.new_empty((taps, c)),
     )
-    programs = triton.cdiv(hidden, _ROWS) + triton.cdiv(c, _ROWS) + triton.cdiv(c, _COLUMNS)
+    tile = TILES["_fold"]
+    programs = triton.cdiv(hidden, tile["ROWS"]) + triton.cdiv(c, tile["ROWS"]) + triton.cdiv(c, tile["COLUMNS"])
     args = [weight1.contiguous(), bias1, gain, offset, weight2.contiguous(), bias2, gamma, by_channel(depthwise)]
     with on(weight1):
-        _fold[(programs,)](
-            *args, *result, hidden, c, taps, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS, **OPTIONS
-        )  # fmt: skip
+        _fold[(programs,)](*args, *result, hidden, c, taps, **tile, **OPTIONS)
     return result
 
 
@@ -186,12 +189,11 @@ def add_partial(biases: Tensor, bias: Tensor, weight: Tensor) -> Sums:
     result = Sums(
         biases.new_empty(width - c), biases.new_empty(c), biases.new_empty(c), biases.new_empty(weight.shape[1:])
     )
-    programs = sum(triton.cdiv(each, _SUM_COLUMNS) for each in (width, c, values))
+    tile = TILES["_add_partial"]
+    programs = sum(triton.cdiv(each, tile["COLUMNS"]) for each in (width, c, values))
+    lengths = rows, len(bias), len(weight)
     with on(biases):
-        _add_partial[(programs,)](
-            biases, bias, weight, *result, rows, len(bias), len(weight), width - c, c, values,
-            ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=8, **OPTIONS,
-        )  # fmt: skip
+        _add_partial[(programs,)](biases, bias, weight, *result, *lengths, width - c, c, values, **tile, **OPTIONS)
     return result
 
 
@@ -245,9 +247,9 @@ def _fold_gradient(
         tl.store(offset_out + column, tl.sum(of_offset, 0).to(offset_out.dtype.element_ty), mask=column < C)
     else:
         row = (program - of_first) * COLUMNS + tl.arange(0, COLUMNS)
-        scale = tl.full([COLUMNS], 1.0, tl.float32)
+        factor = tl.full([COLUMNS], 1.0, tl.float32)
         if gamma is not None:
-            scale = tl.load(gamma + row, mask=row < C, other=0.0).to(tl.float32)
+            factor = tl.load(gamma + row, mask=row < C, other=0.0).to(tl.float32)
         of_gamma = tl.zeros([COLUMNS, ROWS], tl.float32)
         for first in range(0, H, ROWS):
             column = first + tl.arange(0, ROWS)
@@ -256,9 +258,9 @@ def _fold_gradient(
             gradient = tl.load(d_weight2 + position, mask=known, other=0.0).to(tl.float32)
             if gamma is not None:
                 of_gamma += gradient * tl.load(weight2 + position, mask=known, other=0.0).to(tl.float32)
-            tl.store(weight2_out + position, (gradient * scale[:, None]).to(weight2_out.dtype.element_ty), mask=known)
+            tl.store(weight2_out + position, (gradient * factor[:, None]).to(weight2_out.dtype.element_ty), mask=known)
         of_bias = tl.load(d_bias2 + row, mask=row < C, other=0.0)
-        tl.store(bias2_out + row, of_bias * scale, mask=row < C)
+        tl.store(bias2_out + row, of_bias * factor, mask=row < C)
         if gamma is not None:
             total = tl.sum(of_gamma, 1)
             if bias2 is not None:
@@ -311,8 +313,7 @@ def fold_gradient(
         bias2,
         gamma,
     ]
+    tile = TILES["_fold_gradient"]
     with on(weight1):
-        _fold_gradient[(2 * triton.cdiv(c, _SUM_COLUMNS),)](
-            *args, *result, hidden, c, ROWS=128, COLUMNS=_SUM_COLUMNS, num_warps=_WARPS, **OPTIONS
-        )  # fmt: skip
+        _fold_gradient[(2 * triton.cdiv(c, tile["COLUMNS"]),)](*args, hidden, c, **tile, **OPTIONS)
     return result
