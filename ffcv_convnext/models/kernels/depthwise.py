@@ -287,7 +287,7 @@ def weight_tile(channels: int, height: int, kernel_size: int) -> dict[str, int]:
     """
     values, groups = {3: (2, 1), 5: (2, 2), 11: (1, 4)}.get(kernel_size, (2, 4))  # values: channels of a thread
     rows = 14 if height % 14 == 0 and kernel_size in (5, 7) else 7
-    block, warps = 64 if channels % 64 == 0 else 32, 4
+    block, warps = 64 if channels % 64 == 0 and values == 2 else 32, 4
     return {
         "ROWS": rows, "STRIPS": 32 * warps * values // (block * groups), "CHANNELS": block, "GROUPS": groups,
         "COLUMNS": triton.cdiv(kernel_size, groups), "num_warps": warps,
