@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ffcv_convnext.models.kernels.launch import OPTIONS, autocast_type, channels_last, empty, on, output_shape
-from ffcv_convnext.models.kernels.strips import MAX_REGISTERS, correlate, place, start_sums
+from ffcv_convnext.models.kernels.strips import MAX_REGISTERS, PROGRAMS, correlate, place, start_sums
 
 # Each thread holds ROWS x 4 or ROWS x 2 sums. More rows: fewer loads a product, more registers.
 CONFIGS = [
@@ -308,8 +308,8 @@ def weight_gradient(x: Tensor, g: Tensor, stride: int, kernel_size: int, dtype: 
     sizes = weight_tile(c, out_h, k)
     strips = triton.cdiv(n * triton.cdiv(out_h, sizes["ROWS"]) * out_w, sizes["STRIPS"])  # in units of a program's
     blocks = triton.cdiv(c, sizes["CHANNELS"])
-    # Four programs fit on each of an H100's 132 multiprocessors: one round of them, two if they are long.
-    programs = 1056 if strips * blocks >= 16 * 1056 else 528
+    # One round of programs on an H100; two, the better balanced, if 16 times through the loop are left for each.
+    programs = 2 * PROGRAMS if strips * blocks >= 32 * PROGRAMS else PROGRAMS
     each = triton.cdiv(strips, max(1, programs // blocks))
     chunks = triton.cdiv(strips, each)
     partial = x.new_empty((chunks, c, k * k), dtype=torch.float32)
