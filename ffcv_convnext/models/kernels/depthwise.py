@@ -282,12 +282,12 @@ def _(
 def weight_tile(channels: int, height: int, kernel_size: int) -> dict[str, int]:
     """Return the tile and the warps of the weight gradient's kernel, for results of `height` rows.
 
-    A thread keeps at most 54 sums and 28 gradients. With groups of columns, the sums of two channels of a large kernel
-    fit into the registers: a kernel of 7 is computed as one of 8 columns, but loads less for each product.
+    A thread keeps at most 33 sums and 28 gradients. With groups of columns, the sums of two channels of a kernel of 5 or
+    7 fit into the registers: 7 is computed as 8 columns, but less is loaded for each product.
     """
-    values, groups = {3: (2, 1), 5: (2, 2), 11: (1, 4)}.get(kernel_size, (2, 4))  # values: channels of a thread
+    values, groups = {3: (2, 1), 5: (2, 2), 7: (2, 4)}.get(kernel_size, (1, 4))  # values: channels of a thread
     rows = 14 if height % 14 == 0 and kernel_size in (5, 7) else 7
-    block, warps = 64 if channels % 64 == 0 and values == 2 else 32, 4
+    block, warps = 64 if channels % 64 == 0 and values == 2 else 32, 8
     return {
         "ROWS": rows, "STRIPS": 32 * warps * values // (block * groups), "CHANNELS": block, "GROUPS": groups,
         "COLUMNS": triton.cdiv(kernel_size, groups), "num_warps": warps,
@@ -300,16 +300,15 @@ def weight_gradient(x: Tensor, g: Tensor, stride: int, kernel_size: int, dtype: 
 
     x: (N, C, H, W).   g: (N, C, ceil(H / stride), ceil(W / stride)).   Programs sum chunks of the pixels in float32,
     and a second kernel adds these in a fixed order.   Memory: x and g are read once, up to what neighbouring strips
-    share (from the caches); the partial sums, at most 1056 programs x 64 channels x K x K x 4 bytes, are written and
-    read.
+    share (from the caches); the partial sums, at most 528 x 64 x K x K x 4 bytes, are written and read.
     """
     x, g = channels_last(x), channels_last(g)
     (n, c, h, w), (out_h, out_w), k = x.shape, g.shape[2:], kernel_size
     sizes = weight_tile(c, out_h, k)
     strips = triton.cdiv(n * triton.cdiv(out_h, sizes["ROWS"]) * out_w, sizes["STRIPS"])  # in units of a program's
     blocks = triton.cdiv(c, sizes["CHANNELS"])
-    # One round of programs on an H100; two, the better balanced, if 16 times through the loop are left for each.
-    programs = 2 * PROGRAMS if strips * blocks >= 32 * PROGRAMS else PROGRAMS
+    # Programs of 8 warps: one round on an H100; two, better balanced, if 16 times through the loop are left for each.
+    programs = PROGRAMS if strips * blocks >= 16 * PROGRAMS else PROGRAMS // 2
     each = triton.cdiv(strips, max(1, programs // blocks))
     chunks = triton.cdiv(strips, each)
     partial = x.new_empty((chunks, c, k * k), dtype=torch.float32)
@@ -318,7 +317,11 @@ def weight_gradient(x: Tensor, g: Tensor, stride: int, kernel_size: int, dtype: 
             x, g, partial, n * triton.cdiv(out_h, sizes["ROWS"]) * out_w, each * sizes["STRIPS"], h, w, out_h, out_w,
             c, k, stride, **sizes, maxnreg=MAX_REGISTERS, **OPTIONS,
         )  # fmt: skip
-    return empty((c, 1, k, k), x, dtype).copy_(partial.sum(0).view(c, 1, k, k))
+    out = empty((c, 1, k, k), x, dtype)
+    if dtype == torch.float32:
+        torch.sum(partial, 0, out=out.view(c, k * k))
+        return out
+    return out.copy_(partial.sum(0).view(c, 1, k, k))
 
 
 @weight_gradient.register_fake
