@@ -10,14 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from support.kernels import CONVNEXT, DEVICE, OPS, TRITON, build_block, check_block, gradients, normal
+from support.kernels import CONFIGS, CONVNEXT, DEVICE, OPS, TRITON, build_block, check_block, gradients, normal
 from torch import Tensor
 from torch.library import opcheck
 
 from ffcv_convnext.config import ModelConfig
 from ffcv_convnext.models import ResNet, count_gmacs, use_triton
-from ffcv_convnext.models.kernels import TWINS, Operations, depthwise, fuse_blocks, launch
+from ffcv_convnext.models.kernels import TWINS, depthwise, fuse_blocks, launch, norm, residual, twins
 from ffcv_convnext.models.kernels.fused_branch import FusedBranch
+
+PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # a kernel and its twin
+    "depthwise_conv2d": (depthwise.depthwise_conv2d, twins.depthwise_conv2d),
+    "depthwise_normalise": (norm.depthwise_normalise, twins.depthwise_normalise),
+    "depthwise_layer_norm": (norm.depthwise_layer_norm, twins.depthwise_layer_norm),
+    "add_branch": (residual.add_branch, twins.add_branch),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +49,18 @@ def check(name: str, args: list[Any], *, tolerance: float = 2e-6, fixed: int | N
     fixed: the number of an argument that has no gradient.
     """
 
-    def of(operations: Operations, args: list[Any]) -> list[Tensor]:
+    def of(function: Callable[..., Tensor], args: list[Any]) -> list[Tensor]:
         held = None if fixed is None else args[fixed]
         free = [x for i, x in enumerate(args) if i != fixed]
-        return run(lambda *free: getattr(operations, name)(*(free if fixed is None else [*free, held])), free, gradient)
+        return run(lambda *free: function(*(free if fixed is None else [*free, held])), free, gradient)
 
     assert fixed in (None, len(args) - 1)
     double = [x.double() if isinstance(x, Tensor) else x for x in args]
-    gradient = normal(*getattr(TWINS, name)(*double).shape)
-    expected = of(TWINS, double)
-    for operations in (TRITON, TWINS):
-        found = of(operations, args)
+    kernel, twin = PAIRS[name]
+    gradient = normal(*twin(*double).shape)
+    expected = of(twin, double)
+    for function in (kernel, twin):
+        found = of(function, args)
         assert len(found) == len(expected)
         for i, (ours, exact) in enumerate(zip(found, expected, strict=True)):
             error = ((ours.double() - exact).abs().max() / exact.abs().max()).item()
@@ -64,6 +72,7 @@ def check_convolutions(kernel: int, stride: int, *, bias: bool, shape: tuple[int
     x, weight = normal(*shape), normal(c, 1, kernel, kernel)
     args = [x, weight, normal(c) if bias else None, stride]
     check("depthwise_conv2d", args)
+    check("depthwise_normalise", [*args, 1e-6])
     check("depthwise_layer_norm", [*args, normal(c), normal(c), 1e-6])
 
 
@@ -79,7 +88,10 @@ def test_every_kernel_size(kernel: int, stride: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1, 3, 3, 3), (2, 40, 9, 5), (2, 300, 2, 5), (1, 64, 15, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 3, 3, 3), (2, 40, 9, 5), (2, 300, 2, 5), (1, 64, 15, 1), (1, 96, 14, 3), (1, 80, 9, 4), (2, 1024, 2, 1)],
+)
 def test_odd_shapes(shape: tuple[int, ...]) -> None:
     """Few channels, more channels than a block of them, images smaller than the kernel."""
     check_convolutions(5, 1, bias=True, shape=shape)
@@ -92,10 +104,110 @@ def test_numbers_of_16_bits_are_added_in_float32(dtype: torch.dtype) -> None:
     found = run(TRITON.depthwise_conv2d, [x, weight, None, 1], g)
     exact = run(TWINS.depthwise_conv2d, [x.double(), weight.double(), None, 1], g.double())
     assert [t.dtype for t in found] == [dtype, dtype, torch.float32]
-    units = 1 if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.5  # the interpreter cuts bfloat16 off
     for ours, theirs in zip(found[:2], exact[:2], strict=True):
-        assert ((ours.double() - theirs).abs() <= theirs.abs() * torch.finfo(dtype).eps * units + 1e-5).all()
+        assert within_a_step(ours, theirs)
     torch.testing.assert_close(found[2].double(), exact[2], rtol=1e-5, atol=1e-5)
+
+
+def within_a_step(found: Tensor, exact: Tensor) -> bool:
+    """`found` is `exact` rounded once: half a step of its type off, and a little for sums in float32."""
+    steps = 1 if found.dtype == torch.bfloat16 and DEVICE == "cpu" else 0.5  # the interpreter cuts bfloat16 off
+    error = (found.double() - exact).abs()
+    return bool((error <= exact.abs() * torch.finfo(found.dtype).eps * steps + 1e-5).all())
+
+
+@pytest.mark.parametrize(("kernel", "stride", "shape"), [(7, 1, (2, 48, 8, 5)), (3, 2, (3, 20, 7, 6))])
+def test_normalised_values_are_rounded_once_and_come_with_their_scale(
+    kernel: int, stride: int, shape: tuple[int, ...]
+) -> None:
+    x, weight, bias = normal(*shape, dtype=torch.bfloat16), normal(shape[1], 1, kernel, kernel), normal(shape[1])
+    found, rstd = norm.normalised(x, weight, bias, stride, 0.01, torch.bfloat16)
+    sums = twins.depthwise_conv2d(x.double(), weight.double(), bias.double(), stride)
+    variance = sums.var(1, unbiased=False)
+    assert (found.dtype, rstd.dtype, rstd.shape) == (torch.bfloat16, torch.float32, variance.shape)
+    torch.testing.assert_close(rstd.double(), (variance + 0.01).rsqrt(), rtol=1e-5, atol=0)
+    assert within_a_step(found, (sums - sums.mean(1, keepdim=True)) * (variance + 0.01).rsqrt().unsqueeze(1))
+
+
+def check_normalised_gradient(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    n, c, h, w = shape
+    g, values = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype)
+    rstd = torch.rand(n, h, w, device=DEVICE) + 0.5
+    d_sums, d_bias = norm.normalised_gradient(g, values, rstd)
+    g, values = g.double(), values.double()
+    slope = (g * values).mean(1, keepdim=True)
+    exact = rstd.double().unsqueeze(1) * (g - g.mean(1, keepdim=True) - values * slope)
+    assert (d_sums.dtype, d_bias.dtype, d_bias.shape) == (dtype, torch.float32, (c,))
+    assert d_sums.is_contiguous(memory_format=torch.channels_last)
+    assert within_a_step(d_sums, exact)
+    torch.testing.assert_close(d_bias.double(), exact.sum((0, 2, 3)), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2, 96, 5, 7), torch.bfloat16), ((1, 80, 3, 3), torch.float16), ((3, 3, 9, 1), torch.float32)],
+)
+def test_the_gradient_through_the_normalisation(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check_normalised_gradient(shape, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("c", [17, 48, 320, 768, 1024, 3072])
+def test_the_gradient_through_the_normalisation_of_any_width(c: int) -> None:
+    check_normalised_gradient((1, c, 3, 2), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dtype", "added"),
+    [
+        (3, 1, torch.bfloat16, torch.float32),
+        (3, 2, torch.float32, torch.bfloat16),
+        (7, 2, torch.bfloat16, torch.bfloat16),
+        (5, 3, torch.float32, torch.float32),
+    ],
+)
+def test_the_input_gradient_adds_the_shortcuts(
+    kernel: int, stride: int, dtype: torch.dtype, added: torch.dtype
+) -> None:
+    n, c, h, w = shape = (2, 24, 9, 8)
+    weight, addend = normal(c, 1, kernel, kernel), normal(*shape, dtype=added)
+    g = normal(n, c, -(-h // stride), -(-w // stride), dtype=torch.bfloat16)
+    x = torch.zeros(shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    twins.depthwise_conv2d(x, weight.double(), None, stride).backward(g.double())
+    assert x.grad is not None
+    alone = depthwise.input_gradient(g, weight, stride, h, w, dtype)
+    both = depthwise.input_gradient(g, weight, stride, h, w, dtype, addend)
+    assert (alone.dtype, both.dtype) == (dtype, dtype)
+    assert within_a_step(alone, x.grad)
+    assert within_a_step(both, x.grad + addend.double())
+    # Another memory format is copied.
+    contiguous = addend.contiguous()
+    assert torch.equal(depthwise.input_gradient(g, weight, stride, h, w, dtype, contiguous), both)
+
+
+def test_an_input_gradient_of_other_shapes_is_refused() -> None:
+    g, weight = normal(2, 8, 4, 3), normal(8, 1, 3, 3)
+    with pytest.raises(ValueError, match=r"g has shape \(2, 8, 4, 3\): expected \(2, 8, 4, 4\) at stride 2"):
+        depthwise.input_gradient(g, weight, 2, 7, 7, torch.float32)
+    with pytest.raises(ValueError, match=r"addend has shape \(2, 8, 7, 6\): expected \(2, 8, 7, 5\)"):
+        depthwise.input_gradient(g, weight, 2, 7, 5, torch.float32, normal(2, 8, 7, 6))
+
+
+def test_more_channels_than_registers_hold_are_refused() -> None:
+    x = torch.empty((1, 3073, 2, 2), device=DEVICE)
+    with pytest.raises(ValueError, match="3073 channels: the kernels normalise depthwise convolutions of at most 3072"):
+        norm.depthwise_normalise(x, torch.empty((3073, 1, 3, 3), device=DEVICE), None, 1, 1e-6)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), pytest.param(7, 1, marks=pytest.mark.slow)])
+def test_programs_that_take_several_tiles_add_them(kernel: int, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on large images, where every program goes through its loop many times."""
+    args = [normal(2, 8, 15, 20), normal(8, 1, kernel, kernel), normal(8), stride, 1e-6]
+    alone = run(norm.depthwise_normalise, args, normal(2, 8, -(-15 // stride), -(-20 // stride)))
+    monkeypatch.setattr(depthwise, "PROGRAMS", 1)
+    monkeypatch.setattr(norm, "PROGRAMS", 2)
+    check("depthwise_normalise", args)
+    assert torch.equal(alone[0], norm.depthwise_normalise(*args))
 
 
 @pytest.mark.parametrize("gamma", [True, False], ids=["gamma", "plain"])
@@ -119,12 +231,28 @@ def test_autocast_and_promotion_give_the_twins_types() -> None:
 
 @pytest.mark.slow
 def test_the_fastest_configuration_does_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, bias = normal(2, 72, 9, 8), normal(72, 1, 5, 5), normal(72)
+    x, weight, bias, g = normal(2, 72, 9, 8), normal(72, 1, 5, 5), normal(72), normal(2, 72, 5, 4)
     results = []
-    for config in depthwise.CONFIGS:
+    for config in CONFIGS:
         monkeypatch.setattr(depthwise._convolve, "configs", [config])
-        results.append(depthwise.depthwise_conv2d(x, weight, bias, 1))
-    assert all(torch.equal(result, results[0]) for result in results)
+        forward = depthwise.depthwise_conv2d(x, weight, bias, 1)
+        results.append((forward, depthwise.input_gradient(g, weight, 2, 9, 8, torch.float32, x)))
+    assert len(results) == 5
+    for forward, gradient in results:
+        assert torch.equal(forward, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+
+
+def test_equal_inputs_give_equal_bits_in_any_batch() -> None:
+    x, weight, bias, g = normal(3, 40, 9, 4), normal(40, 1, 5, 5), normal(40), normal(3, 40, 9, 4)
+    values, rstd = norm.normalised(x, weight, bias, 1, 1e-6, torch.float32)
+    gradient, _ = norm.normalised_gradient(g, values, rstd)
+    alone, rstd_alone = norm.normalised(x[2:], weight, bias, 1, 1e-6, torch.float32)
+    assert torch.equal(alone, values[2:])
+    assert torch.equal(rstd_alone, rstd[2:])
+    assert torch.equal(norm.normalised_gradient(g[2:], alone, rstd_alone)[0], gradient[2:])
+    again = [depthwise.weight_gradient(x, g, 1, 5, torch.float32) for _ in range(2)]
+    assert torch.equal(*again)
 
 
 def test_other_memory_formats_are_copied_and_other_types_refused() -> None:

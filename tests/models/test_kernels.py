@@ -8,8 +8,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -151,68 +153,158 @@ def test_the_kernels_agree_with_their_twins_under_tritons_interpreter(which: str
     run_checks(which, TRITON_INTERPRET="1")
 
 
-def compile_kernel(kernel: Any, architecture: int, warps: int, **args: Any) -> bytes:
-    """Machine code for a GPU that need not be there. args: a type ("*bf16", "i32") or a constant for each argument."""
-    from triton import JITFunction, compile
+class Compiled(NamedTuple):
+    """A kernel with all its constants, as a network launches it."""
+
+    kernel: Any
+    warps: int
+    max_registers: int | None
+    args: dict[str, Any]  # the types of its tensors and numbers, and its constants
+
+
+def depthwise_kernels(side: int, c: int, k: int, stride: int, *, x: str = "*bf16") -> Iterator[Compiled]:
+    """Yield each kernel that a depthwise convolution of x (N, c, side, side) may launch, in every configuration.
+
+    x: the type of the block's input and its gradient; the results have 16 bits.
+    """
+    from ffcv_convnext.models.kernels import depthwise, norm
+    from ffcv_convnext.models.kernels.strips import MAX_REGISTERS
+
+    out = -(-side // stride)
+    shape: dict[str, Any] = {"H": side, "W": side, "OUT_H": out, "OUT_W": out, "C": c, "K": k, "STRIDE": stride}
+    turned = {**shape, "H": out, "W": out, "OUT_H": side, "OUT_W": side, "STRIDE": 1}
+    conv: dict[str, Any] = {"x": x, "weight": "*fp32", "bias": "*fp32", "out": "*bf16", "num_images": "i32"}
+    forward = {**conv, **shape, "addend": None, "SPREAD": 1, "FLIP": False}
+    backward = {**conv, **turned, "x": "*bf16", "bias": None, "addend": x, "out": x, "SPREAD": stride, "FLIP": True}
+    on_a_gpu = SimpleNamespace(is_cuda=True)
+    for args in (forward, backward):
+        for config in depthwise.candidates(depthwise.CONFIGS, {**args, "x": on_a_gpu}):
+            yield Compiled(depthwise._convolve, config.num_warps, config.maxnreg, {**args, **config.kwargs})
+    strips = {"x": x, "g": "*bf16", "partial": "*fp32", "num_strips": "i32", "strips_each": "i32"}
+    for kernel, args, tile in [
+        (depthwise._weight_gradient, {**strips, **shape}, depthwise.weight_tile(c, out, k)),
+        (
+            norm._convolve_and_normalise,
+            {**conv, **shape, "rstd_out": "*fp32", "eps": "fp32"},
+            norm.tile(c),
+        ),
+        (
+            norm._normalised_gradient,
+            {"g": "*bf16", "normal": "*bf16", "rstd": "*fp32", "out": "*bf16", "partial": "*fp32", "C": c}
+            | {"num_pixels": "i32", "pixels_each": "i32"},
+            norm.gradient_tile(c),
+        ),
+    ]:
+        yield Compiled(kernel, tile["num_warps"], MAX_REGISTERS, {**args, **tile})
+
+
+def residual_kernels() -> Iterator[Compiled]:
+    from ffcv_convnext.models.kernels import residual
+
+    types = {"branch": "*bf16", "gamma": "*fp32", "keep": "*fp32"}
+    add = {**types, "shortcut": "*fp32", "out": "*fp32", "VALUES": 14 * 14 * 384, "C": 384, "BLOCK": 1024}
+    yield Compiled(residual._add, 4, None, add)
+    gradient = {"g": "*fp32", "out": "*bf16", "partial": "*fp32", "num_pixels": "i32", "pixels_each": "i32"}
+    tile = {"IMAGE": 196, "C": 384, "PIXELS": 16, "CHANNELS": 128}
+    yield Compiled(residual._branch_gradient, 4, None, {**types, **gradient, **tile})
+
+
+class Usage(NamedTuple):
+    registers: int  # of a thread
+    stack: int  # bytes of a thread: what does not fit into registers
+    shared: int  # bytes of a program
+    warps: int  # that fit on a multiprocessor, of 64
+
+
+def compile_kernel(compiled: Compiled, architecture: int, folder: Path) -> Usage:
+    """Compile for a GPU that need not be there, and read what the machine code uses."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    while not isinstance(kernel, JITFunction):
+    kernel, args = compiled.kernel, compiled.args
+    while not isinstance(kernel, triton.JITFunction):
         kernel = kernel.fn
     types = {name: args[name] if isinstance(args[name], str) else "constexpr" for name in kernel.arg_names}
-    constants = {name: value for name, value in args.items() if not isinstance(value, str)}
+    constants = {name: args[name] for name in types if types[name] == "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name].startswith("*")}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
-    code: bytes = compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["cubin"]
-    return code
+    options = {"num_warps": compiled.warps, "enable_fp_fusion": True, "maxnreg": compiled.max_registers}
+    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    code = folder / "kernel.cubin"
+    code.write_bytes(binary.asm["cubin"])
+    text = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(code)], text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    assert found is not None, text
+    registers, stack, shared = map(int, found.groups())
+    shared = max(shared, binary.metadata.shared)
+    # Each quarter of a multiprocessor has 16,384 registers, given out in eights for each thread of a warp.
+    warps = min(16, 16384 // (32 * -(-registers // 8) * 8)) * 4
+    programs = min(warps // compiled.warps, 32, {80: 164, 90: 228}[architecture] * 1024 // (shared + 1024))
+    return Usage(registers, stack, shared, programs * compiled.warps)
+
+
+def check_usage(kernels: Iterable[Compiled], architecture: int, folder: Path) -> None:
+    """Nothing is spilled to memory, and a quarter of a multiprocessor's warps fit."""
+    checked = 0
+    for compiled in kernels:
+        usage = compile_kernel(compiled, architecture, folder)
+        constants = {name: value for name, value in compiled.args.items() if isinstance(value, int)}
+        text = f"{compiled.kernel.fn} {constants}, {compiled.args.get('x')}: {usage}"
+        assert usage.stack == 0, text
+        assert usage.warps >= 16, text
+        checked += 1
+    assert checked > 1
+
+
+CONVNEXT = [(56, 96), (28, 192), (14, 384), (7, 768)]  # the stages: side and width
+
+
+@pytest.mark.parametrize(("side", "c", "stride", "x"), [(56, 96, 1, "*fp32"), (14, 384, 1, "*bf16")])
+def test_a_convnexts_kernels_keep_their_numbers_in_registers(
+    side: int, c: int, stride: int, x: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    check_usage(depthwise_kernels(side, c, 7, stride, x=x), 90, tmp_path)
+
+
+def depthwise_shapes() -> set[tuple[int, int, int, int]]:
+    """Side, width, kernel and stride of each depthwise convolution of the ladder."""
+    shapes = set()
+
+    def add(module: nn.Conv2d, inputs: tuple[Tensor], _: Tensor) -> None:
+        shapes.add((inputs[0].shape[2], module.in_channels, module.kernel_size[0], module.stride[0]))
+
+    for path in STEPS:
+        with torch.device("meta"):
+            network = build_model(load_config(path).model, 5)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d) and module.groups > 1:
+                module.register_forward_hook(add)
+        network(torch.empty(1, 3, 224, 224, device="meta"))
+    return shapes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_the_kernels_compile_for_gpus_and_keep_their_numbers_in_registers(architecture: int, tmp_path: Path) -> None:
-    triton = pytest.importorskip("triton")
-    from ffcv_convnext.models.kernels import depthwise, norm, residual
+def test_every_shape_of_the_ladder_keeps_its_numbers_in_registers(architecture: int, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    shapes = depthwise_shapes()
+    assert {(56, 96, 7, 1), (56, 64, 3, 1), (14, 3072, 3, 2)} < shapes
+    if architecture == 80:
+        shapes = {(side, c, 7, stride) for side, c in CONVNEXT for stride in (1, 2)}
+    kernels = [kernel for shape in sorted(shapes) for kernel in depthwise_kernels(*shape)]
+    check_usage([*kernels, *residual_kernels()], architecture, tmp_path)
 
-    side: dict[str, Any] = {"H": 14, "W": 14, "OUT_H": 14, "OUT_W": 14, "C": 384, "K": 7, "STRIDE": 1}
-    conv: dict[str, Any] = {"x": "*bf16", "weight": "*fp32", "bias": "*fp32", "out": "*bf16", "num_images": "i32"}
-    kernels: list[tuple[Any, int, dict[str, Any]]] = [
-        (depthwise._convolve, config.num_warps, {**conv, **side, **config.kwargs, "SPREAD": 1, "FLIP": False})
-        for config in depthwise.CONFIGS
-    ]
-    strips = {"num_strips": "i32", "strips_each": "i32", "ROWS": 7, "STRIPS": 1, "CHANNELS": 64, "COLUMNS": 7}
-    kernels += [
-        (depthwise._weight_gradient, 1, {"x": "*bf16", "g": "*bf16", "partial": "*fp32", **side, **strips}),
-        (
-            norm._convolve_and_normalise,
-            4,
-            {**conv, **side, "x": "*fp32", "gain": "*fp32", "offset": "*fp32", "sums_out": "*bf16", "eps": "fp32"}
-            | {"mean_out": "*fp32", "rstd_out": "*fp32", "ROWS": 7, "STRIPS": 8, "CHANNELS": 128},
-        ),
-        (
-            norm._norm_gradient,
-            4,
-            {"g": "*bf16", "sums": "*bf16", "mean": "*fp32", "rstd": "*fp32", "gain": "*fp32", "out": "*bf16"}
-            | {"partial": "*fp32", "num_pixels": "i32", "pixels_each": "i32", "C": 384, "PIXELS": 4, "CHANNELS": 512},
-        ),
-        (
-            residual._add,
-            4,
-            {"shortcut": "*fp32", "branch": "*bf16", "gamma": "*fp32", "keep": "*fp32", "out": "*fp32"}
-            | {"VALUES": 14 * 14 * 384, "C": 384, "BLOCK": 1024},
-        ),
-        (
-            residual._branch_gradient,
-            4,
-            {"g": "*fp32", "branch": "*bf16", "gamma": "*fp32", "keep": "*fp32", "out": "*bf16", "partial": "*fp32"}
-            | {"num_pixels": "i32", "pixels_each": "i32", "IMAGE": 196, "C": 384, "PIXELS": 16, "CHANNELS": 128},
-        ),
-    ]
-    for kernel, warps, args in kernels:
-        code = tmp_path / "kernel.cubin"
-        code.write_bytes(compile_kernel(kernel, architecture, warps, **args))
-        usage = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(code)], text=True)
-        assert "STACK:0 " in usage, f"{args}: {usage}"  # what does not fit into registers lies on the stack
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("k", [3, 5, 7, 9, 11])
+def test_every_kernel_size_keeps_its_numbers_in_registers(k: int, stride: int, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    sides = [(56 * stride, 96), (28, 128), (14, 1024), (7, 768)]
+    for side, c in sides:
+        check_usage(depthwise_kernels(side, c, k, stride, x="*fp32"), 90, tmp_path)
 
 
 @pytest.mark.gpu

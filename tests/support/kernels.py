@@ -30,6 +30,7 @@ CONVNEXT: dict[str, Any] = {
 }
 
 
+CONFIGS = list(depthwise.CONFIGS)
 if DEVICE == "cpu":  # nothing to time under the interpreter; triton 3.6 would ask a GPU's driver
     for module in (depthwise, norm):
         for kernel in vars(module).values():

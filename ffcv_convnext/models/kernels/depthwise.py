@@ -15,21 +15,26 @@ import triton.language as tl
 from torch import Tensor
 
 from ffcv_convnext.models.kernels.launch import OPTIONS, autocast_type, channels_last, empty, on, output_shape
-from ffcv_convnext.models.kernels.strips import MAX_REGISTERS, correlate, place, start_sums
+from ffcv_convnext.models.kernels.strips import MAX_REGISTERS, PROGRAMS, correlate, place, start_sums
 
 # Each thread holds ROWS x 4 or ROWS x 2 sums. More rows: fewer loads a product, more registers.
 CONFIGS = [
     triton.Config({"ROWS": rows, "STRIPS": strips, "CHANNELS": channels}, num_warps=warps, maxnreg=MAX_REGISTERS)
-    for rows, strips, channels, warps in [(7, 16, 32, 4), (4, 16, 32, 4), (14, 8, 32, 4), (7, 8, 64, 4), (7, 8, 64, 8)]
+    for rows, strips, channels, warps in [(7, 16, 32, 4), (7, 8, 64, 4), (7, 8, 64, 8), (14, 8, 32, 4), (4, 16, 32, 4)]
 ]
 
 
-def _candidates(configs: list[Any], args: dict[str, Any], **_: Any) -> list[Any]:
-    return configs if args["x"].is_cuda else configs[:1]  # the interpreter does not measure
+def candidates(configs: list[Any], args: dict[str, Any], **_: Any) -> list[Any]:
+    """Return the configurations to try: 14 rows where they divide the rows of a phase, 4 rows where 7 do not."""
+    if not args["x"].is_cuda:
+        return configs[:1]  # the interpreter does not measure
+    height = triton.cdiv(args["OUT_H"], args["SPREAD"])
+    rows = {7} | ({14} if height % 14 == 0 else set()) | ({4} if height % 7 else set())
+    return [config for config in configs if config.kwargs["ROWS"] in rows]
 
 
 @triton.autotune(
-    CONFIGS, key=["OUT_H", "OUT_W", "C", "K", "STRIDE", "SPREAD"], prune_configs_by={"early_config_prune": _candidates}
+    CONFIGS, key=["OUT_H", "OUT_W", "C", "K", "STRIDE", "SPREAD"], prune_configs_by={"early_config_prune": candidates}
 )
 @triton.jit(do_not_specialize=["num_images"])
 def _convolve(
@@ -89,6 +94,30 @@ def _convolve(
         tl.store(out + position, value.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _side_by_side(values, COUNT: tl.constexpr):
+    """Join up to 16 tensors (strips, channels) to one (strips, channels, 2^n); the places past the last are 0."""
+    WIDTH: tl.constexpr = 2 if COUNT <= 2 else 4 if COUNT <= 4 else 8 if COUNT <= 8 else 16
+    for _ in tl.static_range(WIDTH - COUNT):
+        values = values + (tl.zeros_like(values[0]),)
+    if WIDTH >= 16:
+        values = _join_halves(values, 8)
+    if WIDTH >= 8:
+        values = _join_halves(values, 4)
+    if WIDTH >= 4:
+        values = _join_halves(values, 2)
+    joined = _join_halves(values, 1)[0]
+    return joined.reshape(joined.shape[0], joined.shape[1], WIDTH)
+
+
+@triton.jit
+def _join_halves(values, HALF: tl.constexpr):
+    joined = ()
+    for i in tl.static_range(HALF):
+        joined = joined + (tl.join(values[i], values[i + HALF]),)
+    return joined
+
+
 @triton.jit(do_not_specialize=["num_strips", "strips_each"])
 def _weight_gradient(
     x,
@@ -106,42 +135,50 @@ def _weight_gradient(
     ROWS: tl.constexpr,
     STRIPS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    COLUMNS: tl.constexpr,  # of the kernel, that a program computes
+    GROUPS: tl.constexpr,  # of columns of the kernel
+    COLUMNS: tl.constexpr,  # of a group; GROUPS * COLUMNS >= K
 ):
-    """Sum a chunk of strips, for a block of channels and some columns of the kernel."""
-    blocks: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
-    groups: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
-    channel = tl.program_id(0) // groups % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    first_column = tl.program_id(0) % groups * COLUMNS
-    chunk = tl.program_id(0) // (blocks * groups)
+    """Sum a chunk of strips for a block of channels.
+
+    A thread keeps K x COLUMNS sums for each of its channels: those of one group of columns of the kernel. All groups of
+    a strip lie in the same program, which walks along the rows: the values of x and g that several of them need come
+    from the L1 cache.
+    """
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    chunk = tl.program_id(1)
+    place_in_tile = tl.arange(0, STRIPS * GROUPS)
+    first_column = place_in_tile % GROUPS * COLUMNS
     end = tl.minimum((chunk + 1) * strips_each, num_strips)
 
     columns = ()
     for _ in tl.static_range(COLUMNS):
         sums = ()
         for _ in tl.static_range(K):
-            sums = sums + (tl.zeros([STRIPS, CHANNELS], tl.float32),)
+            sums = sums + (tl.zeros([STRIPS * GROUPS, CHANNELS], tl.float32),)
         columns = columns + (sums,)
     for first in range(chunk * strips_each, end, STRIPS):
-        strip = first + tl.arange(0, STRIPS)
+        strip = first + place_in_tile // GROUPS
         image, row, column = place(strip, OUT_H, OUT_W, ROWS)
         known = (strip < end)[:, None] & (channel < C)[None, :]
-        start = g + image.to(tl.int64)[:, None] * (OUT_H * OUT_W * C) + channel[None, :]
+        first_pixel = image.to(tl.int64) * (OUT_H * OUT_W) + (row * OUT_W + column)
+        start = g + (first_pixel * C)[:, None] + channel[None, :]
         gradients = ()
         for r in tl.static_range(ROWS):
-            pixel = (row + r) * OUT_W + column
-            value = tl.load(start + (pixel * C)[:, None], mask=known & (row + r < OUT_H)[:, None], other=0.0)
+            value = tl.load(start + r * (OUT_W * C), mask=known & (row + r < OUT_H)[:, None], other=0.0)
             gradients = gradients + (value.to(tl.float32),)
-        start = x + image.to(tl.int64)[:, None] * (H * W * C) + channel[None, :]
+        top = row * STRIDE - K // 2
+        left = column * STRIDE - K // 2 + first_column
+        first_pixel = image.to(tl.int64) * (H * W) + (top * W + left)
+        start = x + (first_pixel * C)[:, None] + channel[None, :]
         updated = ()
         for j in tl.static_range(COLUMNS):
-            across = column * STRIDE - K // 2 + first_column + j
-            visible = known & ((across >= 0) & (across < W))[:, None]
+            across = left + j
+            # The rows' limit, 0 where nothing is visible: one comparison a load, which ptxas does not keep for later.
+            limit = tl.where(known & ((across >= 0) & (across < W))[:, None], H, 0).to(tl.uint32)
             sums = columns[j]
             for i in tl.static_range((ROWS - 1) * STRIDE + K):
-                down = row * STRIDE - K // 2 + i
-                seen = visible & ((down >= 0) & (down < H))[:, None]
-                value = tl.load(start + ((down * W + across) * C)[:, None], mask=seen, other=0.0).to(tl.float32)
+                seen = (top + i).to(tl.uint32)[:, None] < limit
+                value = tl.load(start + (i * (W * C) + j * C), mask=seen, other=0.0).to(tl.float32)
                 more = ()
                 for tap in tl.static_range(K):
                     if i >= tap and (i - tap) % STRIDE == 0 and i - tap < ROWS * STRIDE:
@@ -151,11 +188,17 @@ def _weight_gradient(
                 sums = more
             updated = updated + (sums,)
         columns = updated
-    start = partial + (chunk.to(tl.int64) * C + channel) * (K * K) + first_column
-    for j in tl.static_range(COLUMNS):
-        for tap in tl.static_range(K):
-            end_of_channels = tl.where(first_column + j < K, C, 0)  # the last group may be narrower
-            tl.store(start + tap * K + j, tl.sum(columns[j][tap], 0), mask=channel < end_of_channels)
+    for tap in tl.static_range(K):
+        values = ()
+        for j in tl.static_range(COLUMNS):
+            values = values + (columns[j][tap],)
+        tile = _side_by_side(values, COLUMNS)
+        total = tl.sum(tile.reshape(STRIPS, GROUPS, CHANNELS, tile.shape[2]), 0)
+        place_in_group = tl.arange(0, tile.shape[2])[None, None, :]
+        column = (tl.arange(0, GROUPS) * COLUMNS)[:, None, None] + place_in_group
+        inside = (channel < C)[None, :, None] & ((place_in_group < COLUMNS) & (column < K))
+        start = partial + (chunk.to(tl.int64) * C + channel)[None, :, None] * (K * K)
+        tl.store(start + (tap * K + column), total, mask=inside)
 
 
 def by_tap(weight: Tensor) -> Tensor:
@@ -240,34 +283,58 @@ def _(
     return empty((*g.shape[:2], height, width), g, dtype)
 
 
+def weight_tile(channels: int, height: int, kernel_size: int) -> dict[str, int]:
+    """Return the tile and the warps of the weight gradient's kernel, for results of `height` rows.
+
+    A thread keeps at most 33 sums and 28 gradients. With groups of columns, the sums of two channels of a kernel of 5
+    or 7 fit into the registers: 7 is computed as 8 columns, but less is loaded for each product.
+    """
+    values, groups = {3: (2, 1), 5: (2, 2), 7: (2, 4)}.get(kernel_size, (1, 4))  # values: channels of a thread
+    rows = 14 if height % 14 == 0 and kernel_size in (5, 7) else 7
+    block, warps = 64 if channels % 64 == 0 and values == 2 else 32, 8
+    return {
+        "ROWS": rows, "STRIPS": 32 * warps * values // (block * groups), "CHANNELS": block, "GROUPS": groups,
+        "COLUMNS": triton.cdiv(kernel_size, groups), "num_warps": warps,
+    }  # fmt: skip
+
+
 def partial_weight_gradient(x: Tensor, g: Tensor, stride: int, kernel_size: int) -> Tensor:
     """Return sums of chunks, (n, C, K * K) float32, whose sum over n is d/dweight for g = d/dout.
 
     x: (N, C, H, W), g: (N, C, H', W'), both in channels_last memory.
     """
     (n, c, h, w), (out_h, out_w), k = x.shape, g.shape[2:], kernel_size
-    rows, channels = 7, 64 if c % 64 == 0 else 32
-    groups = triton.cdiv(k * k, 50)  # two sums a thread for each tap: up to 100 registers
-    columns = triton.cdiv(k, groups)
-    blocks, strips = triton.cdiv(c, channels), n * triton.cdiv(out_h, rows) * out_w
-    chunks = max(1, min(2048 // (blocks * groups), triton.cdiv(strips, 16)))
-    strips_each = triton.cdiv(triton.cdiv(strips, chunks), 64 // channels) * (64 // channels)
-    chunks = triton.cdiv(strips, strips_each)
+    sizes = weight_tile(c, out_h, k)
+    strips = triton.cdiv(n * triton.cdiv(out_h, sizes["ROWS"]) * out_w, sizes["STRIPS"])  # in units of a program's
+    blocks = triton.cdiv(c, sizes["CHANNELS"])
+    # Programs of 8 warps: one round on an H100; two, better balanced, if 16 times through the loop are left for each.
+    programs = PROGRAMS if strips * blocks >= 16 * PROGRAMS else PROGRAMS // 2
+    each = triton.cdiv(strips, max(1, programs // blocks))
+    chunks = triton.cdiv(strips, each)
     partial = x.new_empty((chunks, c, k * k), dtype=torch.float32)
     with on(x):
-        _weight_gradient[(chunks * groups * blocks,)](
-            x, g, partial, strips, strips_each, h, w, out_h, out_w, c, k, stride,
-            ROWS=rows, STRIPS=64 // channels, CHANNELS=channels, COLUMNS=columns, num_warps=1, **OPTIONS,
+        _weight_gradient[(blocks, chunks)](
+            x, g, partial, n * triton.cdiv(out_h, sizes["ROWS"]) * out_w, each * sizes["STRIPS"], h, w, out_h, out_w,
+            c, k, stride, **sizes, maxnreg=MAX_REGISTERS, **OPTIONS,
         )  # fmt: skip
     return partial
 
 
 @torch.library.custom_op("ffcv_convnext::depthwise_weight_gradient", mutates_args=())
 def weight_gradient(x: Tensor, g: Tensor, stride: int, kernel_size: int, dtype: torch.dtype) -> Tensor:
-    """Return d/dweight (C, 1, K, K), in channels_last memory, for g = d/dout: sums of chunks, then their sum."""
+    """Return d/dweight (C, 1, K, K) of `dtype`, in channels_last memory, for g = d/dout.
+
+    x: (N, C, H, W).   g: (N, C, ceil(H / stride), ceil(W / stride)).   Programs sum chunks of the pixels in float32,
+    and a second kernel adds these in a fixed order.   Memory: x and g are read once, up to what neighbouring strips
+    share (from the caches); the partial sums, at most 528 x 64 x K x K x 4 bytes, are written and read.
+    """
     partial = partial_weight_gradient(channels_last(x), channels_last(g), stride, kernel_size)
-    shape = (x.shape[1], 1, kernel_size, kernel_size)
-    return empty(shape, x, dtype).copy_(partial.sum(0).view(shape))
+    c = x.shape[1]
+    out = empty((c, 1, kernel_size, kernel_size), x, dtype)
+    if dtype == torch.float32:
+        torch.sum(partial, 0, out=out.view(c, kernel_size**2))
+        return out
+    return out.copy_(partial.sum(0).view(out.shape))
 
 
 @weight_gradient.register_fake

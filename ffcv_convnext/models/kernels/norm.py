@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ffcv_convnext.models.kernels.depthwise import by_tap, input_gradient, weight_gradient
 from ffcv_convnext.models.kernels.launch import OPTIONS, autocast_type, channels_last, empty, on, output_shape
-from ffcv_convnext.models.kernels.strips import MAX_REGISTERS, channel_blocks, correlate, place, start_sums
+from ffcv_convnext.models.kernels.strips import MAX_REGISTERS, PROGRAMS, channel_blocks, correlate, place, start_sums
 
 MAX_CHANNELS = 3072  # a program of 512 threads holds the sums of 7 x 3072 values in its registers
 
@@ -214,8 +214,8 @@ def launch_gradient(g: Tensor, normal: Tensor, rstd: Tensor) -> tuple[Tensor, Te
     """Compute `normalised_gradient` in channels_last memory, but partial sums for the bias: (n, C) float32."""
     c, pixels = normal.shape[1], rstd.numel()
     sizes = gradient_tile(c)
-    pixels_each = triton.cdiv(triton.cdiv(pixels, 528), sizes["PIXELS"]) * sizes["PIXELS"]
-    programs = triton.cdiv(pixels, pixels_each)  # up to 4 for each of an H100's 132 multiprocessors
+    pixels_each = triton.cdiv(triton.cdiv(pixels, PROGRAMS), sizes["PIXELS"]) * sizes["PIXELS"]
+    programs = triton.cdiv(pixels, pixels_each)
     out, partial = torch.empty_like(normal), g.new_empty((programs, c), dtype=torch.float32)
     with on(g):
         _normalised_gradient[(programs,)](

@@ -315,5 +315,5 @@ def fold_gradient(
     ]
     tile = TILES["_fold_gradient"]
     with on(weight1):
-        _fold_gradient[(2 * triton.cdiv(c, tile["COLUMNS"]),)](*args, hidden, c, **tile, **OPTIONS)
+        _fold_gradient[(2 * triton.cdiv(c, tile["COLUMNS"]),)](*args, *result, hidden, c, **tile, **OPTIONS)
     return result
