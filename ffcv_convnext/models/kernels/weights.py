@@ -20,7 +20,7 @@ from ffcv_convnext.models.kernels.launch import OPTIONS, on
 TILES: dict[str, dict[str, int]] = {
     "_fold": {"ROWS": 16, "COLUMNS": 64, "num_warps": 4},
     "_add_partial": {"ROWS": 256, "COLUMNS": 16, "num_warps": 8},
-    "_fold_gradient": {"ROWS": 128, "COLUMNS": 16, "num_warps": 4},
+    "_fold_gradient": {"ROWS": 64, "COLUMNS": 16, "num_warps": 4},
 }
 
 
