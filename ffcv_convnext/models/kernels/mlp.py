@@ -397,8 +397,10 @@ def _(
     gelu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     biases = g.new_empty(len(weight1) + len(weight2), dtype=torch.float32)
-    weights = (torch.empty_like(each, memory_format=torch.contiguous_format) for each in (weight1, weight2))
-    return empty(x.shape, x, weight1.dtype), *weights, biases
+    d_weight1, d_weight2 = (
+        torch.empty_like(each, memory_format=torch.contiguous_format) for each in (weight1, weight2)
+    )
+    return empty(x.shape, x, weight1.dtype), d_weight1, d_weight2, biases
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
