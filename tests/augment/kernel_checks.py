@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +17,15 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from ffcv_convnext.augment import Normalisation
+from ffcv_convnext.augment import Normalisation, TrainAugment
 from ffcv_convnext.augment.batched_ops import policy_kinds
+from ffcv_convnext.augment.erasing import noise
+from ffcv_convnext.augment.kernels import finish as finish_kernels
 from ffcv_convnext.augment.kernels import policy as policy_kernels
 from ffcv_convnext.augment.kernels.arguments import PolicyArguments, policy_arrays
 from ffcv_convnext.augment.randaugment import Interpolation, Kind, PolicyDraws, apply_policy, draw_policy
 from ffcv_convnext.augment.to_device import all_to_device
-from ffcv_convnext.config import DataConfig
+from ffcv_convnext.config import AugmentConfig, DataConfig
 from ffcv_convnext.policy_grammar import parse_policy
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
@@ -31,7 +34,7 @@ RECIPE = "rand-m9-mstd0.5-inc1"
 SIZES = [(32, 32), (61, 83), (7, 5)]
 
 if DEVICE.type == "cpu":  # a program costs the interpreter as much as a thousand pixels
-    policy_kernels._BLOCK = 4096
+    policy_kernels._BLOCK = finish_kernels._BLOCK = 4096
 
 COLOURS: dict[Kind, list[float]] = {
     Kind.IDENTITY: [0], Kind.AUTO_CONTRAST: [0], Kind.EQUALIZE: [0], Kind.INVERT: [0], Kind.POSTERIZE: [0, 1, 4, 8],
@@ -117,3 +120,84 @@ def test_whole_policies_give_the_images_of_the_cpu_path(aa: str, interpolation: 
     # a value that is off by 1 may be moved by a later operation that multiplies: equalize, contrast
     assert (found > 1).mean() < 1e-5
     assert found.mean() < 2e-4
+
+
+# --- the whole ---------------------------------------------------------------------------------------------------
+
+OFF: dict[str, Any] = {"aa": "none", "color_jitter": 0, "reprob": 0, "mixup": 0, "cutmix": 0}
+NUM_CLASSES = 10
+
+
+def both_ways(
+    settings: dict[str, Any], num: int, size: tuple[int, int], step: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs and targets by the kernels and by the CPU path, of the same draws."""
+    same: dict[str, Any] = {
+        "num_classes": NUM_CLASSES, "seed": 3, "normalisation": Normalisation.of(DataConfig()), "dtype": dtype,
+    }  # fmt: skip
+    config = AugmentConfig(**settings)
+    images = torch.from_numpy(pictures(num, *size)).permute(0, 3, 1, 2)
+    labels = torch.arange(num) % NUM_CLASSES
+    ours = TrainAugment(config, device=DEVICE, kernels=True, **same)
+    found = ours(images.to(DEVICE), labels.to(DEVICE), step=step, micro_batch=1)
+    expected = TrainAugment(config, device=torch.device("cpu"), **same)(images, labels, step=step, micro_batch=1)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    assert found[0].shape == images.shape
+    assert found[0].dtype == dtype
+    return found[0].cpu(), found[1].cpu(), *expected
+
+
+@pytest.mark.parametrize("num", [6, 7])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"reprob": 1, "remode": "const", "recount": 3},
+        {"reprob": 1, "remode": "rand", "recount": 2, "smoothing": 0},
+        {"reprob": 1, "remode": "pixel", "recount": 2},
+        {"mixup": 0.8, "reprob": 0.5},
+        {"cutmix": 1.0, "mixup_mode": "elem"},
+        {"mixup": 0.8, "cutmix": 1.0, "mixup_mode": "elem", "mixup_prob": 0.8, "reprob": 0.5},
+        {"mixup": 0.8, "cutmix": 1.0, "mixup_mode": "batch", "cutmix_minmax": (0.3, 0.6)},
+        {"color_jitter": 0.4},
+        {"color_jitter": 1.0, "mixup": 0.8, "reprob": 0.5},
+    ],
+    ids=lambda settings: "-".join(f"{name}={value}" for name, value in settings.items()) or "nothing",
+)
+def test_jitter_erasing_and_mixing_give_what_the_cpu_path_gives(settings: dict[str, Any], num: int) -> None:
+    for step in range(3):
+        inputs, targets, expected, expected_targets = both_ways({**OFF, **settings}, num, (23, 31), step)
+        assert torch.allclose(inputs, expected, rtol=1e-6, atol=1e-5)
+        assert torch.allclose(targets, expected_targets, rtol=0, atol=1e-6)
+
+
+def test_images_are_mixed_in_pairs() -> None:
+    settings = {**OFF, "mixup": 0.8, "cutmix": 1.0, "mixup_mode": "pair"}
+    inputs, targets, expected, expected_targets = both_ways(settings, 8, (16, 24), 0)
+    assert torch.allclose(inputs, expected, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(targets, expected_targets, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(32, 32), pytest.param((224, 224), marks=pytest.mark.slow)])
+def test_the_recipe_gives_what_the_cpu_path_gives(size: tuple[int, int], dtype: torch.dtype) -> None:
+    inputs, targets, expected, expected_targets = both_ways({"reprob": 0.5}, 10, size, 2, dtype)
+    level = 1 / (255 * min(DataConfig().std))  # a value off by 1, before it is mixed
+    units = 1 if dtype == torch.bfloat16 and DEVICE.type == "cpu" else 0.5  # the interpreter cuts bfloat16 off
+    rounding = torch.finfo(dtype).eps * units * expected.float().abs() + 1e-5
+    off = (inputs.float() - expected.float()).abs() > 2 * rounding
+    assert off.float().mean() < 1e-4
+    assert (inputs.float() - expected.float()).abs().max() <= 2 * level
+    assert torch.allclose(targets, expected_targets, rtol=0, atol=1e-6)
+
+
+def test_three_augment_jitters_colours_too() -> None:
+    inputs, _, expected, _ = both_ways({**OFF, "aa": "3a", "color_jitter": 0.3}, 12, (33, 20), 0)
+    assert torch.allclose(inputs, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_noise_is_the_cpu_s_and_normal_for_each_word() -> None:
+    """The words of a key are equal to the last bit, and so is which words become noise; values differ by rounding."""
+    inputs, _, expected, _ = both_ways({**OFF, "reprob": 1}, 4, (50, 60), 7)
+    assert torch.equal((inputs - expected).abs() > 1e-5, torch.zeros_like(inputs, dtype=torch.bool))
+    assert noise(5, torch.tensor([7]))[0].isfinite()

@@ -1,14 +1,20 @@
-"""A policy's draws in the form that the kernels read: integers and float32 only."""
+"""A batch's draws in the form that the kernels read: integers and float32 only, in one transfer."""
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ffcv_convnext.augment.color import JitterDraws
+from ffcv_convnext.augment.erasing import ErasingDraws
+from ffcv_convnext.augment.mix import MixDraws
 from ffcv_convnext.augment.randaugment import PolicyDraws, kind_numbers, kind_tables
+from ffcv_convnext.augment.to_device import all_to_device
 
 FRACTION_BITS = 46  # of a position in 64-bit fixed point; the other 18 hold whole pixels and a sign
 MAX_SIDE = 1 << 14  # of an image, pixels: positions stay below 2^17, an image's pixels below 2^31
@@ -31,13 +37,46 @@ class PolicyArguments(NamedTuple):
     tables: Tensor
 
 
-def policy_arrays(draws: PolicyDraws, height: int, width: int) -> list[NDArray[Any]]:
-    """Return the fields of PolicyArguments on the host, for images of this height and width.
+class DrawArguments(NamedTuple):
+    """All draws of a batch of N images on the device; None: disabled by the settings. Boxes: top, bottom, left, right."""
+
+    policy: PolicyArguments | None
+    jitter: tuple[Tensor, ...] | None  # steps (N, 3) int32, factors (N, 3) float32
+    erasing: tuple[Tensor, ...] | None  # boxes (N, R, 4) int32, colours (N, R, 3) float32; with noise also a key, int64
+    mix: tuple[Tensor, ...] | None  # lam (N,) float32, boxes (N, 4) int32
+
+
+def draw_arguments(
+    policy: PolicyDraws | None,
+    jitter: JitterDraws | None,
+    erasing: ErasingDraws | None,
+    mix: MixDraws | None,
+    *,
+    height: int,
+    width: int,
+    device: torch.device,
+) -> DrawArguments:
+    """Copy the draws for images of this height and width to the device, in one transfer without waiting.
 
     Raises ValueError for a side above 2^14 pixels.
     """
     if max(height, width) > MAX_SIDE:
         raise ValueError(f"images are {height} x {width}: the augmentation's kernels support sides up to {MAX_SIDE}")
+    groups: list[list[NDArray[Any]]] = [
+        [] if policy is None else policy_arrays(policy, height, width),
+        [] if jitter is None else [jitter.steps.astype(np.int32), jitter.factors],
+        [] if erasing is None else [erasing.boxes.astype(np.int32), erasing.colours],
+        [] if mix is None else [mix.lam, mix.boxes.astype(np.int32)],
+    ]
+    if erasing is not None and erasing.key is not None:
+        groups[2].append(np.array([erasing.key], np.int64))
+    tensors = iter(all_to_device([array for group in groups for array in group], device))
+    first, *rest = (tuple(islice(tensors, len(group))) for group in groups)
+    return DrawArguments(PolicyArguments(*first) if first else None, *(group or None for group in rest))
+
+
+def policy_arrays(draws: PolicyDraws, height: int, width: int) -> list[NDArray[Any]]:
+    """Return the fields of PolicyArguments on the host, for images of this height and width."""
     kinds, arguments = draws.kinds.T, draws.arguments.T
     numbers = kind_numbers(kinds, arguments, height, width)
     return [
