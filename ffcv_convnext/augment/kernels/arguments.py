@@ -38,7 +38,7 @@ class PolicyArguments(NamedTuple):
 
 
 class DrawArguments(NamedTuple):
-    """All draws of a batch of N images on the device; None: disabled by the settings. Boxes: top, bottom, left, right."""
+    """All draws of a batch of N images on the device; None: disabled. Boxes: top, bottom, left, right."""
 
     policy: PolicyArguments | None
     jitter: tuple[Tensor, ...] | None  # steps (N, 3) int32, factors (N, 3) float32

@@ -120,9 +120,7 @@ def _jitter_means(
 @triton.jit
 def _inside(box, row, column):
     """Return the lanes in a box, four int32: top, bottom, left, right."""
-    return (
-        (row >= tl.load(box)) & (row < tl.load(box + 1)) & (column >= tl.load(box + 2)) & (column < tl.load(box + 3))
-    )
+    return (row >= tl.load(box)) & (row < tl.load(box + 1)) & (column >= tl.load(box + 2)) & (column < tl.load(box + 3))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Normal noise inside a kernel: the words of rng.short_words, made into erasing.noise without a table or a slow path."""
+"""Normal noise inside a kernel: the words of rng.short_words, and erasing.noise of them without a slow path."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def _next_key(k):
 def normal(words, sine):
     """Return radius times cosine, or sine where that is asked for, of the point that a word stands for: float32.
 
-    words: uint32, radius in the upper half, angle in the lower one. Both are found from integers: the logarithm as twice
-    the inverse hyperbolic tangent, five terms of its series in |t| < 0.172; the cosine from at most an eighth of a turn,
-    six terms. Both are within 2e-7 of the exact values relative to 1.
+    words: uint32, radius in the upper half, angle in the lower one. Both are found from integers: the logarithm as
+    twice the inverse hyperbolic tangent, five terms of its series in |t| < 0.172; the cosine from at most an eighth of
+    a turn, five terms. Radius and cosine are within 3e-7 of the exact ones, relative to the larger of them and 1.
     """
     odd = (words >> 16).to(tl.int32) * 2 + 1  # in 2^-17; exact in float32
     bits = odd.to(tl.float32).to(tl.int32, bitcast=True)

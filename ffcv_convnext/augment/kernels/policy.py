@@ -351,9 +351,7 @@ def _apply(
 
 
 @triton.jit
-def _sharpen(
-    images, result, image, at, pixel, factor, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr
-):
+def _sharpen(images, result, image, at, pixel, factor, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr):
     """Blend with the mean of a pixel (weight 5) and its 8 neighbours, as pil_ops.sharpness; the border is kept."""
     pixels: tl.constexpr = HEIGHT * WIDTH
     row, column = pixel // WIDTH, pixel % WIDTH
