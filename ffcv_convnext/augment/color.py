@@ -12,7 +12,7 @@ from torch import Tensor
 from ffcv_convnext.augment.to_device import to_device
 from ffcv_convnext.config import DataConfig
 
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's grayscale
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's grayscale
 
 Colour = tuple[int, int, int]  # red, green, blue from 0 to 255
 Planes = list[Tensor]  # the three channels of a batch, (N, H, W) each, dense or not
@@ -92,7 +92,7 @@ def color_jitter(images: Tensor, steps: Tensor, factors: Tensor) -> Tensor:
     """
     planes = [plane.float() for plane in images.unbind(1)]
     for step, factor in zip(steps[:, :, None, None].unbind(1), factors[:, :, None, None].unbind(1), strict=True):
-        red, green, blue = (weight * plane for weight, plane in zip(_LUMA, planes, strict=True))
+        red, green, blue = (weight * plane for weight, plane in zip(LUMA, planes, strict=True))
         gray = red + green + blue
         base = torch.where(step == 2, gray, torch.where(step == 1, gray.mean((1, 2), keepdim=True), 0.0))
         planes = [torch.lerp(base, plane, factor).clamp_(0, 255) for plane in planes]

@@ -217,7 +217,7 @@ def shear_rows(pixels: Tensor, slope: float, fill: Fill, *, bicubic: bool) -> Te
     rows = store[3 * margin : -3 * margin].view(height, padded, 3)
     rows[:, 2:-2] = pixels
     rows[:, :2], rows[:, -2:] = pixels[:, :1], pixels[:, -1:]
-    starts = margin + 1 + np.arange(height) * padded + np.clip(whole, -margin, margin - 4)
+    starts = margin + 1 + np.arange(height) * padded + np.clip(whole, -margin, margin - 3)
     taken = _windows(store, 3 * starts, 3 * (width + 3)).float()
     moved = _sum_of_taps(taken, 1, 3, (shifts - whole)[:, None], bicubic=bicubic)
     inside = torch.full((3 * width,), 255, dtype=torch.uint8, device=pixels.device)

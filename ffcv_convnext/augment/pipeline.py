@@ -22,6 +22,7 @@ from ffcv_convnext.augment.color import (
     normalised_planes,
 )
 from ffcv_convnext.augment.erasing import ErasingDraws, draw_erasing, erase, erase_batched
+from ffcv_convnext.augment.kernels import DrawArguments, augmentation_kernels, draw_arguments
 from ffcv_convnext.augment.mix import MixDraws, draw_mix, mix_batched, mix_image, mix_targets
 from ffcv_convnext.augment.randaugment import Interpolation, PolicyDraws, apply_policy, draw_policy
 from ffcv_convnext.augment.to_device import all_to_device
@@ -54,9 +55,10 @@ class TrainAugment:
     """Convert uint8 crops and labels to the network's input and soft targets.
 
     Every draw is a function of (seed, optimiser step, micro-batch), so it does not depend on the process that gets a
-    micro-batch. Draws are made on the host, which never waits for the device, and applied in one of two ways with the
-    same result: image by image, without computing pixels that are not used, for a CPU; or batched, in static shapes and
-    without branches that depend on a draw, from which torch.compile makes few kernels.
+    micro-batch. Draws are made on the host, which never waits for the device, and applied in one of three ways with the
+    same result: image by image, without computing pixels that are not used, for a CPU; by Triton kernels (kernels/),
+    in which each image costs its own operations only, for a GPU; or batched, in static shapes and without branches that
+    depend on a draw, from which torch.compile makes kernels.
     """
 
     def __init__(
@@ -69,13 +71,16 @@ class TrainAugment:
         normalisation: Normalisation,
         interpolation: Interpolation = "bicubic",
         compile: bool = False,
+        kernels: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Prepare the augmentation of a run.
 
         normalisation: of the inputs; its mean colour fills the outside of an image in geometric operations.
         interpolation: of the policy's geometric operations; random: drawn for each operation of each image.
-        compile: one graph for a whole run, by torch.compile.   dtype: of the returned inputs.
+        compile: one graph for a whole run, by torch.compile.   kernels: Triton kernels instead, for any policy; they
+        have no use for `compile`.   dtype: of the returned inputs.
+        Raises ValueError for kernels without Triton or without a CUDA device.
         """
         self.config = config
         self.num_classes = num_classes
@@ -88,7 +93,8 @@ class TrainAugment:
         self.policy = None if config.aa == "none" else parse_policy(config.aa)
         self.kinds = policy_kinds(self.policy) if self.policy else frozenset()
         self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
-        if compile:
+        self._kernels = augmentation_kernels(device) if kernels else None
+        if compile and not kernels:
             self._compiled = torch.compile(self._batched, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
@@ -106,6 +112,11 @@ class TrainAugment:
             raise ValueError(f"images are {found}: augmentation needs uint8 (N, 3, H, W), red, green and blue")
         num, _, height, width = images.shape
         draws = self.draw(num, height, width, step=step, micro_batch=micro_batch)
+        if self._kernels is not None:
+            return self._kernels(
+                images, labels, self.arguments(draws, height, width), kinds=self.kinds, dtype=self.dtype,
+                normalisation=self.normalisation, num_classes=self.num_classes, smoothing=self.config.smoothing,
+            )  # fmt: skip
         if self._compiled is not None:
             policy = None if draws.policy is None else policy_tensors(draws.policy, height, width, self.device)
             return self._compiled(images, labels, policy, _tensors(draws, self.device))
@@ -132,6 +143,12 @@ class TrainAugment:
         if config.mixes:
             mix = draw_mix(config, num, height, width, generators[Stream.MIX])
         return Draws(policy, jitter, erasing, mix)
+
+    def arguments(self, draws: Draws, height: int, width: int) -> DrawArguments:
+        """Copy the draws for images of this height and width to the device for the kernels, in one transfer."""
+        return draw_arguments(
+            draws.policy, draws.jitter, draws.erasing, draws.mix, height=height, width=width, device=self.device
+        )
 
     def _image_by_image(self, images: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Apply everything except the policy, on a CPU: an image and its partner stay in the processor's caches."""

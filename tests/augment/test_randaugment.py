@@ -131,6 +131,16 @@ def test_geometry_is_timm_s_at_every_magnitude(name: str, size: tuple[int, int],
 
 
 @pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize("kind", [Kind.SHEAR_X, Kind.SHEAR_Y])
+@pytest.mark.parametrize("argument", [0.99, -0.99])
+def test_a_line_moved_by_almost_the_whole_image_is_timm_s(kind: Kind, argument: float, interpolation: str) -> None:
+    images = photographs((32, 32))
+    found = apply_policy(batch_of(images), one_round(kind, [argument] * len(images), interpolation), FILL)
+    for ours, image in zip(found.permute(0, 2, 3, 1).numpy(), images, strict=True):
+        assert np.abs(ours - by_timm(image, kind, argument, interpolation)).max() <= 1
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
 @pytest.mark.parametrize("kind", sorted(GEOMETRIC))
 def test_the_outside_is_filled_as_in_timm(kind: Kind, interpolation: str) -> None:
     """Black images: what is not black is fill."""
