@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOORS = {
     *("data.beton", "data.beton.tables", "data.beton.ffcv_import"),
     *("data.codec", "data.convert", "data.load", "data.check"),
-    *("bench.gpu", "bench.synthetic_data", "bench.timing"),
+    *("bench.gpu", "bench.gpu_code", "bench.synthetic_data", "bench.timing"),
     *("models.kernels", "training.distributed", "training.engine", "training.preflight", "training.run"),
 }
 
@@ -52,7 +52,7 @@ HOMES = {
     "cv2": ("data",),
     "submitit": ("cluster",),
     "matplotlib": ("report",),
-    "triton": ("models.kernels", "augment.kernels"),
+    "triton": ("models.kernels", "augment.kernels", "bench.gpu_code"),
 }
 NOT_MINIMAL = [*HOMES, "wandb", "sklearn"]
 MAX_IGNORES = 25  # `type: ignore` in data/

@@ -19,6 +19,7 @@ FOLDER_BENCHMARKS = {
     "startup": "the time from process start to the first batch, and quick commands",
 }
 GPU_HELP = "everything that needs a GPU, in nine minutes: separate stages, figures as JSON and Markdown"
+GPU_CODE_HELP = "the code of a training step for a GPU that need not be there: bytes, launches, registers, estimates"
 STEP_BENCHMARKS = {
     "augment": "the augmentation of batches, beside timm's for single images",
     "step": "the training step, beside timm's and torchvision's, or every step of the ladder",
@@ -29,9 +30,12 @@ def bench(argv: Sequence[str]) -> int:
     """Measure loading, conversion, start-up, augmentation or the training step beside other libraries; try a GPU."""
     if argv and argv[0] == "gpu":
         return _bench_gpu(argv[1:])
+    if argv and argv[0] == "gpu-code":
+        return _bench_gpu_code(argv[1:])
     parser = parser_of("bench", bench)
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     kinds.add_parser("gpu", help=GPU_HELP)
+    kinds.add_parser("gpu-code", help=GPU_CODE_HELP)
     for name, what in (FOLDER_BENCHMARKS | STEP_BENCHMARKS).items():
         kind = kinds.add_parser(name, help=what, description=f"Measure {what}.", allow_abbrev=False)
         flag = kind.add_argument
@@ -113,6 +117,73 @@ def _bench_gpu(argv: Sequence[str]) -> int:
     failed = [name for name, stage in found["stages"].items() if stage["status"] in ("failed", "timeout")]
     if failed:
         return complain(f"{', '.join(failed)} failed; see the logs in {options.out}", EXIT_FAILURE)
+    return 0
+
+
+def _bench_gpu_code(argv: Sequence[str]) -> int:
+    parser = parser_of("bench gpu-code", _bench_gpu_code)
+    parser.description = (
+        f"Generate {GPU_CODE_HELP}. Needs torch's CUDA version, Triton and a C compiler, no GPU and no driver. "
+        "All times are estimates. A step takes a few minutes."
+    )
+    flag = parser.add_argument
+    flag("--config", type=Path, metavar="YAML", help="the settings of the step")
+    flag(
+        "--ladder",
+        type=Path,
+        nargs="?",
+        const=Path("rn_configs"),
+        metavar="DIR",
+        help="one row for each step's file in DIR (rn_configs) as soon as it is known; minutes each",
+    )
+    flag("--arch", default="sm_90", choices=["sm_80", "sm_90"], help="sm_80: A100, sm_90: H100, H200 (default sm_90)")
+    flag("--kernels", default="both", choices=["torch", "triton", "both"], help="default both")
+    flag("--batch_size", type=int, default=128, help="images (default 128)")
+    flag("--size", type=int, default=224, help="pixels of an image's side (default 224)")
+    flag("--counts_only", action="store_true", help="do not compile the kernels: no registers and spills, much faster")
+    flag("--phases", metavar="A,B", help="only these of augmentation, forward, backward, optimiser + EMA")
+    flag("--debug", action="store_true", help="show the traceback if code generation fails")
+    flag("--json", type=Path, metavar="FILE", help="write all figures to FILE too, with every launch and kernel")
+    options = parser.parse_args(argv)
+    if (options.config is None) == (options.ladder is None):
+        parser.error("expected either --config or --ladder")
+    check_json(options.json)
+    from ffcv_convnext.bench.gpu_code import (
+        LADDER_HEADER,
+        NOTE,
+        PHASES,
+        GpuCodeOptions,
+        bench_gpu_code,
+        ladder_rows,
+        ladder_steps,
+    )
+
+    phases = tuple(each.strip() for each in options.phases.split(",")) if options.phases else PHASES
+    chosen = GpuCodeOptions(
+        arch=options.arch,
+        compile=not options.counts_only,
+        phases=phases,
+        debug=options.debug,
+        progress=_progress,
+    )
+    kernels = ("torch", "triton") if options.kernels == "both" else (options.kernels,)
+    overrides = {"batch_size": options.batch_size, "input_size": options.size}
+    if options.config is not None:
+        found = bench_gpu_code(options.config, chosen, kernels=kernels, overrides=overrides)
+        print(found.format())
+        text = found.to_json()
+    else:
+        steps = ladder_steps(options.ladder)
+        print(f"{NOTE}\n\n| {' | '.join(LADDER_HEADER)} |\n|{'---|' * len(LADDER_HEADER)}", flush=True)
+        texts = []
+        for file in steps:
+            found = bench_gpu_code(file, chosen, kernels=kernels, overrides=overrides)
+            for row in ladder_rows(found):
+                print(f"| {' | '.join(row)} |", flush=True)
+            texts.append(found.to_json())
+        text = f"[{', '.join(texts)}]"
+    if options.json:
+        write_atomically(options.json, (text + "\n").encode())
     return 0
 
 
