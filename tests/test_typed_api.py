@@ -22,7 +22,7 @@ pytest.importorskip("ffcv.reader")
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "ffcv_convnext"
 FOLDERS = ["config", "data.beton", "data.check", "data.convert", "data.load", "models", "augment", "training"]
-FOLDERS += ["training.distributed", "training.engine", "training.preflight", "training.run"]
+FOLDERS += ["training.distributed", "training.engine", "training.kernel_choice", "training.preflight", "training.run"]
 FOLDERS += ["data.beton.tables", "cluster", "ladder", "report"]
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -21,6 +21,7 @@ from ffcv_convnext.config import Config, load_config
 from ffcv_convnext.formatting import markdown_table
 from ffcv_convnext.host import available_cores
 from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.kernel_choice import choose_kernels
 from ffcv_convnext.training.run import compiles
 
 REFERENCE = "timm convnext_tiny"
@@ -151,10 +152,10 @@ def peer_contestants(config: Config, device: torch.device) -> Contestants:
     add("torchvision convnext_tiny", "peer", False, library="torchvision", name="convnext_tiny")
     for ending, compile in endings.items():
         add(f"ours{ending}", "ours", compile, images="ready")
-        if device.type == "cuda" and config.model.model == "resnet" and config.run.channels_last:
+        if device.type == "cuda" and not (config.network_without_triton() or config.optimizer_without_triton()):
             add(f"ours{ending}, triton", "ours", compile, "triton", images="ready")
     best, kernels = f"ours{', compiled' if compiled else ''}", config.run.kernels
-    if kernels == "triton":
+    if choose_kernels(config, device).network:
         best += ", triton"
     add(f"{best}, augmented", "ours", compiled, kernels, images="augmented", profile=True)
     add(f"{best}, augmented, from a .beton", "ours", compiled, kernels, images="loaded")

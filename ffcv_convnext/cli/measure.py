@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,18 @@ def _bench_gpu(argv: Sequence[str]) -> int:
     flag("--stages", metavar="A,B", help="only these stages (default: all)")
     flag("--minutes", type=float, default=9.0, help="no stage starts later (default 9)")
     flag("--wheels", type=Path, metavar="DIR", help="wheels of packages that the machine lacks, e.g. ffcv's")
+    words = "on a GPU, write which kernels are faster into the table of --kernels auto"
+    flag("--write_choice", action="store_true", help=words)
     options = parser.parse_args(argv)
-    from ffcv_convnext.bench.gpu import STAGES, GpuOptions, bench_gpu, to_markdown
+    from ffcv_convnext.bench.gpu import (
+        STAGES,
+        GpuOptions,
+        bench_gpu,
+        choice_row,
+        describe_row,
+        merge_row,
+        to_markdown,
+    )
 
     found = bench_gpu(
         GpuOptions(
@@ -114,6 +125,11 @@ def _bench_gpu(argv: Sequence[str]) -> int:
     text = to_markdown(found)
     write_atomically(options.out / "gpu.md", (text + "\n").encode())
     print(text)
+    if options.device == "cuda":
+        device, row = choice_row(found, time.strftime("%Y-%m-%d"))
+        print(f"\n{describe_row(device, row)}")
+        if options.write_choice:
+            merge_row(device, row)
     failed = [name for name, stage in found["stages"].items() if stage["status"] in ("failed", "timeout")]
     if failed:
         return complain(f"{', '.join(failed)} failed; see the logs in {options.out}", EXIT_FAILURE)

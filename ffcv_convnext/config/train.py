@@ -424,10 +424,10 @@ class RunConfig:
         "paper's code with its version of torch; medium: TF32 or bfloat16. Matters with amp off",
         free=True,
     )
-    kernels: Literal["torch", "triton"] = setting(
-        "torch",
-        "depthwise convolutions, the norms after them and residual sums: PyTorch's, or this package's Triton kernels "
-        "(CUDA only)",
+    kernels: Literal["auto", "torch", "triton"] = setting(
+        "auto",
+        "augmentation, blocks of the network and optimiser: PyTorch's operations, or this package's Triton kernels "
+        "(CUDA only); auto: on a CUDA device, for each of the three what was measured to be faster on it",
         free=True,
     )
     affinity: Literal["auto", "none"] = setting(
@@ -531,9 +531,8 @@ class Config:
             f"batch_size = {size}: mixup_mode = pair needs an even number",
         )
         if self.run.kernels == "triton":
-            model = self.model.model
-            _require(model == "resnet", f"kernels = triton does not support model = {model}; use --kernels torch")
-            _require(self.run.channels_last, "kernels = triton needs --channels_last true")
+            for problem in (self.network_without_triton(), self.optimizer_without_triton()):
+                _require(problem is None, f"kernels = triton {problem}")
         end_ramp, epochs = self.data.end_ramp, self.schedule.epochs
         _require(
             end_ramp is None or end_ramp < epochs,
@@ -545,6 +544,17 @@ class Config:
                 int(side * low) < int(side * high),
                 f"cutmix_minmax = {low},{high}: expected min,max at least one pixel apart at input_size = {side}",
             )
+
+    def network_without_triton(self) -> str | None:
+        """Return why the Triton kernels of the blocks cannot be used with these settings, None if they can."""
+        if self.model.model != "resnet":
+            return f"does not support model = {self.model.model}; use --kernels torch"
+        return None if self.run.channels_last else "needs --channels_last true"
+
+    def optimizer_without_triton(self) -> str | None:
+        """Return why the Triton kernel of the optimiser cannot be used with these settings, None if it can."""
+        opt = self.optim.opt
+        return None if opt.lower() == "adamw" else f"does not support opt = {opt}; use --kernels auto"
 
     def train_sizes(self) -> list[int]:
         """Return the different sides of the training images of a run, in their order, pixels."""

@@ -19,9 +19,11 @@ from ffcv_convnext.config import Config
 from ffcv_convnext.files import write_atomically
 from ffcv_convnext.formatting import markdown_table
 from ffcv_convnext.models import load_pretrained, read_weights_file
+from ffcv_convnext.training.affinity import bind_threads
 from ffcv_convnext.training.checkpoint import Checkpoints
 from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.engine import evaluate_network
+from ffcv_convnext.training.kernel_choice import choose_kernels
 from ffcv_convnext.training.lost_ranks import ending
 from ffcv_convnext.training.metrics import Evaluation
 from ffcv_convnext.training.preflight import check_sizes, count_classes, tested_classes
@@ -65,6 +67,8 @@ def evaluate_only(config: Config) -> dict[int, dict[str, float]]:
     rows: list[list[Any]] = []
     with ending(processes, folder=None):
         processes.join()
+        if config.run.affinity == "auto":
+            bind_threads(processes)  # before the loaders start threads
         num_classes = count_classes(config.model, classes.num_trained)
         networks = list(_networks(config, path, content, num_classes, processes))
         for size in config.run.test_sizes or (config.data.test_size,):
@@ -99,7 +103,8 @@ def _networks(
         weights = None if content is None else content.get(part)
         if weights is None and (content is not None or part == "ema"):
             continue
-        network = build_network(config, num_classes, processes.device)
+        triton = choose_kernels(config, processes.device).network
+        network = build_network(config, num_classes, processes.device, triton=triton)
         if weights is None:
             names = {"model_key": config.run.model_key, "model_prefix": config.run.model_prefix}
             load_pretrained(network, path, **names, needs_head=True)

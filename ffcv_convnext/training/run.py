@@ -36,6 +36,7 @@ from ffcv_convnext.training.engine import (
     input_dtype,
     memory_format,
 )
+from ffcv_convnext.training.kernel_choice import KernelChoice, check_device, choose_kernels
 from ffcv_convnext.training.losses import build_criterion
 from ffcv_convnext.training.lost_ranks import ending
 from ffcv_convnext.training.metrics import LossTracker
@@ -93,8 +94,7 @@ def start_processes(config: Config) -> Processes:
     processes = Processes.from_environment(config.run.device)
     if config.run.amp == "fp16" and processes.device.type == "cpu":
         raise ValueError("amp = fp16 needs a CUDA device; use --amp bf16 or --amp off on a CPU")
-    if config.run.kernels == "triton" and processes.device.type == "cpu":
-        raise ValueError("kernels = triton needs a CUDA device; use --kernels torch on a CPU")
+    check_device(config, processes.device)
     return processes
 
 
@@ -130,17 +130,26 @@ def build_val_loader(config: Config, processes: Processes) -> EvalLoader:
     )
 
 
-def build_learner(config: Config, processes: Processes, *, num_classes: int, steps_per_epoch: int) -> Learner:
+def build_learner(
+    config: Config,
+    processes: Processes,
+    *,
+    num_classes: int,
+    steps_per_epoch: int,
+    kernels: KernelChoice | None = None,
+) -> Learner:
     """Return a newly initialised learner. With torchrun the processes have joined.
 
-    num_classes: of the network's head.   Raises ValueError for settings that contradict each other.
+    num_classes: of the network's head.   kernels: None: as `choose_kernels` says.
+    Raises ValueError for settings that contradict each other.
     """
     device, seed = processes.device, config.run.seed
+    kernels = kernels or choose_kernels(config, device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # batches have one size: cuDNN searches the fastest convolutions once
     schedules = build_schedules(config, steps_per_epoch)
     torch.manual_seed(step_seed(seed, 0, 0, Stream.INITIALISATION))
-    network = build_network(config, num_classes, device)
+    network = build_network(config, num_classes, device, triton=kernels.network)
     check_model_ema_bn(config, network)
     ema = ModelEmaV3(network, decay=config.run.model_ema_decay) if config.run.model_ema else None
     compile = compiles(config, device)
@@ -152,6 +161,7 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
     if processes.world > 1:  # around the compiled network: compiled inside, DDP's own forward, which differs in
         # micro-batches that do not reduce, stays out of the graph, and DDP splits the graph at its buckets
         model = data_parallel(model, device)
+    by_triton: dict[str, Any] = {"kernels": True} if kernels.augment else {}
     return Learner(
         config=config,
         processes=processes,
@@ -170,6 +180,7 @@ def build_learner(config: Config, processes: Processes, *, num_classes: int, ste
             interpolation=config.data.train_interpolation,
             compile=compile,  # a graph of its own, beside the network's
             dtype=input_dtype(config),
+            **by_triton,
         ),
         criterion=build_criterion(config.optim),
         tracker=LossTracker(processes),
@@ -210,13 +221,15 @@ def build_run(
     """Return all parts of a run at its start; nothing is restored yet. start: facts of this start, for run.json."""
     assert config.run.output_dir is not None
     num_classes = count_classes(config.model, train_loader.num_classes)
-    learner = build_learner(config, processes, num_classes=num_classes, steps_per_epoch=train_loader.steps_per_epoch)
+    kernels = choose_kernels(config, processes.device)
+    num_steps = train_loader.steps_per_epoch
+    learner = build_learner(config, processes, num_classes=num_classes, steps_per_epoch=num_steps, kernels=kernels)
     parameters = sum(p.numel() for p in learner.network.parameters())
     facts = {
         "n_parameters": parameters,
         "num_classes": num_classes,
         "global_batch": learner.config.data.batch_size * learner.config.data.update_freq * processes.world,
-        "steps_per_epoch": train_loader.steps_per_epoch,
+        "steps_per_epoch": num_steps,
         "data": {"train": train_loader.manifest.sha256, "val": val_loader.manifest.sha256},
         "images": {"train": train_loader.num_samples, "val": val_loader.num_samples},
     }
@@ -225,21 +238,22 @@ def build_run(
         train_loader=train_loader,
         val_loader=val_loader,
         checkpoints=Checkpoints(config.run.output_dir),
-        log=RunLog(config.run.output_dir, config, processes, facts, start),
+        log=RunLog(config.run.output_dir, config, processes, facts, {**start, "kernels": kernels.facts()}),
     )
     _announce(run, parameters)
+    log.info(f"kernels: {kernels.words}: {kernels.reason}")
     return run
 
 
-def build_network(config: Config, num_classes: int, device: torch.device) -> nn.Module:
+def build_network(config: Config, num_classes: int, device: torch.device, *, triton: bool) -> nn.Module:
     """Build the network on the device. From here on torch multiplies float32 matrices as the settings say.
 
-    Raises ValueError if it does not accept the sizes of the images.
+    triton: with Triton kernels in its blocks.   Raises ValueError if it does not accept the sizes of the images.
     """
     check_sizes(config)
     torch.set_float32_matmul_precision(config.run.matmul_precision)
     network = build_model(config.model, num_classes)
-    if config.run.kernels == "triton":
+    if triton:
         use_triton(network)
     return network.to(device, memory_format=memory_format(config))  # type: ignore[call-overload, no-any-return]
 

@@ -111,6 +111,7 @@ def test_autocasts_type_is_read_inside_one_graph(device: str, enabled: bool, exp
     [
         ({"model": "convnext_tiny"}, "kernels = triton does not support model = convnext_tiny; use --kernels torch"),
         ({"channels_last": False}, "kernels = triton needs --channels_last true"),
+        ({"opt": "lamb"}, "kernels = triton does not support opt = lamb; use --kernels auto"),
     ],
 )
 def test_settings_that_exclude_the_kernels_are_named(settings: dict[str, Any], message: str) -> None:

@@ -10,8 +10,10 @@ from ffcv_convnext.formatting import markdown_table
 TITLES = {
     "eager": "Step without a compiler",
     "augment": "Augmentation, compiled, beside a CPU's result",
+    "augment_triton": "Augmentation by Triton kernels, beside a CPU's result",
     "step": "Step, compiled",
     "step_triton": "Step, compiled, with the Triton kernels",
+    "update": "AdamW, averaged weights and cleared gradients",
     "kernels": "Depthwise 7x7 convolution and LayerNorm, forward and backward",
     "nccl": "Process group of one, through DDP",
     "peers": "timm in the same loop",
@@ -21,11 +23,14 @@ TITLES = {
 }
 
 
-def to_markdown(found: Mapping[str, Any]) -> str:
-    """Return one line about the device, the outcome of every stage, ratios, and a table for each stage with figures."""
+def to_markdown(found: Mapping[str, Any], title: str = "First contact", level: int = 2) -> str:
+    """Return one line about the device, the outcome of every stage, ratios, and a table for each stage with figures.
+
+    title, level: of the heading over all.
+    """
     stages: Mapping[str, Mapping[str, Any]] = found["stages"]
     facts = _merged(stages.get("facts", {}).get("figures", []))
-    lines = ["## First contact", ""]
+    lines = [f"{'#' * level} {title}", ""]
     if facts:
         lines += [", ".join(f"{name} {_cell(value)}" for name, value in facts.items()), ""]
     rows = [
@@ -34,10 +39,10 @@ def to_markdown(found: Mapping[str, Any]) -> str:
     lines += [markdown_table(("stage", "outcome", "s", "reason"), rows, "<<><")]
     if found["device"] == "cuda" and (ratios := _ratios(stages)):
         lines += ["", markdown_table(("ratio", "measured"), ratios, "<>")]
-    for name, title in TITLES.items():
+    for name, heading in TITLES.items():
         figures = stages.get(name, {}).get("figures", [])
         if figures:
-            lines += ["", f"### {title}", "", _table(figures)]
+            lines += ["", f"{'#' * (level + 1)} {heading}", "", _table(figures)]
     return "\n".join(lines)
 
 
@@ -52,6 +57,20 @@ def _ratios(stages: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
             "compiled step, images/s, Triton kernels / PyTorch's",
             merged.get("step_triton", {}).get("images_per_s"),
             merged.get("step", {}).get("images_per_s"),
+        ),
+        (
+            "augmentation, PyTorch's time / Triton's",
+            merged.get("augment", {}).get("ms"),
+            merged.get("augment_triton", {}).get("ms"),
+        ),
+        (
+            "AdamW and averaged weights, PyTorch's time / Triton's",
+            merged.get("update", {}).get("torch_ms"),
+            merged.get("update", {}).get("triton_ms"),
+        ),
+        *(
+            (f"first step{ending}, time / goal of 90 s", each.get("first_s"), each.get("first_goal_s"))
+            for ending, each in (("", merged.get("step", {})), (", Triton kernels", merged.get("step_triton", {})))
         ),
         ("augmentation / compiled step, time", merged.get("augment", {}).get("ms"), merged.get("step", {}).get("ms")),
     ]

@@ -14,16 +14,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffcv_convnext.augment import Normalisation, TrainAugment
 from ffcv_convnext.bench.gpu.runner import RESULT, RN_CONFIGS
@@ -34,12 +36,16 @@ from ffcv_convnext.config import Config, load_config
 from ffcv_convnext.host import available_cores, available_memory
 from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.engine import Learner, input_dtype, train_step
+from ffcv_convnext.training.kernel_choice import KernelChoice
 from ffcv_convnext.training.run import build_learner
 
 Figures = Iterator[dict[str, Any]]
 NUM_CLASSES = 1000
 TINY = {"resnet_layers": "1,1,1,1", "resnet_embed_dim": 16}
 SMALL = {**TINY, "batch_size": 4, "input_size": 64, "aa": "rand-m9-n1-mstd0.5"}  # on a CPU
+TORCH = KernelChoice(augment=False, network=False, optimizer=False)
+NUM_ROUNDS = 5
+FIRST_STEP_S = 90.0  # goal for the first step, which compiles
 SHAPES = ((56, 96), (28, 192), (14, 384), (7, 768))  # side and channels of ConvNeXt-T's blocks at 224 pixels
 
 
@@ -64,10 +70,10 @@ class Stage:
         overrides = {**flat, **({} if self.on_gpu else SMALL), **changes}
         return load_config(RN_CONFIGS / "convnext_tiny.yaml", overrides=overrides)
 
-    def learner(self, config: Config) -> Learner:
-        """Return a new learner in training mode."""
+    def learner(self, config: Config, kernels: KernelChoice = TORCH) -> Learner:
+        """Return a new learner in training mode, with PyTorch's operations unless `kernels` says otherwise."""
         processes = Processes(0, 1, 0, self.device)
-        learner = build_learner(config, processes, num_classes=NUM_CLASSES, steps_per_epoch=1000)
+        learner = build_learner(config, processes, num_classes=NUM_CLASSES, steps_per_epoch=1000, kernels=kernels)
         learner.model.train()
         return learner
 
@@ -85,6 +91,10 @@ class Stage:
             call()
         self.wait()
         return 1000 * (time.perf_counter() - started) / num
+
+    def rounds_ms(self, call: Callable[[], object], num: int) -> list[float]:
+        """Return the mean time of a call in each of several rounds, milliseconds: their range is the spread."""
+        return [self.ms(call, num, warm=3 if i == 0 else 0) for i in range(NUM_ROUNDS)]
 
     def seconds(self, call: Callable[[], object]) -> float:
         """Return the time of one call in seconds, e.g. of a first one, which compiles."""
@@ -140,12 +150,12 @@ def eager(stage: Stage) -> Figures:
     yield {"ms": ms, "images_per_s": 1000 * config.data.batch_size / ms, "peak_gb": stage.peak_gb()}
 
 
-def augment(stage: Stage) -> Figures:
+def augment(stage: Stage, triton: bool = False) -> Figures:
     """Compile the recipe's augmentation, compare it with a CPU's, and time it."""
     config = stage.config()
     images, labels = stage.batch(config)
 
-    def make(device: torch.device, compile: bool) -> TrainAugment:
+    def make(device: torch.device, compile: bool, **kernels: Any) -> TrainAugment:
         return TrainAugment(
             config.augment,
             num_classes=NUM_CLASSES,
@@ -154,9 +164,11 @@ def augment(stage: Stage) -> Figures:
             normalisation=Normalisation.of(config.data),
             interpolation=config.data.train_interpolation,
             compile=compile,
+            **kernels,
         )
 
-    fast, exact = make(stage.device, True), make(torch.device("cpu"), False)
+    fast = make(stage.device, False, kernels=True) if triton else make(stage.device, True)
+    exact = make(torch.device("cpu"), False)
     yield {"first_s": stage.seconds(lambda: fast(images, labels, step=0, micro_batch=0))}
     level = 1 / (255 * min(config.data.std))
     for step in range(3):
@@ -172,14 +184,22 @@ def augment(stage: Stage) -> Figures:
     steps = iter(range(1, 10**9))
     side, num = config.data.input_size, len(images)
     draw_ms = 1000 * stage.seconds(lambda: fast.draw(num, side, side, step=0, micro_batch=0))
-    ms = stage.ms(lambda: fast(images, labels, step=next(steps), micro_batch=0), 20)
-    yield {"ms": ms, "draw_ms": draw_ms, "peak_gb": stage.peak_gb()}
+    rounds = stage.rounds_ms(lambda: fast(images, labels, step=next(steps), micro_batch=0), 8 if stage.on_gpu else 1)
+    yield {"ms": median(rounds), "draw_ms": draw_ms, "peak_gb": stage.peak_gb(), "rounds_ms": rounds}
 
 
-def step(stage: Stage, kernels: str = "torch") -> Figures:
+def augment_triton(stage: Stage) -> Figures:
+    """Compare and time the augmentation's Triton kernels in the same way."""
+    if not stage.on_gpu:
+        yield {"skipped": "the Triton kernels need a GPU; the tests in tests/augment interpret them"}
+        return
+    yield from augment(stage, triton=True)
+
+
+def step(stage: Stage, kernels: KernelChoice = TORCH) -> Figures:
     """Compile the step and time it: from ready inputs, and with the augmentation."""
-    config = stage.config(compile="true", kernels=kernels)
-    learner, batch = stage.learner(config), stage.batch(config)
+    config = stage.config(compile="true")
+    learner, batch = stage.learner(config, kernels), stage.batch(config)
     augmented = learner.augment
     plain = TrainAugment(
         config.replace(aa="none").augment,
@@ -196,18 +216,21 @@ def step(stage: Stage, kernels: str = "torch") -> Figures:
         train_step(learner, iter([batch]))
         learner.state.step += 1
 
-    yield {"first_s": stage.seconds(take)}
+    first_s = stage.seconds(take)
+    yield {"first_s": first_s, "first_goal_s": FIRST_STEP_S, "first_within_goal": first_s <= FIRST_STEP_S}
     learner.tracker.flush()
     yield {"loss": learner.tracker.interval.value}
-    num = 20 if stage.on_gpu else 2
-    ms = stage.ms(take, num)
+    num = 5 if stage.on_gpu else 1
+    rounds = stage.rounds_ms(take, num)
+    ms = median(rounds)
     yield {"ms": ms, "images_per_s": 1000 * config.data.batch_size / ms, "peak_gb": stage.peak_gb()}
+    yield {"rounds_ms": rounds}
     stage.wait()
     started = time.perf_counter()
     take()
     yield {"host_ms": 1000 * (time.perf_counter() - started)}
     yield {"shares": profile_step(take, stage.device)}
-    if kernels == "torch":
+    if not kernels.network:
         learner.augment = augmented
         stage.seconds(take)  # compiles the augmentation
         yield {"augmented_ms": stage.ms(take, num)}
@@ -218,7 +241,25 @@ def step_triton(stage: Stage) -> Figures:
     if not stage.on_gpu:
         yield {"skipped": "the Triton kernels need a GPU; tests/models/test_kernels.py interprets them"}
         return
-    yield from step(stage, "triton")
+    yield from step(stage, replace(TORCH, network=True))
+
+
+def update(stage: Stage) -> Figures:
+    """Time what follows the backward pass (AdamW, averaged weights, cleared gradients), with either kernels."""
+    config = stage.config(aa="none", model_ema=True)
+    for optimizer in (False, True) if stage.on_gpu else (False,):
+        learner = stage.learner(config, replace(TORCH, optimizer=optimizer))
+        gradients = [(parameter, torch.ones_like(parameter)) for parameter in learner.network.parameters()]
+        rounds = stage.rounds_ms(partial(_update, learner, gradients), 20 if stage.on_gpu else 1)
+        name = "triton" if optimizer else "torch"
+        yield {f"{name}_ms": median(rounds), f"{name}_rounds_ms": rounds}
+
+
+def _update(learner: Learner, gradients: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Take an optimiser step with these gradients and without images."""
+    for parameter, gradient in gradients:
+        parameter.grad = gradient
+    train_step(learner, iter(()))
 
 
 def kernels(stage: Stage) -> Figures:
@@ -428,8 +469,8 @@ def _data(stage: Stage) -> Path:
 
 
 RUNS: dict[str, Callable[[Stage], Figures]] = {
-    each.__name__: each
-    for each in (facts, eager, augment, step, step_triton, kernels, nccl, peers, resume, loader, ladder)
+    **{each.__name__: each for each in (augment, augment_triton, step, step_triton)},
+    **{each.__name__: each for each in (facts, eager, update, kernels, nccl, peers, resume, loader, ladder)},
 }
 
 
