@@ -161,7 +161,6 @@ def build_learner(
     if processes.world > 1:  # around the compiled network: compiled inside, DDP's own forward, which differs in
         # micro-batches that do not reduce, stays out of the graph, and DDP splits the graph at its buckets
         model = data_parallel(model, device)
-    by_triton: dict[str, Any] = {"kernels": True} if kernels.augment else {}
     return Learner(
         config=config,
         processes=processes,
@@ -180,7 +179,7 @@ def build_learner(
             interpolation=config.data.train_interpolation,
             compile=compile,  # a graph of its own, beside the network's
             dtype=input_dtype(config),
-            **by_triton,
+            kernels=kernels.augment,
         ),
         criterion=build_criterion(config.optim),
         tracker=LossTracker(processes),

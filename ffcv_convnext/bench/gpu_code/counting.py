@@ -51,6 +51,7 @@ PRODUCTS: dict[str, Product] = {
     "_hidden": Product("x", "weight", "linear_out", "K"),
     "_output": Product("hidden", "weight", "out", "K"),
     "_hidden_gradient": Product("g", "weight", "out", "K"),
+    "_normal_gradient": Product("g", "weight", "out", "K"),
 }
 
 # Triton kernels that get their tensors as a table of addresses: bytes by kernel name, from the sum of the bytes of all
