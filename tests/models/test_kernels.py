@@ -183,11 +183,11 @@ def depthwise_kernels(side: int, c: int, k: int, stride: int, *, x: str = "*bf16
             yield Compiled(depthwise._convolve, config.num_warps, config.maxnreg, {**args, **config.kwargs})
     strips = {"x": x, "g": "*bf16", "partial": "*fp32", "num_strips": "i32", "strips_each": "i32"}
     for kernel, args, tile in [
-        (depthwise._weight_gradient, {**strips, **shape}, depthwise.weight_tile(c, out, k)),
+        (depthwise._weight_gradient, {**strips, **shape}, depthwise.weight_tile(c, out, k, stride)),
         (
             norm._convolve_and_normalise,
             {**conv, **shape, "rstd_out": "*fp32", "eps": "fp32"},
-            norm.tile(c),
+            norm.tile(c, k),
         ),
         (
             norm._normalised_gradient,
@@ -303,8 +303,7 @@ def test_every_shape_of_the_ladder_keeps_its_numbers_in_registers(architecture: 
 @pytest.mark.parametrize("k", [3, 5, 7, 9, 11])
 def test_every_kernel_size_keeps_its_numbers_in_registers(k: int, stride: int, tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    sides = [(56 * stride, 96), (28, 128), (14, 1024), (7, 768)]
-    for side, c in sides:
+    for side, c in [(56 * stride, 96), (14, 1024), (7, 64)]:
         check_usage(depthwise_kernels(side, c, k, stride, x="*fp32"), 90, tmp_path)
 
 

@@ -59,7 +59,7 @@ PRODUCTS: dict[str, Product] = {
 ADDRESSED: dict[str, Callable[[int], int]] = {}
 
 OWN = "ffcv_convnext"  # namespace of the package's operators
-MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_addmm_activation"}
+MATRIX_PRODUCTS = {"mm", "matmul", "addmm", "bmm", "baddbmm", "_addmm_activation"}
 NO_KERNEL = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh",
     "_unsafe_view", "is_pinned", "_pin_memory", "record_stream", "resize_", "set_", "_reshape_alias",

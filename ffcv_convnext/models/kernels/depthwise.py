@@ -283,14 +283,14 @@ def _(
     return empty((*g.shape[:2], height, width), g, dtype)
 
 
-def weight_tile(channels: int, height: int, kernel_size: int) -> dict[str, int]:
+def weight_tile(channels: int, height: int, kernel_size: int, stride: int) -> dict[str, int]:
     """Return the tile and the warps of the weight gradient's kernel, for results of `height` rows.
 
     A thread keeps at most 33 sums and 28 gradients. With groups of columns, the sums of two channels of a kernel of 5
     or 7 fit into the registers: 7 is computed as 8 columns, but less is loaded for each product.
     """
     values, groups = {3: (2, 1), 5: (2, 2), 7: (2, 4)}.get(kernel_size, (1, 4))  # values: channels of a thread
-    rows = 14 if height % 14 == 0 and kernel_size in (5, 7) else 7
+    rows = 14 if height % 14 == 0 and kernel_size == 7 and stride == 1 else 7
     block, warps = 64 if channels % 64 == 0 and values == 2 else 32, 8
     return {
         "ROWS": rows, "STRIPS": 32 * warps * values // (block * groups), "CHANNELS": block, "GROUPS": groups,
@@ -304,7 +304,7 @@ def partial_weight_gradient(x: Tensor, g: Tensor, stride: int, kernel_size: int)
     x: (N, C, H, W), g: (N, C, H', W'), both in channels_last memory.
     """
     (n, c, h, w), (out_h, out_w), k = x.shape, g.shape[2:], kernel_size
-    sizes = weight_tile(c, out_h, k)
+    sizes = weight_tile(c, out_h, k, stride)
     strips = triton.cdiv(n * triton.cdiv(out_h, sizes["ROWS"]) * out_w, sizes["STRIPS"])  # in units of a program's
     blocks = triton.cdiv(c, sizes["CHANNELS"])
     # Programs of 8 warps: one round on an H100; two, better balanced, if 16 times through the loop are left for each.

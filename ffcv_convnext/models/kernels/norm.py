@@ -143,10 +143,12 @@ def _room(x: Tensor, stride: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return empty(shape, x, dtype), x.new_empty((n, h, w), dtype=torch.float32)
 
 
-def tile(channels: int) -> dict[str, int]:
+def tile(channels: int, kernel_size: int) -> dict[str, int]:
     """Return the tile and the warps of the forward kernel: 7 x BLOCKS x 1, 2 or 4 sums a thread."""
     blocks, size = channel_blocks(channels)
     values = {1: 4, 2: 2, 3: 2, 5: 1}[blocks]  # of a block of channels and a row, a thread
+    if kernel_size == 3 and size <= 512:  # the compiler unrolls the loop over 3 columns: more registers for loads
+        values = max(1, values // 2)
     warps = max(8, size // (32 * values))
     return {"ROWS": 7, "STRIPS": 32 * values * warps // size, "BLOCKS": blocks, "CHANNELS": size, "num_warps": warps}
 
@@ -180,7 +182,7 @@ def launch_normalised(
     """Compute `normalised` for x in channels_last memory and taps, the weight as `by_tap` returns it."""
     out, rstd = _room(x, stride, dtype)
     (n, c, h, w), (out_h, out_w) = x.shape, out.shape[2:]
-    sizes = tile(c)
+    sizes = tile(c, weight.shape[-1])
     strips = n * triton.cdiv(out_h, sizes["ROWS"]) * out_w
     with on(x):
         _convolve_and_normalise[(triton.cdiv(strips, sizes["STRIPS"]),)](
