@@ -212,6 +212,17 @@ def test_the_recipe_gives_what_the_cpu_path_gives(size: tuple[int, int], dtype: 
     assert torch.allclose(targets, expected_targets, rtol=0, atol=1e-6)
 
 
+def test_images_of_another_memory_format_are_copied() -> None:
+    images, labels = torch.from_numpy(pictures(4, 20, 24)).permute(0, 3, 1, 2).to(DEVICE), torch.arange(4).to(DEVICE)
+    augment = TrainAugment(
+        AugmentConfig(), num_classes=NUM_CLASSES, seed=0, device=DEVICE, normalisation=Normalisation.of(DataConfig()),
+        kernels=True,
+    )  # fmt: skip
+    expected, _ = augment(images, labels, step=0, micro_batch=0)
+    found, _ = augment(images.contiguous(), labels.repeat_interleave(2)[::2], step=0, micro_batch=0)
+    assert torch.equal(found, expected)
+
+
 def test_three_augment_jitters_colours_too() -> None:
     inputs, _, expected, _ = both_ways({**OFF, "aa": "3a", "color_jitter": 0.3}, 12, (33, 20), 0)
     assert torch.allclose(inputs, expected, rtol=1e-6, atol=1e-5)
