@@ -101,6 +101,16 @@ def test_colours_and_blur_are_the_same_to_the_last_bit(kind: Kind, size: tuple[i
     assert not one_operation(kind, COLOURS[kind], size, bicubic=True).any()
 
 
+def test_gray_that_is_halfway_is_rounded_up() -> None:
+    levels = np.arange(256)
+    sums = 19595 * levels[:, None, None] + 38470 * levels[:, None] + 7471 * levels
+    halfway = np.argwhere(sums % 65536 == 32768)
+    assert len(halfway) > 100
+    images = np.resize(halfway, (1, 16, 16, 3)).astype(np.uint8)
+    draws = PolicyDraws(np.full((1, 1), int(Kind.COLOR)), np.zeros((1, 1)), np.ones((1, 1), dtype=bool))
+    assert not differences(images, draws, frozenset({Kind.COLOR})).any()
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("bicubic", [True, False], ids=["bicubic", "bilinear"])
 @pytest.mark.parametrize("kind", GEOMETRY)
