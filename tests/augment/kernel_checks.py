@@ -101,6 +101,16 @@ def test_colours_and_blur_are_the_same_to_the_last_bit(kind: Kind, size: tuple[i
     assert not one_operation(kind, COLOURS[kind], size, bicubic=True).any()
 
 
+def test_gray_that_is_halfway_is_rounded_up() -> None:
+    levels = np.arange(256)
+    sums = 19595 * levels[:, None, None] + 38470 * levels[:, None] + 7471 * levels
+    halfway = np.argwhere(sums % 65536 == 32768)
+    assert len(halfway) > 100
+    images = np.resize(halfway, (1, 16, 16, 3)).astype(np.uint8)
+    draws = PolicyDraws(np.full((1, 1), int(Kind.COLOR)), np.zeros((1, 1)), np.ones((1, 1), dtype=bool))
+    assert not differences(images, draws, frozenset({Kind.COLOR})).any()
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("bicubic", [True, False], ids=["bicubic", "bilinear"])
 @pytest.mark.parametrize("kind", GEOMETRY)
@@ -210,6 +220,17 @@ def test_the_recipe_gives_what_the_cpu_path_gives(size: tuple[int, int], dtype: 
     assert off.float().mean() < 1e-4
     assert (inputs.float() - expected.float()).abs().max() <= 2 * level
     assert torch.allclose(targets, expected_targets, rtol=0, atol=1e-6)
+
+
+def test_images_of_another_memory_format_are_copied() -> None:
+    images, labels = torch.from_numpy(pictures(4, 20, 24)).permute(0, 3, 1, 2).to(DEVICE), torch.arange(4).to(DEVICE)
+    augment = TrainAugment(
+        AugmentConfig(), num_classes=NUM_CLASSES, seed=0, device=DEVICE, normalisation=Normalisation.of(DataConfig()),
+        kernels=True,
+    )  # fmt: skip
+    expected, _ = augment(images, labels, step=0, micro_batch=0)
+    found, _ = augment(images.contiguous(), labels.repeat_interleave(2)[::2], step=0, micro_batch=0)
+    assert torch.equal(found, expected)
 
 
 def test_three_augment_jitters_colours_too() -> None:

@@ -146,11 +146,38 @@ def test_machine_code_keeps_its_numbers_in_registers_and_computes_pixels_without
         called = launch.kernel.fn.__name__
         assert code.stack == 0, f"{called}: {code.stack} bytes"
         assert code.registers <= 128, f"{called}: {code.registers}"
+        if called == "_apply":  # a product is rounded before it is added, as on a CPU
+            assert not [each for each in code.instructions if each.startswith("FFMA")]
         if called == "_tables":  # 256 values an image and channel, not pixels
             assert code.float64, "the test finds float64 where it is used"
         else:
             assert not code.float64, f"{called}: {code.float64}"
     assert {kernel.fn.__name__ for kernel, _ in seen} >= {"_finish", "_targets"}
+
+
+@pytest.mark.slow
+def test_the_recipe_takes_an_h100_less_than_a_millisecond_in_its_worst_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An estimate from the code: every image takes every branch of the kernels, one instruction a clock and scheduler.
+
+    An H100 has 132 multiprocessors of four schedulers, 1.755 GHz, and is taken to move 2.8 TB/s.
+    """
+    pytest.importorskip("triton")
+    from ffcv_convnext.augment.kernels.launch import OPTIONS
+
+    clocks = 0.0
+    found = launches(monkeypatch, RECIPE, 128, 224)
+    for launch in found:
+        code = machine_code(launch, 90, OPTIONS, tmp_path)
+        constants = launch.arguments
+        called = launch.kernel.fn.__name__
+        loops = {"_statistics": constants.get("PART", 0) // constants.get("BLOCK", 1)}
+        loops["_tables"] = 3 * constants.get("PARTS", 0)
+        warps = launch.programs * OPTIONS["num_warps"]
+        clocks += warps * len(code.instructions) * loops.get(called, 1) / (132 * 4)
+    assert 0.2e-3 < clocks / 1.755e9 < 0.8e-3, f"{clocks / 1.755e6:.3f} ms of instructions"
+    assert sum(launch.num_bytes for launch in found) / 2.8e12 < 0.1e-3
 
 
 # --- positions ---------------------------------------------------------------------------------------------------
@@ -220,6 +247,17 @@ def test_the_kernels_are_refused_on_a_cpu_and_without_triton(monkeypatch: pytest
     monkeypatch.setattr(kernels, "find_spec", {}.get)
     with pytest.raises(ValueError, match="the package triton is not installed; install it, or use --kernels torch"):
         build()
+
+
+def test_other_numbers_of_labels_and_draws_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from ffcv_convnext.augment.kernels import batch
+
+    monkeypatch.setattr(batch, "can_run_on", lambda _: True)
+    augment = build()
+    images = torch.zeros((4, 8, 8, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    with pytest.raises(ValueError, match=r"labels and draws of \[3, 4\] images for 4 images"):
+        augment(images, torch.zeros(3, dtype=torch.int64), step=0, micro_batch=0)
 
 
 def test_images_too_large_to_count_are_refused() -> None:

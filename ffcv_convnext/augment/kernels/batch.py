@@ -35,13 +35,22 @@ def augment_batch(
     arguments: of N images of this size.   kinds: those that the policy can draw.   dtype: of the inputs.
     Shapes and launches depend on the settings and the size of the batch only, so a CUDA graph can hold them; the
     draws are read from `arguments`. Returns inputs (N, 3, H, W), channels_last, and targets (N, num_classes) float32.
+    Raises ValueError for other numbers of labels or draws.
     """
     num, _, height, width = images.shape
+    policy, *rest = arguments
+    rows = {
+        len(labels),
+        *(len(group[0]) for group in rest if group),
+        *([] if policy is None else policy.kinds.shape[1:]),
+    }
+    if rows != {num}:
+        raise ValueError(f"labels and draws of {sorted(rows)} images for {num} images")
     pixels = images.permute(0, 2, 3, 1).contiguous()
     inputs = pixels.new_empty((num, height, width, 3), dtype=dtype)
     targets = pixels.new_empty((num, num_classes), dtype=torch.float32)
-    if arguments.policy is not None:
-        pixels = apply_policy_kernels(pixels, arguments.policy, kinds, normalisation.fill)
+    if policy is not None:
+        pixels = apply_policy_kernels(pixels, policy, kinds, normalisation.fill)
     finish(pixels, inputs, arguments, normalisation)
-    write_targets(labels, targets, arguments.mix, smoothing)
+    write_targets(labels.contiguous(), targets, arguments.mix, smoothing)
     return inputs.permute(0, 3, 1, 2), targets
