@@ -43,6 +43,7 @@ def pretend(arch: str) -> None:
     import torch._inductor.fx_passes.joint_graph as joint_graph
     import torch._inductor.fx_passes.post_grad as post_grad
     import torch._inductor.runtime.triton_helpers as helpers
+    from torch._subclasses import fake_tensor
     from torch._subclasses.fake_tensor import FakeTensorMode
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -80,9 +81,10 @@ def pretend(arch: str) -> None:
     interface.caching_worker_current_devices["cuda"] = 0
     torch._C._cuda_getCurrentRawStream = returning(0)
     torch.accelerator.is_available = returning(False)
-    mode: Any = FakeTensorMode
-    if hasattr(mode, "init_gpu_context"):
-        mode.init_gpu_context = returning(None)
+    modes: list[Any] = [FakeTensorMode, fake_tensor]
+    for place in modes:  # a method, in torch 2.11 a function
+        if hasattr(place, "init_gpu_context"):
+            place.init_gpu_context = returning(None)
     for module in (joint_graph, post_grad):
         patched: Any = module
         patched.lazy_init = returning(None)

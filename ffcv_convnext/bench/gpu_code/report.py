@@ -37,18 +37,18 @@ class GpuCode:
     paths: dict[str, Figures]
 
     def totals(self) -> dict[str, dict[str, Totals]]:
-        """Return each path's phases with their sums, and "step": all phases. A phase with an error is left out."""
+        """Return each path's phases with their sums, and "sum": all of them. A phase with an error is left out."""
         found: dict[str, dict[str, Totals]] = {}
         for path, phases in self.paths.items():
             good = {name: phase["launches"] for name, phase in phases.items() if not phase["error"]}
             found[path] = {name: totals(launches) for name, launches in good.items()}
             if len(good) == len(phases):
-                found[path]["step"] = totals(launch for launches in good.values() for launch in launches)
+                found[path]["sum"] = totals(launch for launches in good.values() for launch in launches)
         return found
 
     def images_per_s(self, path: str) -> dict[str, float] | None:
         """Return the estimated rate on each device; None if a phase has an error."""
-        step = self.totals()[path].get("step")
+        step = self.totals()[path].get("sum")
         return None if step is None else {name: 1e3 * self.batch_size / ms for name, ms in step.ms.items()}
 
     def to_json(self) -> str:
@@ -78,14 +78,14 @@ class GpuCode:
         if (ratio := self.ratio()) is not None:
             lines += [
                 "",
-                f"triton / torch, the whole step: {ratio[0]:.2f} of the bytes, {ratio[1]:.2f} of the launches",
+                f"triton / torch, all phases: {ratio[0]:.2f} of the bytes, {ratio[1]:.2f} of the launches",
             ]
         return "\n".join(lines)
 
     def ratio(self) -> tuple[float, float] | None:
         """Return triton's bytes (without matrix products) and launches over torch's; None without both."""
         sums = self.totals()
-        both = [sums.get(path, {}).get("step") for path in ("triton", "torch")]
+        both = [sums.get(path, {}).get("sum") for path in ("triton", "torch")]
         if both[0] is None or both[1] is None:
             return None
         return both[0].bytes / both[1].bytes, both[0].launches / both[1].launches
@@ -98,7 +98,7 @@ class GpuCode:
         rows = []
         for path, sums in self.totals().items():
             for name, total in sums.items():
-                kernels = self.paths[path][name]["kernels"] if name != "step" else all_kernels(self.paths[path])
+                kernels = self.paths[path][name]["kernels"] if name != "sum" else all_kernels(self.paths[path])
                 rows.append(
                     (
                         path,
@@ -116,7 +116,7 @@ class GpuCode:
         return markdown_table(header, rows, "<<" + ">" * 12)
 
     def _estimates(self) -> str:
-        header = ("ESTIMATE", "TB/s", "TFLOP/s", "kernels", *self.phase_names(), "step ms", "images/s")
+        header = ("ESTIMATE", "TB/s", "TFLOP/s", "kernels", *self.phase_names(), "sum ms", "images/s")
         rows = []
         for device in DEVICES:
             for path, sums in self.totals().items():
@@ -128,7 +128,7 @@ class GpuCode:
                         f"{device.flops_per_s * PRODUCT_EFFICIENCY / 1e12:.0f}",
                         path,
                         *(f"{sums[n].ms[device.name]:.3f}" if n in sums else "-" for n in self.phase_names()),
-                        f"{sums['step'].ms[device.name]:.2f}" if "step" in sums else "-",
+                        f"{sums['sum'].ms[device.name]:.2f}" if "sum" in sums else "-",
                         f"{rate[device.name]:.0f}" if rate else "-",
                     )
                 )
@@ -183,7 +183,7 @@ def ladder_rows(found: GpuCode) -> list[tuple[str, ...]]:
     """Return a row for each choice of kernels, for the columns of LADDER_HEADER."""
     rows = []
     for path, sums in found.totals().items():
-        step, rate = sums.get("step"), found.images_per_s(path)
+        step, rate = sums.get("sum"), found.images_per_s(path)
         if step is None or rate is None:
             error = next(phase["error"] for phase in found.paths[path].values() if phase["error"])
             rows.append((found.config, path, error, *("-" for _ in LADDER_HEADER[3:])))

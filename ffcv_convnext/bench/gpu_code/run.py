@@ -87,19 +87,11 @@ def generate(config: Config, options: GpuCodeOptions) -> Figures:
             "debug": options.debug,
         }
         (folder / "request.json").write_text(json.dumps(request, default=str))
-        environment = {
-            **os.environ,
-            "LD_PRELOAD": str(library),
-            "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")])),
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "TRITON_CACHE_DIR": str(folder / "triton"),
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-        }
-        environment.pop("TRITON_INTERPRET", None)
         command = [sys.executable, "-m", f"{__package__}.capture", str(folder / "request.json")]
         process = subprocess.run(
             [*command, str(folder / "result.json")],
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,
+            env=environment_of(folder, library),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
         if process.returncode or not (folder / "result.json").exists():
             lines = [line for line in process.stderr.splitlines() if line.strip()] or ["no message"]
@@ -107,6 +99,20 @@ def generate(config: Config, options: GpuCodeOptions) -> Figures:
             raise Failure(f"bench gpu-code: code generation ended with status {process.returncode}: {text}")
         found: Figures = json.loads((folder / "result.json").read_text())
     return found
+
+
+def environment_of(folder: Path, library: Path) -> dict[str, str]:
+    """Return the environment of the process: `library` comes before the real runtime; caches lie in `folder`."""
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": str(library),
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    return environment
 
 
 def build_runtime(folder: Path, arch: str) -> Path:
