@@ -43,7 +43,7 @@ DOORS = {
     *("data.codec", "data.convert", "data.load", "data.check"),
     *("bench.gpu", "bench.gpu_code", "bench.synthetic_data", "bench.timing"),
     *("models.kernels", "training.distributed", "training.engine", "training.kernel_choice", "training.preflight"),
-    "training.run",
+    *("training.losses", "training.optim", "training.run"),
 }
 
 # Third parties, and the only places that may import them.

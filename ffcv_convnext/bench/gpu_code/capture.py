@@ -233,9 +233,7 @@ def capture_augment(config: Any, num_classes: int) -> Phase:
     from ffcv_convnext.training.engine import input_dtype
 
     phase = Phase()
-    extra: dict[str, Any] = {}
-    if "kernels" in TrainAugment.__init__.__annotations__:
-        extra["kernels"] = config.run.kernels == "triton"
+    kernels = config.run.kernels == "triton"
     augment = TrainAugment(
         config.augment,
         num_classes=num_classes,
@@ -245,14 +243,14 @@ def capture_augment(config: Any, num_classes: int) -> Phase:
         interpolation=config.data.train_interpolation,
         compile=True,
         dtype=input_dtype(config),
-        **extra,
+        kernels=kernels,
     )
     n, size = config.data.batch_size, config.data.input_size
     images = torch.empty(n, size, size, 3, dtype=torch.uint8, device=DEVICE).permute(0, 3, 1, 2)
     labels = torch.empty(n, dtype=torch.int64, device=DEVICE)
     with collecting_graphs() as graphs, _host_tensors():
         try:
-            with recording(phase) if extra.get("kernels") else nullcontext():
+            with recording(phase) if kernels else nullcontext():
                 augment(images, labels, step=0, micro_batch=0)
         except Stop:
             pass

@@ -182,11 +182,12 @@ def launch_normalised(
     """Compute `normalised` for x in channels_last memory and taps, the weight as `by_tap` returns it."""
     out, rstd = _room(x, stride, dtype)
     (n, c, h, w), (out_h, out_w) = x.shape, out.shape[2:]
-    sizes = tile(c, weight.shape[-1])
+    k = math.isqrt(len(taps))
+    sizes = tile(c, k)
     strips = n * triton.cdiv(out_h, sizes["ROWS"]) * out_w
     with on(x):
         _convolve_and_normalise[(triton.cdiv(strips, sizes["STRIPS"]),)](
-            x, taps, bias, out, rstd, n, eps, h, w, out_h, out_w, c, math.isqrt(len(taps)), stride,
+            x, taps, bias, out, rstd, n, eps, h, w, out_h, out_w, c, k, stride,
             **sizes, maxnreg=MAX_REGISTERS, **OPTIONS,
         )  # fmt: skip
     return out, rstd
