@@ -94,8 +94,8 @@ def fixed_positions(matrices: NDArray[np.float64]) -> NDArray[np.int64]:
 
     matrices: (..., 6) float64, see pil_ops.places, whose pixel centres are at halves; here c and f include that half.
     A sum of these integers is exact, so each number's own rounding is the only one: a position is off by at most
-    (x + y + 1) 2^-47 pixels, below 4e-12 at 256 x 256, which is less than float32 can tell in a weight. Numbers with at
-    most 46 bits after the point (a move by whole or half pixels, a quarter turn) are exact. A pixel whose position is that
+    (x + y + 1) 2^-47 pixels, below 4e-12 at 256 x 256, which float32 cannot tell in a weight. Numbers with at most
+    46 bits after the point (a move by whole or half pixels, a quarter turn) are exact. A pixel whose position is that
     near to the image's border can take the colour outside in one kind of arithmetic and the border's in the other;
     of positions drawn from a continuous distribution fewer than one in 10^11 is.
     """
