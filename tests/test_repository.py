@@ -42,7 +42,15 @@ DOORS = {
     *("data.beton", "data.beton.tables", "data.beton.ffcv_import"),
     *("data.codec", "data.convert", "data.load", "data.check"),
     *("bench.gpu", "bench.gpu_code", "bench.synthetic_data", "bench.timing"),
-    *("models.kernels", "training.distributed", "training.engine", "training.preflight", "training.run"),
+    *(
+        "models.kernels",
+        "training.distributed",
+        "training.engine",
+        "training.losses",
+        "training.optim",
+        "training.preflight",
+        "training.run",
+    ),
 }
 
 # Third parties, and the only places that may import them.
