@@ -23,6 +23,7 @@ from ffcv_convnext.models import batch_norms, fixed_statistics
 from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.signals import stop_signals
 from ffcv_convnext.training.checkpoint import BEST, BEST_EMA, Checkpoints
+from ffcv_convnext.training.cuda_graphs import GraphedPasses
 from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.fused_adamw import FusedAdamW
 from ffcv_convnext.training.metrics import Evaluation, LossMean, LossTracker, Throughput, evaluate
@@ -64,6 +65,7 @@ class Learner:
     criterion: nn.Module
     tracker: LossTracker
     state: State
+    graphs: GraphedPasses | None = None  # forward and backward by replay, or None: as they are called
 
     def sync_gradients(self, *, last: bool) -> AbstractContextManager[Any]:
         """Return a context for forward and backward in which DDP reduces gradients if `last` is true."""
@@ -243,7 +245,19 @@ def _backward(learner: Learner, images: Tensor, labels: Tensor, step: int, micro
     """Augment a micro-batch and add its gradients; return its loss. last: of the step: DDP reduces the gradients."""
     config = learner.config
     inputs, targets = learner.augment(images, labels, step=step, micro_batch=micro_batch)
-    torch.manual_seed(step_seed(config.run.seed, step, micro_batch, Stream.NETWORK))
+    seed = step_seed(config.run.seed, step, micro_batch, Stream.NETWORK)
+    if learner.graphs is not None:
+        return learner.graphs(inputs, targets, seed=seed)
+    torch.manual_seed(seed)
+    return backward(learner, inputs, targets, last=last)
+
+
+def backward(learner: Learner, inputs: Tensor, targets: Tensor, *, last: bool = True) -> Tensor:
+    """Add the gradients of an augmented micro-batch to those of the parameters; return its detached loss.
+
+    inputs: (N, 3, H, W).   targets: (N, K) float32.   last: of the optimiser step: DDP reduces the gradients.
+    """
+    config = learner.config
     with learner.sync_gradients(last=last):
         with autocast(config, learner.processes.device):
             logits = learner.model(inputs.contiguous(memory_format=memory_format(config)))
