@@ -53,7 +53,7 @@ HOMES = {
     "cv2": ("data",),
     "submitit": ("cluster",),
     "matplotlib": ("report",),
-    "triton": ("models.kernels", "augment.kernels", "bench.gpu_code"),
+    "triton": ("models.kernels", "augment.kernels", "training.kernels", "bench.gpu_code"),
 }
 NOT_MINIMAL = [*HOMES, "wandb", "sklearn"]
 MAX_IGNORES = 25  # `type: ignore` in data/
@@ -196,7 +196,7 @@ def test_every_module_imports_with_the_minimal_dependencies() -> None:
         if more <= needy:
             break
         needy |= more
-    allowed = ("data.", "models.kernels.", "augment.kernels.", "bench.stock_ffcv")
+    allowed = ("data.", "models.kernels.", "augment.kernels.", "training.kernels.", "bench.stock_ffcv")
     assert all(name.startswith(allowed) for name in needy), (
         f"{sorted(needy)}: files in data/ and of kernels alone may need FFCV, numba, OpenCV, Triton to load"
     )

@@ -418,6 +418,12 @@ class RunConfig:
         "torch.compile the network for training (evaluation runs eagerly); auto: on a CUDA device",
         free=True,
     )
+    cuda_graphs: Literal["auto", "true", "false"] = setting(
+        "auto",
+        "record forward and backward once for each image size as a CUDA graph (one CUDA device, update_freq 1, bf16 or "
+        "float32); auto: off, as no GPU has measured it yet",
+        free=True,
+    )
     matmul_precision: Literal["highest", "high", "medium"] = setting(
         "high",
         "products of float32 matrices, as in torch.set_float32_matmul_precision: highest: float32; high: TF32, as the "

@@ -23,7 +23,9 @@ from ffcv_convnext.models import batch_norms, fixed_statistics
 from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.signals import stop_signals
 from ffcv_convnext.training.checkpoint import BEST, BEST_EMA, Checkpoints
+from ffcv_convnext.training.cuda_graphs import GraphedPasses
 from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.fused_adamw import FusedAdamW
 from ffcv_convnext.training.metrics import Evaluation, LossMean, LossTracker, Throughput, evaluate
 from ffcv_convnext.training.optim import restore_optimizer, set_hyperparameters
 from ffcv_convnext.training.preflight import TestedClasses
@@ -63,6 +65,7 @@ class Learner:
     criterion: nn.Module
     tracker: LossTracker
     state: State
+    graphs: GraphedPasses | None = None  # forward and backward by replay, or None: as they are called
 
     def sync_gradients(self, *, last: bool) -> AbstractContextManager[Any]:
         """Return a context for forward and backward in which DDP reduces gradients if `last` is true."""
@@ -234,7 +237,7 @@ def train_step(learner: Learner, micro_batches: Iterator[tuple[Tensor, Tensor]])
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
-    if learner.ema is not None:
+    if learner.ema is not None and not isinstance(learner.optimizer, FusedAdamW):  # its step has updated them
         learner.ema.update(learner.network)  # from the initial weights on: with step=, timm copies the first two
 
 
@@ -242,7 +245,19 @@ def _backward(learner: Learner, images: Tensor, labels: Tensor, step: int, micro
     """Augment a micro-batch and add its gradients; return its loss. last: of the step: DDP reduces the gradients."""
     config = learner.config
     inputs, targets = learner.augment(images, labels, step=step, micro_batch=micro_batch)
-    torch.manual_seed(step_seed(config.run.seed, step, micro_batch, Stream.NETWORK))
+    seed = step_seed(config.run.seed, step, micro_batch, Stream.NETWORK)
+    if learner.graphs is not None:
+        return learner.graphs(inputs, targets, seed=seed)
+    torch.manual_seed(seed)
+    return backward(learner, inputs, targets, last=last)
+
+
+def backward(learner: Learner, inputs: Tensor, targets: Tensor, *, last: bool = True) -> Tensor:
+    """Add the gradients of an augmented micro-batch to those of the parameters; return its detached loss.
+
+    inputs: (N, 3, H, W).   targets: (N, K) float32.   last: of the optimiser step: DDP reduces the gradients.
+    """
+    config = learner.config
     with learner.sync_gradients(last=last):
         with autocast(config, learner.processes.device):
             logits = learner.model(inputs.contiguous(memory_format=memory_format(config)))

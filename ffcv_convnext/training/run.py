@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,13 @@ from ffcv_convnext.run_folder import FolderLock, check_same_config, read_facts, 
 from ffcv_convnext.training.affinity import bind_threads
 from ffcv_convnext.training.checkpoint import STATE, Checkpoints, read_checkpoint
 from ffcv_convnext.training.compile_cache import keep_compiled, places
+from ffcv_convnext.training.cuda_graphs import GraphedPasses, uses_cuda_graphs
 from ffcv_convnext.training.distributed import Processes, data_parallel
 from ffcv_convnext.training.engine import (
     Learner,
     Run,
     State,
+    backward,
     compile_sizes,
     fit,
     input_dtype,
@@ -62,6 +65,7 @@ def train(config: Config) -> dict[str, Any]:
         raise ValueError("output_dir is not set; give a run folder: --output_dir runs/NAME")
     processes = start_processes(config)
     config = config.for_world(processes.world)
+    uses_cuda_graphs(config, processes)  # refuses what is impossible
     lock = FolderLock(folder) if processes.is_main else None
     with ExitStack() as resources, ending(processes, folder):  # resources are closed after the end is logged
         if lock is not None:
@@ -161,7 +165,7 @@ def build_learner(
     if processes.world > 1:  # around the compiled network: compiled inside, DDP's own forward, which differs in
         # micro-batches that do not reduce, stays out of the graph, and DDP splits the graph at its buckets
         model = data_parallel(model, device)
-    return Learner(
+    learner = Learner(
         config=config,
         processes=processes,
         network=network,
@@ -185,6 +189,9 @@ def build_learner(
         tracker=LossTracker(processes),
         state=State(),
     )
+    if uses_cuda_graphs(config, processes):
+        learner.graphs = GraphedPasses(network, partial(backward, learner))
+    return learner
 
 
 def compiles(config: Config, device: torch.device) -> bool:

@@ -119,6 +119,7 @@ OTHER_WORDS: dict[str, str] = {
     "amp": "fp16",
     "channels_last": "false",
     "compile": "true",
+    "cuda_graphs": "true",
     "matmul_precision": "medium",
     "kernels": "triton",
     "affinity": "none",
