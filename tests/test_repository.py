@@ -53,7 +53,7 @@ HOMES = {
     "cv2": ("data",),
     "submitit": ("cluster",),
     "matplotlib": ("report",),
-    "triton": ("models.kernels",),
+    "triton": ("models.kernels", "training.kernels"),
 }
 NOT_MINIMAL = [*HOMES, "wandb", "sklearn"]
 MAX_IGNORES = 25  # `type: ignore` in data/
@@ -180,7 +180,7 @@ def test_ffcv_is_imported_behind_its_guard_only() -> None:
 
 
 def test_every_module_imports_with_the_minimal_dependencies() -> None:
-    """Only files inside data/ (FFCV, numba, OpenCV) and models/kernels/ (Triton) need an optional package to load."""
+    """Only files in data/ (FFCV, numba, OpenCV) and in kernels/ (Triton) need an optional package to load."""
     everything = module_imports()
     needy: set[str] = set()
     while True:
@@ -196,9 +196,9 @@ def test_every_module_imports_with_the_minimal_dependencies() -> None:
         if more <= needy:
             break
         needy |= more
-    allowed = ("data.", "models.kernels.", "bench.stock_ffcv")
+    allowed = ("data.", "models.kernels.", "training.kernels.", "bench.stock_ffcv")
     assert all(name.startswith(allowed) for name in needy), (
-        f"{sorted(needy)}: files in data/ and models/kernels/ alone may need FFCV, numba, OpenCV, Triton to load"
+        f"{sorted(needy)}: files in data/ and in kernels/ alone may need FFCV, numba, OpenCV, Triton to load"
     )
     names = [f"{PACKAGE}.{name}".rstrip(".") for name in everything if name not in needy]
     program = (

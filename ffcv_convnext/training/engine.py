@@ -24,6 +24,7 @@ from ffcv_convnext.rng import Stream, step_seed
 from ffcv_convnext.signals import stop_signals
 from ffcv_convnext.training.checkpoint import BEST, BEST_EMA, Checkpoints
 from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.fused_adamw import FusedAdamW
 from ffcv_convnext.training.metrics import Evaluation, LossMean, LossTracker, Throughput, evaluate
 from ffcv_convnext.training.optim import restore_optimizer, set_hyperparameters
 from ffcv_convnext.training.preflight import TestedClasses
@@ -234,7 +235,7 @@ def train_step(learner: Learner, micro_batches: Iterator[tuple[Tensor, Tensor]])
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
-    if learner.ema is not None:
+    if learner.ema is not None and not isinstance(learner.optimizer, FusedAdamW):  # its step has updated them
         learner.ema.update(learner.network)  # from the initial weights on: with step=, timm copies the first two
 
 

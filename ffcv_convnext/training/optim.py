@@ -6,23 +6,34 @@ from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ffcv_convnext.config import OptimConfig, nearest
+from ffcv_convnext.training.fused_adamw import fuse_adamw
 
 FUSED = (torch.optim.Adam, torch.optim.SGD)  # and AdamW, an Adam; a step is one kernel for many parameters
 KEPT = {"betas", "eps", "momentum", "weight_decay", "decays", "fused"}  # taken from the settings, not from a checkpoint
 
 
-def build_optimizer(network: nn.Module, config: OptimConfig, *, peak_lr: float = 4e-3) -> torch.optim.Optimizer:
+def build_optimizer(
+    network: nn.Module,
+    config: OptimConfig,
+    *,
+    peak_lr: float = 4e-3,
+    triton: bool = False,
+    ema: ModelEmaV3 | None = None,
+) -> torch.optim.Optimizer:
     """Return an optimiser over two groups: parameters of one dimension and biases have no weight decay.
 
     With layer_decay there are two for each group of layers of the network's `group_matcher`, timm's interface: the last
     group, with the head, has the schedule's learning rate, and each one before it layer_decay times the next one's.
     Adam, AdamW and SGD are torch's fused versions: with fp16 they apply the loss scale on the device.
     peak_lr: of the schedule; some of timm's optimisers scale their weight decay by it.
+    triton: AdamW as a `FusedAdamW`, whose steps also update `ema`, the averages of `network`.
     Learning rate and weight decay are set before each step. Raises ValueError for a name that timm does not have, for
-    options that the optimiser does not have, and for layer_decay with a network without groups of layers.
+    options that the optimiser does not have, for layer_decay with a network without groups of layers, and for triton
+    with another optimiser than AdamW.
     """
     if config.opt.lower() not in list_optimizers():
         raise ValueError(f"opt = {config.opt}: timm has no such optimiser{nearest(config.opt, list_optimizers())}")
@@ -57,7 +68,9 @@ def build_optimizer(network: nn.Module, config: OptimConfig, *, peak_lr: float =
     )
     for group in optimizer.param_groups:
         group["decays"] = group["weight_decay"] > 0
-    return optimizer
+    if not triton:
+        return optimizer
+    return fuse_adamw(optimizer, *(() if ema is None else (network, ema)))
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:

@@ -1,0 +1,1 @@
+"""The training loop's Triton kernels. Importing a file of this folder needs the package triton."""
