@@ -171,7 +171,7 @@ def build_learner(
         network=network,
         model=model,
         ema=ema,
-        optimizer=build_optimizer(network, config.optim, peak_lr=config.schedule.lr),
+        optimizer=build_optimizer(network, config.optim, peak_lr=config.schedule.lr, triton=kernels.optimizer, ema=ema),
         scaler=torch.amp.GradScaler(device.type, enabled=config.run.amp == "fp16"),
         schedules=schedules,
         augment=TrainAugment(

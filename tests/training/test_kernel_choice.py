@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.runs import train_here
+from support.runs import config_from, train_here
 
 from ffcv_convnext.config import Config
 from ffcv_convnext.training import kernel_choice
+from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.fused_adamw import FusedAdamW
 from ffcv_convnext.training.kernel_choice import KernelChoice, choose_kernels, read_table
+from ffcv_convnext.training.run import build_learner
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -99,6 +102,13 @@ def test_the_table_of_the_repository_can_be_read() -> None:
     for name, row in read_table().items():
         assert name
         assert set(row) == {"date", "versions", *(part for part in kernel_choice.PARTS if part in row)}
+
+
+@pytest.mark.parametrize("optimizer", [False, True])
+def test_the_learner_has_the_optimiser_that_was_chosen(small_settings: dict[str, Any], optimizer: bool) -> None:
+    choice, alone = KernelChoice(False, False, optimizer), Processes(0, 1, 0, CPU)
+    learner = build_learner(config_from(small_settings), alone, num_classes=4, steps_per_epoch=10, kernels=choice)
+    assert isinstance(learner.optimizer, FusedAdamW) is optimizer
 
 
 def test_a_run_records_its_kernels(small_settings: dict[str, Any], tmp_path: Path) -> None:
