@@ -55,8 +55,11 @@ PRODUCTS: dict[str, Product] = {
 }
 
 # Triton kernels that get their tensors as a table of addresses: bytes by kernel name, from the sum of the bytes of all
-# parameters. A fused optimiser registers here.
-ADDRESSED: dict[str, Callable[[int], int]] = {}
+# parameters and whether there are averages. AdamW reads parameters, gradients, both moments and averages, and writes
+# all but the gradients.
+ADDRESSED: dict[str, Callable[[int, bool], int]] = {
+    "_adamw": lambda parameters, averages: (9 if averages else 7) * parameters
+}
 
 OWN = "ffcv_convnext"  # namespace of the package's operators
 MATRIX_PRODUCTS = {"mm", "matmul", "addmm", "bmm", "baddbmm", "_addmm_activation"}
@@ -226,7 +229,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 "ffcv_convnext/bench/gpu_code/counting.py"
             )
         elif name in ADDRESSED:
-            moved += ADDRESSED[name](self.parameter_bytes)
+            moved += ADDRESSED[name](self.parameter_bytes, bool(values["AVERAGES"]))
         self.launches.append(Launch(name, "own", moved, product_bytes, flops))
         described = {k: v.dtype if isinstance(v, Tensor) else v for k, v in values.items()}
         compiled = OwnKernel(name, function, described, [rest | config for config in configs])
