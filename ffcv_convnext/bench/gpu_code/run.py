@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -96,7 +97,10 @@ def generate(config: Config, options: GpuCodeOptions) -> Figures:
         if process.returncode or not (folder / "result.json").exists():
             lines = [line for line in process.stderr.splitlines() if line.strip()] or ["no message"]
             text = process.stderr if options.debug else lines[-1]
-            raise Failure(f"bench gpu-code: code generation ended with status {process.returncode}: {text}")
+            ending = f"status {process.returncode}: {text}"
+            if process.returncode < 0:  # the last line is then anything, e.g. a warning
+                ending = f"{signal.Signals(-process.returncode).name}; --debug shows where"
+            raise Failure(f"bench gpu-code: code generation ended with {ending}")
         found: Figures = json.loads((folder / "result.json").read_text())
     return found
 
@@ -107,6 +111,7 @@ def environment_of(folder: Path, library: Path) -> dict[str, str]:
         **os.environ,
         "LD_PRELOAD": str(library),
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")])),
+        "PYTHONFAULTHANDLER": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
