@@ -77,7 +77,6 @@ def check_resources(architecture: int, c: int, dtype: torch.dtype, *, stream: st
                 continue
             kernel = getattr(mlp, name)
             args |= mlp.blocks(name, args["N"], args["K"], dtype)
-            del args["enable_fp_fusion"]
         else:
             kernel = getattr(weights, name)
             args |= weights.TILES[name]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support import REPOSITORY
+from support.ptx import compile_kernel
 from support.runs import config_from
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -210,49 +211,15 @@ def residual_kernels() -> Iterator[Compiled]:
     yield Compiled(residual._branch_gradient, 4, None, {**types, **gradient, **tile})
 
 
-class Usage(NamedTuple):
-    registers: int  # of a thread
-    stack: int  # bytes of a thread: what does not fit into registers
-    shared: int  # bytes of a program
-    warps: int  # that fit on a multiprocessor, of 64
-
-
-def compile_kernel(compiled: Compiled, architecture: int, folder: Path) -> Usage:
-    """Compile for a GPU that need not be there, and read what the machine code uses."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, args = compiled.kernel, compiled.args
-    while not isinstance(kernel, triton.JITFunction):
-        kernel = kernel.fn
-    types = {name: args[name] if isinstance(args[name], str) else "constexpr" for name in kernel.arg_names}
-    constants = {name: args[name] for name in types if types[name] == "constexpr"}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name].startswith("*")}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    options = {"num_warps": compiled.warps, "enable_fp_fusion": True, "maxnreg": compiled.max_registers}
-    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    code = folder / "kernel.cubin"
-    code.write_bytes(binary.asm["cubin"])
-    text = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(code)], text=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
-    assert found is not None, text
-    registers, stack, shared = map(int, found.groups())
-    shared = max(shared, binary.metadata.shared)
-    # Each quarter of a multiprocessor has 16,384 registers, given out in eights for each thread of a warp.
-    warps = min(16, 16384 // (32 * -(-registers // 8) * 8)) * 4
-    programs = min(warps // compiled.warps, 32, {80: 164, 90: 228}[architecture] * 1024 // (shared + 1024))
-    return Usage(registers, stack, shared, programs * compiled.warps)
-
-
-def check_usage(kernels: Iterable[Compiled], architecture: int, folder: Path) -> None:
+def check_usage(kernels: Iterable[Compiled], architecture: int) -> None:
     """Nothing is spilled to memory, and a quarter of a multiprocessor's warps fit."""
     checked = 0
     for compiled in kernels:
-        usage = compile_kernel(compiled, architecture, folder)
+        args = {**compiled.args, "num_warps": compiled.warps, "maxnreg": compiled.max_registers}
+        usage = compile_kernel(compiled.kernel, architecture, **args)
         constants = {name: value for name, value in compiled.args.items() if isinstance(value, int)}
         text = f"{compiled.kernel.fn} {constants}, {compiled.args.get('x')}: {usage}"
-        assert usage.stack == 0, text
+        assert usage.spilled == 0, text
         assert usage.warps >= 16, text
         checked += 1
     assert checked > 1
@@ -262,11 +229,9 @@ CONVNEXT = [(56, 96), (28, 192), (14, 384), (7, 768)]  # the stages: side and wi
 
 
 @pytest.mark.parametrize(("side", "c", "stride", "x"), [(56, 96, 1, "*fp32"), (14, 384, 1, "*bf16")])
-def test_a_convnexts_kernels_keep_their_numbers_in_registers(
-    side: int, c: int, stride: int, x: str, tmp_path: Path
-) -> None:
+def test_a_convnexts_kernels_keep_their_numbers_in_registers(side: int, c: int, stride: int, x: str) -> None:
     pytest.importorskip("triton")
-    check_usage(depthwise_kernels(side, c, 7, stride, x=x), 90, tmp_path)
+    check_usage(depthwise_kernels(side, c, 7, stride, x=x), 90)
 
 
 def depthwise_shapes() -> set[tuple[int, int, int, int]]:
@@ -288,23 +253,23 @@ def depthwise_shapes() -> set[tuple[int, int, int, int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_every_shape_of_the_ladder_keeps_its_numbers_in_registers(architecture: int, tmp_path: Path) -> None:
+def test_every_shape_of_the_ladder_keeps_its_numbers_in_registers(architecture: int) -> None:
     pytest.importorskip("triton")
     shapes = depthwise_shapes()
     assert {(56, 96, 7, 1), (56, 64, 3, 1), (14, 3072, 3, 2)} < shapes
     if architecture == 80:
         shapes = {(side, c, 7, stride) for side, c in CONVNEXT for stride in (1, 2)}
     kernels = [kernel for shape in sorted(shapes) for kernel in depthwise_kernels(*shape)]
-    check_usage([*kernels, *residual_kernels()], architecture, tmp_path)
+    check_usage([*kernels, *residual_kernels()], architecture)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("k", [3, 5, 7, 9, 11])
-def test_every_kernel_size_keeps_its_numbers_in_registers(k: int, stride: int, tmp_path: Path) -> None:
+def test_every_kernel_size_keeps_its_numbers_in_registers(k: int, stride: int) -> None:
     pytest.importorskip("triton")
     for side, c in [(56 * stride, 96), (14, 1024), (7, 64)]:
-        check_usage(depthwise_kernels(side, c, k, stride, x="*fp32"), 90, tmp_path)
+        check_usage(depthwise_kernels(side, c, k, stride, x="*fp32"), 90)
 
 
 @pytest.mark.gpu

@@ -1,14 +1,12 @@
-"""Launches of Triton kernels, recorded instead of started, and their machine code for a GPU that need not be there."""
+"""Launches of Triton kernels, recorded instead of started, and their machine code."""
 
 from __future__ import annotations
 
-import re
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from support.ptx import Machine, compile_kernel
 from torch import Tensor
 
 _TYPES = {
@@ -44,46 +42,15 @@ class Recorder:
         self.launches.append(Launch(kernel, programs, {**dict(zip(names, args, strict=False)), **constants}))
 
 
-@dataclass(frozen=True)
-class MachineCode:
-    """What the code of a kernel uses. stack: bytes a thread, where numbers lie that do not fit into registers."""
-
-    registers: int
-    stack: int
-    instructions: list[str]
-
-    @property
-    def float64(self) -> list[str]:
-        """Return the instructions that compute in float64 or convert to or from it."""
-        return [each for each in self.instructions if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w+64H|\w+\.F64", each)]
-
-
-def machine_code(launch: Launch, architecture: int, options: dict[str, Any], folder: Path) -> MachineCode:
+def machine_code(launch: Launch, architecture: int, options: dict[str, Any]) -> Machine:
     """Compile a launch's kernel for sm_<architecture>, as Triton compiles it at the launch."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    types, constants = {}, {}
-    for name in launch.kernel.arg_names:
+    kernel, given = launch.kernel, {}
+    for name, parameter in zip(kernel.arg_names, kernel.params, strict=True):
         value = launch.arguments[name]
-        is_constant = launch.kernel.params[launch.kernel.arg_names.index(name)].is_constexpr or value is None
         if isinstance(value, Tensor):
-            types[name] = f"*{_TYPES[value.dtype]}"
-        elif is_constant:
-            types[name], constants[name] = "constexpr", value
+            given[name] = f"*{_TYPES[value.dtype]}"
+        elif parameter.is_constexpr or value is None:
+            given[name] = value
         else:
-            types[name] = "fp32" if isinstance(value, float) else "i32"
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name].startswith("*")}
-    source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    code = folder / "kernel.cubin"
-    code.write_bytes(compiled.asm["cubin"])
-    tools = triton.knobs.nvidia
-    usage = subprocess.check_output([tools.cuobjdump.path, "-res-usage", str(code)], text=True)
-    listing = subprocess.check_output([tools.nvdisasm.path, "-c", str(code)], text=True, stderr=subprocess.DEVNULL)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    instructions = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing)
-    assert "EXIT" in instructions
-    return MachineCode(int(found[1]), int(found[2]), instructions)
+            given[name] = "fp32" if isinstance(value, float) else "i32"
+    return compile_kernel(kernel, architecture, **given, **options)
