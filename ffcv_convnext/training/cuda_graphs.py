@@ -71,7 +71,7 @@ class GraphedPasses:
         self._recorded: dict[Any, _Recorded] = {}
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, seed: int) -> Tensor:
-        """Run the pass and return its loss, a tensor of its own; the parameters' gradients are replaced.
+        """Run the pass and return a copy of its loss; the parameters' gradients are replaced.
 
         inputs, targets: copied into the recording's memory.   seed: of the pass's random numbers, as in manual_seed.
         The gradients are the recording's memory too: the next call overwrites them.

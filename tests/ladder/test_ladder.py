@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from support import REPOSITORY
+from support.runs import train_here
 
 from ffcv_convnext.config import ModelConfig, load_config
 from ffcv_convnext.ladder import (
@@ -159,7 +160,27 @@ def test_the_base_has_the_papers_recipe() -> None:
     assert load_config(CONFIGS / "00_resnet50.yaml").data.eval_side == 256
 
 
-@pytest.mark.parametrize("recipe", sorted((CONFIGS / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
+# Recipes that are not shortened schedules of ours: the step that the source trained, and the source's settings.
+FROM_PAPERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rsb_a3": (
+        "00_resnet50.yaml",
+        {"opt": "lamb", "lr": 8e-3, "weight_decay": 0.02, "recipe_batch": 2048, "epochs": 100, "warmup_epochs": 5}
+        | {"input_size": 160, "test_input_size": 224, "crop_pct": 0.95, "loss": "bce", "bce_target_thresh": 0.2}
+        | {"smoothing": 0.0, "aa": "rand-m6-mstd0.5-inc1", "mixup": 0.1, "cutmix": 1.0, "reprob": 0.0}
+        | {"drop_path": 0.0, "model_ema": False, "model_ema_eval": False},
+    ),
+    "finetune_384": (
+        "convnext_tiny.yaml",
+        {"lr": 5e-5, "weight_decay": 1e-8, "recipe_batch": 512, "batch_size": 32, "epochs": 30, "warmup_epochs": 0}
+        | {"layer_decay": 0.7, "head_init_scale": 0.001, "input_size": 384, "mixup": 0.0, "cutmix": 0.0}
+        | {"drop_path": 0.1, "smoothing": 0.1, "reprob": 0.25, "aa": "rand-m9-mstd0.5-inc1"}
+        | {"model_ema": False, "model_ema_eval": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", [p for p in RECIPES if p.stem not in FROM_PAPERS], ids=lambda p: p.stem)
 def test_a_recipe_changes_only_the_schedule_of_a_step(recipe: Path) -> None:
     step = CONFIGS / "07_kernel7.yaml"
     alone, short = load_config(step).flat(), load_config(step, recipe).flat()
@@ -180,6 +201,41 @@ def test_a_fast_recipe_states_its_cost(recipe: Path) -> None:
     assert f"a run of {config.schedule.epochs * (1_281_167 // 4096):,}." in text
     assert f"look back on {1 / (1 - config.run.model_ema_decay):,.0f} steps" in text
     assert (config.data.test_size, config.data.eval_side) == (224, 256)
+
+
+@pytest.mark.parametrize("name", FROM_PAPERS)
+def test_a_recipe_of_a_paper_has_its_settings_and_states_its_cost(name: str) -> None:
+    step, expected = FROM_PAPERS[name]
+    recipe = CONFIGS / "recipes" / f"{name}.yaml"
+    config, alone = load_config(CONFIGS / step, recipe), load_config(CONFIGS / step)
+    flat = config.flat()
+    assert {setting: flat[setting] for setting in expected} == expected
+    changed = {setting for setting, value in alone.flat().items() if flat[setting] != value}
+    assert changed <= expected.keys()
+    images, share = config.schedule.epochs * 1_281_167 / 1e6, (config.data.input_size / 224) ** 2
+    text = recipe.read_text()
+    assert f"Cost: {images:.1f} M images at {100 * share:.0f} % of the pixels of 224" in text
+    assert f": {images * share:.1f} M images of 224 pixels" in text
+    numbers = re.findall(r"is \d+: (\d+) processes x (\d+) x update_freq (\d+)", text)[0]
+    processes, per_process, update_freq = map(int, numbers)
+    assert per_process == config.data.batch_size
+    assert processes * per_process * update_freq == config.schedule.recipe_batch
+    assert f"--update_freq {update_freq}" in text
+
+
+@pytest.mark.parametrize("name", FROM_PAPERS)
+def test_a_recipe_of_a_paper_trains_any_step(name: str, small_settings: dict[str, Any], tmp_path: Path) -> None:
+    _, settings = FROM_PAPERS[name]
+    sizes = {"input_size", "test_input_size", "epochs", "warmup_epochs", "batch_size", "recipe_batch"}
+    recipe = {setting: value for setting, value in settings.items() if setting not in sizes}
+    steps = ("00_resnet50.yaml", "convnext_tiny.yaml")
+    for step in steps:
+        flat = load_config(CONFIGS / step).flat()
+        switches = {key: value for key, value in flat.items() if key.startswith("resnet_")}
+        small = {"resnet_layers": "1-1-1-1", "resnet_embed_dim": 8, "epochs": 1, "warmup_epochs": 0}
+        folder = tmp_path / step
+        scores = train_here({**small_settings, **switches, **small, **recipe, "output_dir": str(folder)})
+        assert 0 <= scores["test_acc1"] <= 100
 
 
 def test_rows_have_the_documented_keys_and_survive_json() -> None:
