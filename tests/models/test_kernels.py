@@ -268,7 +268,7 @@ def test_every_shape_of_the_ladder_keeps_its_numbers_in_registers(architecture: 
 @pytest.mark.parametrize("k", [3, 5, 7, 9, 11])
 def test_every_kernel_size_keeps_its_numbers_in_registers(k: int, stride: int) -> None:
     pytest.importorskip("triton")
-    for side, c in [(56 * stride, 96), (14, 1024), (7, 64)]:
+    for side, c in [(56 * stride, 96), (7, 1024)]:
         check_usage(depthwise_kernels(side, c, k, stride, x="*fp32"), 90)
 
 
