@@ -82,7 +82,8 @@ def test_the_two_products_without_biases() -> None:
 @pytest.mark.parametrize("gamma", [True, False], ids=["gamma", "plain"])
 def test_a_whole_block(gamma: bool, c: int, side: int) -> None:
     """72 channels: more than a tile of the weights has; 264: too many to normalise inside a product."""
-    check("block", arguments("block", c, side, keep=True, gamma=gamma))
+    tolerance = 5e-6 if c > 256 else 2e-6  # float32: sums of 1056 products
+    check("block", arguments("block", c, side, keep=True, gamma=gamma), tolerance=tolerance)
 
 
 @pytest.mark.slow
