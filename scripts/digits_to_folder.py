@@ -27,13 +27,18 @@ def to_image(scan: np.ndarray) -> Image.Image:
     return Image.fromarray(levels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
-def write_folder(out: Path) -> Counter[str]:
-    """Write {train,val}/{0..9}/NNNN.jpg below out and return the number of images in each part."""
+def claim(out: Path) -> None:
+    """Mark out as incomplete. Raises FileExistsError if it has files that no such script wrote."""
     if out.exists() and any(out.iterdir()) and not (out / ORIGIN).exists():
         others = [path.name for path in out.iterdir() if path.name not in ("train", "val")]
         if others:
             raise FileExistsError(f"--out {out} contains other files ({others[0]}, ...); name a new folder")
     (out / ORIGIN).unlink(missing_ok=True)
+
+
+def write_folder(out: Path) -> Counter[str]:
+    """Write {train,val}/{0..9}/NNNN.jpg below out and return the number of images in each part."""
+    claim(out)
     digits = load_digits()
     seen: Counter[int] = Counter()
     written: Counter[str] = Counter()

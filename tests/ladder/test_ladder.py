@@ -306,12 +306,22 @@ def test_the_table_is_aligned_markdown() -> None:
     assert re.search(r"\| 07_kernel7 +\| --resnet_kernel_size 7 +\| +25,863,496 \| +4.146 \| +80.57 \|", lines[9])
 
 
-def test_the_small_ladder_of_the_docs_is_a_ladder() -> None:
-    rows = describe(CONFIGS.parent / "docs/demo_ladder", input_size=48, num_classes=10)
+def test_the_miniature_ladder_is_a_ladder() -> None:
+    rows = describe(CONFIGS / "demo_ladder", input_size=64, num_classes=200)
     assert [row["change"].partition(" ")[0].removeprefix("--") for row in rows] == [
         "", "resnet_stem", "resnet_depthwise", "resnet_embed_dim", "resnet_block", "resnet_conv_first",
     ]  # fmt: skip
-    assert [row["parameters"] for row in rows] == [511_514, 509_914, 316_234, 701_866, 342_322, 328_594]
+    assert [row["parameters"] for row in rows] == [679_384, 677_784, 447_816, 923_720, 457_904, 441_008]
+
+
+@pytest.mark.parametrize(("recipe", "sizes"), [("short", [64] * 6), ("progressive", [32, 32, 32, 64, 64, 64])])
+def test_recipes_of_the_miniature_ladder_are_shorter(recipe: str, sizes: list[int]) -> None:
+    folder = CONFIGS / "demo_ladder"
+    long = load_config(folder / "05_depthwise_first.yaml")
+    config = load_config(folder / "05_depthwise_first.yaml", folder / "recipes" / f"{recipe}.yaml")
+    assert [config.data.train_size(epoch) for epoch in range(config.schedule.epochs)] == sizes
+    assert config.schedule.epochs < 0.4 * long.schedule.epochs
+    assert config.model == long.model
 
 
 def test_a_change_lists_the_differences_from_the_base(tmp_path: Path) -> None:

@@ -663,7 +663,7 @@ def test_the_papers_ladder_shows_measured_runs_and_carries_its_own_background(la
     assert "prefers-color-scheme:dark" in pictures["alone"]
     assert texts_of(pictures["alone"]).count("no value in the paper") == 1
     assert run_command("ladder", ["figure", "--out", str(tmp_path / "x.pdf")]) == 2
-    demo = str(REPOSITORY / "docs" / "demo_ladder")
+    demo = str(CONFIGS / "demo_ladder")
     assert run_command("ladder", ["figure", "--out", str(tmp_path / "x.svg"), "--configs", demo]) == 2
 
 
