@@ -78,13 +78,16 @@ def stopping_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def sigterm_as_keyboard_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt for SIGTERM and a closed terminal while the block runs, so that it can clean up."""
+def sigterm_as_keyboard_interrupt(*more: signal.Signals) -> Iterator[None]:
+    """Raise KeyboardInterrupt for SIGTERM, a closed terminal and `more` while the block runs, so that it can clean up.
+
+    The error's text is the signal's name.
+    """
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
 
-    with _handling(interrupt, signal.SIGTERM, signal.SIGHUP):
+    with _handling(interrupt, signal.SIGTERM, signal.SIGHUP, *more):
         yield
 
 
@@ -92,7 +95,8 @@ def sigterm_as_keyboard_interrupt() -> Iterator[None]:
 def signals_deferred() -> Iterator[None]:
     """Deliver stop signals after the block: some libraries swallow exceptions while they are imported."""
     caught: list[int] = []
-    with _handling(lambda number, _frame: caught.append(number), signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+    with _handling(lambda number, _frame: caught.append(number), *numbers):
         yield
     if caught:
         signal.raise_signal(caught[0])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ffcv_convnext.cli.parsing import check_json, parser_of, true_or_false
 from ffcv_convnext.config import add_flags, config_from_args
@@ -15,7 +17,8 @@ DATA_HELP = "folder with train.beton, val.beton or both, or a .beton file"
 
 
 def write(argv: Sequence[str]) -> int:
-    """Convert an ImageFolder to .beton files, which FFCV reads, each with a manifest and a list of original files."""
+    """Convert images to .beton files, which FFCV reads, each with a manifest and a list of original files."""
+    from ffcv_convnext.cluster import add_cluster_flags, split_slurm_options
     from ffcv_convnext.config import add_setting_flags, collect_settings, settings_from_args
     from ffcv_convnext.data.convert import ConversionOptions, convert, join_shards
     from ffcv_convnext.signals import sigterm_as_keyboard_interrupt
@@ -23,19 +26,41 @@ def write(argv: Sequence[str]) -> int:
     parser = parser_of("write", write, script="write_ffcv_dataset.py")
     parser.usage = (
         "%(prog)s --data_path DIR --out_dir DIR [--OPTION VALUE ...]\n"
-        "       %(prog)s --join --out_dir DIR [--split SPLIT] [--overwrite]"
+        "       %(prog)s --join --out_dir DIR [--split SPLIT] [--overwrite]\n"
+        "       %(prog)s --job_dir DIR --shards N --data_path DIR --out_dir DIR [--CLUSTER VALUE ...] [...]\n"
+        "       %(prog)s --job_dir DIR --status"
     )
     groups: dict[str, type] = {"conversion": ConversionOptions}
     add_setting_flags(parser, groups)
     parser.add_argument("--join", action="store_true", help="join the shards in out_dir to one file for each split")
+    parser.add_argument("--shards", type=int, metavar="N", help="with --job_dir: number of parts, one task each")
+    parser.add_argument("--max_parallel", type=int, metavar="N", help="with --job_dir: max parts at the same time")
+    parser.add_argument("--status", action="store_true", help="with --job_dir: show the state of each part")
+    add_cluster_flags(parser)
     settings = collect_settings(groups)
     if "--join" in argv:
         settings = {name: settings[name] for name in ("out_dir", "split", "overwrite")}
-    given, namespace = settings_from_args(parser, argv, settings)
-    if other := sorted(vars(namespace).keys() - settings.keys() - {"join"}):
-        parser.error(f"--join accepts only --out_dir, --split and --overwrite, not --{other[0]}")
+    elif "--status" in argv:
+        settings = {}
+    rest, sbatch = split_slurm_options(argv)
+    given, namespace = settings_from_args(parser, rest, settings)
+    known = parser.parse_args([])
+    others = [
+        name for name, value in vars(namespace).items() if name not in settings and value != getattr(known, name, None)
+    ]
+    if namespace.join and (wrong := sorted({*others, *(f"slurm_{name}" for name in sbatch)} - {"join"})):
+        parser.error(f"--join accepts only --out_dir, --split and --overwrite, not --{wrong[0]}")
+    if namespace.status and sorted(others) != ["job_dir", "status"]:
+        parser.error("--status accepts only --job_dir DIR")
+    if namespace.status:
+        from ffcv_convnext.cluster import conversion_status
+
+        print(conversion_status(Path(namespace.job_dir)))
+        return 0
     values = {name: settings[name].parse(word) for name, word in given.items()}
     say = partial(print, flush=True)
+    if (others and not namespace.join) or sbatch:
+        return _submit_conversion(values, namespace, sbatch, argv)
     with sigterm_as_keyboard_interrupt():
         if not namespace.join:
             convert(ConversionOptions(**values), say=say)
@@ -44,6 +69,25 @@ def write(argv: Sequence[str]) -> int:
         for split in options.splits:
             join_shards(options.out_dir, split, overwrite=options.overwrite, say=say)
     return 0
+
+
+def _submit_conversion(
+    values: dict[str, Any], namespace: argparse.Namespace, sbatch: dict[str, str], argv: Sequence[str]
+) -> int:
+    from ffcv_convnext.cluster import cluster_from_args, submit_conversion
+
+    cluster = cluster_from_args(namespace, sbatch)
+    if cluster.job_dir is None or namespace.shards is None:
+        raise ValueError("a conversion as jobs needs --job_dir DIR, which all nodes see, and --shards N")
+    return submit_conversion(
+        values,
+        namespace.shards,
+        cluster,
+        command=["write_ffcv_dataset.py", *argv],
+        dry_run=namespace.dry_run,
+        max_parallel=namespace.max_parallel,
+        say=partial(print, flush=True),
+    )
 
 
 def verify(argv: Sequence[str]) -> int:

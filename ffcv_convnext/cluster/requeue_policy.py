@@ -8,6 +8,7 @@ same checkpoint never gets enough time to reach the next one. Wrong settings sta
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,14 +28,15 @@ class Decision(NamedTuple):
     reason: str  # '<run> <reason>' is a sentence
 
 
-def decide(folder: Path, job: str, status: int) -> Decision:
+def decide(folder: Path, job: str, status: int, progress: Sequence[Path] | None = None) -> Decision:
     """Record in attempts.jsonl that a job ended with exit status `status` (not 0), and decide.
 
     folder: the run folder.   job: its id; each job has its own count.   status: of the process that failed first; 128
-    plus the signal for a killed one, 75 if all were interrupted.
+    plus the signal for a killed one, 75 if all were interrupted.   progress: files from which the work continues; it
+    has made progress if one of them is newer. None: the run's checkpoint.
     """
-    newest = folder / RESUMABLE
-    saved = newest.stat().st_mtime if newest.exists() else None
+    files = [folder / RESUMABLE] if progress is None else progress
+    saved = max((path.stat().st_mtime for path in files if path.exists()), default=None)
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +59,8 @@ def decide(folder: Path, job: str, status: int) -> Decision:
     if failures < MAX_FAILURES and interruptions < MAX_INTERRUPTIONS:
         return Decision(True, f"ended with exit status {status} before it was finished")
     times = f"failed {failures}" if failures >= MAX_FAILURES else f"was interrupted {interruptions}"
-    return Decision(False, f"ended with exit status {status} and {times} times without a newer checkpoint")
+    saving = "a newer checkpoint" if progress is None else "saving more images"
+    return Decision(False, f"ended with exit status {status} and {times} times without {saving}")
 
 
 def next_start(config: Config, num_starts: int) -> Config:

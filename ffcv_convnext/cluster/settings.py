@@ -57,12 +57,22 @@ class ClusterConfig:
     mem_gb: float | None = setting(None, "memory per node, GB; none: the cluster's default", above=0, maximum=1_000_000)
     cpus_per_task: int = setting(10, "CPU cores per process", minimum=1)
     job_name: str = setting("convnext", "start of the job's name in the queue; an id follows")
+    after: Path | None = setting(
+        None,
+        "job_dir of a conversion (write_ffcv_dataset.py --job_dir); the run starts when its .beton files are complete",
+    )
     sbatch: Mapping[str, str] = field(default_factory=dict)  # any other sbatch option, without the prefix slurm_
 
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.executor != "slurm" and self.nodes > 1:
             raise ValueError(f"nodes = {self.nodes}: executor {self.executor} uses only this machine; use --nodes 1")
+        if self.after is not None and self.executor != "slurm":
+            raise ValueError(
+                f"after = {self.after}: executor {self.executor} cannot wait for a Slurm job; remove --after"
+            )
+        if self.after is not None and "dependency" in self.sbatch:
+            raise ValueError(f"after = {self.after} and slurm_dependency exclude each other; remove one of them")
         if {"job_name", "job-name"} & self.sbatch.keys():
             raise ValueError("slurm_job_name: the name holds the submission's id; give its start with --job_name NAME")
         if self.job_dir is not None and "%" in str(self.job_dir):

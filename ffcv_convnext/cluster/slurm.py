@@ -16,11 +16,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from ffcv_convnext.cluster.requeue_policy import decide, next_start
 from ffcv_convnext.cluster.settings import ClusterConfig
@@ -44,6 +44,21 @@ SAME_NAME = ("job_name", "nodes", "cpus_per_task", "partition", "constraint", "a
 FOLDER = "slurm"  # in job_dir: submitit's files and the output of the tasks
 
 
+class Job(Protocol):
+    """The callable of every task of a job."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its ends are recorded."""
+
+    @property
+    def progress(self) -> list[Path] | None:
+        """Files from which it continues; None: the checkpoint in `folder`."""
+
+    def __call__(self) -> None:
+        """Do the work or continue it; exit with a status other than 0 if it is not finished."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingJob:
     """The callable of every task of a job: one rank of a run."""
@@ -51,6 +66,16 @@ class TrainingJob:
     settings: dict[str, Any]  # Config.flat()
     command: list[str]  # the user's command, for run.json
     num_starts: int = 0  # in the run folder when the job was submitted
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.settings["output_dir"])
+
+    @property
+    def progress(self) -> list[Path] | None:
+        """None: the checkpoint."""
+        return None
 
     def __call__(self) -> None:
         """Train or continue. If the run does not finish, exit with its status, which srun passes on."""
@@ -65,22 +90,30 @@ class TrainingJob:
         )  # the batch script sets MASTER_ADDR and MASTER_PORT
         sys.argv = list(self.command)
         config = next_start(Config.from_flat(self.settings), self.num_starts)
-        status = EXIT_FAILURE  # of an error that is not ours
-        try:
-            status = exit_status(lambda: run_config(config))
-        finally:
-            if status:
-                ignore_sigterm()  # from srun; the exit status must reach srun
-            if status not in (0, EXIT_INTERRUPTED):
-                _note_status(_status_file(Path(os.environ["SUBMITIT_FOLDER"]), task.job_id), status)
-        if status:
-            sys.exit(status)
+        run_task(lambda: run_config(config))
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Return the same job, for submitit's signal handler, which is active until the run installs its own."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
+
+
+def run_task(work: Callable[[], int]) -> None:
+    """Do a task's work; if it does not finish, exit with its status, which srun passes on."""
+    import submitit
+
+    status = EXIT_FAILURE  # of an error that is not ours
+    try:
+        status = exit_status(work)
+    finally:
+        if status:
+            ignore_sigterm()  # from srun; the exit status must reach srun
+        if status not in (0, EXIT_INTERRUPTED):
+            job = submitit.JobEnvironment().job_id
+            _note_status(_status_file(Path(os.environ["SUBMITIT_FOLDER"]), job), status)
+    if status:
+        sys.exit(status)
 
 
 def _status_file(folder: Path, job: str) -> Path:
@@ -172,7 +205,7 @@ def sbatch_script(executor: submitit.SlurmExecutor, num_jobs: int) -> str:
     return script
 
 
-def write_submission(executor: submitit.SlurmExecutor, submission: str, jobs: Sequence[TrainingJob]) -> Path:
+def write_submission(executor: submitit.SlurmExecutor, submission: str, jobs: Sequence[Job]) -> Path:
     """Write everything that a job, or an array of several, reads; return the script for `sbatch`."""
     import submitit
 
@@ -315,12 +348,13 @@ def requeue(status: int, folder: Path) -> int:
         first = int(_status_file(folder, env.job_id).read_text())
         if first == EXIT_USAGE or status == EXIT_INTERRUPTED:
             status = first
-    job: TrainingJob = submitit.core.utils.DelayedSubmission.load(env.paths.submitted_pickle).function
-    again, reason = decide(Path(job.settings["output_dir"]), env.job_id, status)
+    job: Job = submitit.core.utils.DelayedSubmission.load(env.paths.submitted_pickle).function
+    again, reason = decide(job.folder, env.job_id, status, job.progress)
     if not again:
+        newest = "its newest checkpoint" if job.progress is None else "what is saved"
         return complain(
-            f"error: job {env.job_id} {reason}; not requeued. Fix the cause and submit again: the run continues from "
-            "its newest checkpoint",
+            f"error: job {env.job_id} {reason}; not requeued. Fix the cause and submit again: it continues from "
+            f"{newest}",
             status,
         )
     complain(f"job {env.job_id} {reason}; requeued", 0)

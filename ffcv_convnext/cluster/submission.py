@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 from ffcv_convnext.cluster import slurm
+from ffcv_convnext.cluster.conversion_plan import AwaitedData, awaited_data
 from ffcv_convnext.cluster.intent import recover, submit_once, submitting
 from ffcv_convnext.cluster.local_executor import LocalRun, choose_devices, launcher_of, output_of_run, run_all
 from ffcv_convnext.cluster.settings import ClusterConfig, flat
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 CODE = "code"  # in job_dir: snapshots
 MEMORY = ("tmpfs", "ramfs", "devtmpfs")
+ERROR = re.compile(r"error: |slurmstepd: |[\w.]*(Error|Exception|Failure)\b")
 PATHS = ("data_path", "output_dir", "resume", "finetune")
 
 
@@ -50,11 +53,14 @@ class Task:
         return self.config.run.output_dir
 
 
-def plan_task(name: str, config: Config, world: int, known: Plan | None = None) -> Task:
+def plan_task(
+    name: str, config: Config, world: int, known: Plan | None = None, awaited: AwaitedData | None = None
+) -> Task:
     """Resolve and check a run of `world` processes.
 
     A run that has started keeps its global batch on any number of processes. known: the plan of a run that differs
-    only in seed and folder. Raises ValueError or FileNotFoundError if it cannot run.
+    only in seed and folder.   awaited: data that a conversion will have written when the run starts.
+    Raises ValueError or FileNotFoundError if it cannot run.
     """
     data = config.data
     changes: dict[str, object] = {
@@ -74,7 +80,7 @@ def plan_task(name: str, config: Config, world: int, known: Plan | None = None) 
         if folder is not None:
             check_same_config(folder, config)
         return Task(name=name, config=config, plan=known)
-    return Task(name=name, config=config, plan=check_config(config, world))
+    return Task(name=name, config=config, plan=check_config(config, world, awaited.plan.splits if awaited else None))
 
 
 def num_processes(cluster: ClusterConfig, config: Config) -> int:
@@ -119,8 +125,14 @@ def submit_run(config: Config, cluster: ClusterConfig, *, command: Sequence[str]
     assert cluster.job_dir is not None
     if config.run.output_dir is None:
         config = config.replace(output_dir=cluster.job_dir)
-    task = plan_task(Path(config.flat()["output_dir"]).name, config, num_processes(cluster, config))
+    awaited = await_data(cluster, config)
+    task = plan_task(Path(config.flat()["output_dir"]).name, config, num_processes(cluster, config), awaited=awaited)
     return submit_tasks([task], cluster, command=command, dry_run=dry_run, say=say)
+
+
+def await_data(cluster: ClusterConfig, config: Config) -> AwaitedData | None:
+    """Return the data that a run waits for; None: it is there already. Raises what `awaited_data` raises."""
+    return None if cluster.after is None else awaited_data(cluster.after, config.data.data_path)
 
 
 def unfinished(tasks: Sequence[Task], job_dir: Path, say: Say) -> list[Task]:
@@ -164,6 +176,8 @@ def submit_tasks(
     """
     assert cluster.job_dir is not None
     job_dir = cluster.job_dir.absolute()
+    if tasks and (awaited := await_data(cluster, tasks[0].config)):
+        cluster = replace(cluster, after=None, sbatch={**cluster.sbatch, **awaited.dependency})
     if cluster.executor == "slurm" and not dry_run:
         slurm.check_slurm(cluster)
     if (warning := check_job_dir(job_dir)) and cluster.executor == "slurm":
@@ -254,6 +268,14 @@ def output_of(submission: Submission, job_dir: Path) -> Path:
     if submission.is_local:
         return output_of_run(job_dir, submission.name, submission.seed)
     return slurm.output_of_job(job_dir, submission.job)
+
+
+def last_error(path: Path) -> str:
+    """Return the last line of a file with an error; '' if there is none."""
+    if not path.exists():
+        return ""
+    lines = path.read_text(errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if ERROR.match(line.strip())), "")
 
 
 def _recipe_warning(task: Task) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ffcv_convnext.cluster import ClusterConfig, Task, num_processes, plan_task, submit_tasks
+from ffcv_convnext.cluster import ClusterConfig, Task, await_data, num_processes, plan_task, submit_tasks
 from ffcv_convnext.config import Config, load_config
 from ffcv_convnext.formatting import format_count
 from ffcv_convnext.ladder.steps import Step
@@ -36,11 +36,11 @@ def plan_ladder(
         config = load_config(step.path, *configs, overrides=overrides)
         if config.data.global_batch is None and config.data.update_freq == 1:
             config = config.replace(global_batch=config.schedule.recipe_batch)
-        world = num_processes(cluster, config)
+        world, awaited = num_processes(cluster, config), await_data(cluster, config)
         plan = None
         for seed in seeds:
             folder = cluster.job_dir / step.name / f"seed{seed}"
-            tasks.append(plan_task(step.name, config.replace(seed=seed, output_dir=folder), world, plan))
+            tasks.append(plan_task(step.name, config.replace(seed=seed, output_dir=folder), world, plan, awaited))
             plan = tasks[-1].plan
     return tasks
 

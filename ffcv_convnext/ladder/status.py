@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from ffcv_convnext import run_folder
-from ffcv_convnext.cluster import Submission, cancel, output_of, read_submissions, states
+from ffcv_convnext.cluster import Submission, cancel, last_error, output_of, read_submissions, states
 from ffcv_convnext.formatting import format_count, format_duration, format_number, markdown_table
 from ffcv_convnext.run_folder import ATTEMPTS, known, lock_holder, read_epochs, read_starts, run_state
 
 RunState = Literal[run_folder.RunState, "pending", "requeued", "missing", "unknown"]
-ERROR = re.compile(r"error: |slurmstepd: |[\w.]*(Error|Exception|Failure)\b")
 NUM_RECENT = 5  # epochs whose mean time predicts the time left
 
 
@@ -92,14 +90,6 @@ def _state(submission: Submission, queue: dict[str, str] | None, *, began: bool)
     if job is not None:
         return "running" if job in ("RUNNING", "CONFIGURING") else "requeued" if began else "pending"
     return state if began or state == "failed" else "missing"
-
-
-def last_error(path: Path) -> str:
-    """Return the last line of a file with an error; '' if there is none."""
-    if not path.exists():
-        return ""
-    lines = path.read_text(errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if ERROR.match(line.strip())), "")
 
 
 def format_status(rows: Sequence[RunStatus], *, width: int = 60) -> str:

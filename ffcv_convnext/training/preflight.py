@@ -5,18 +5,21 @@ For `model: resnet` and a common optimiser they do without torch and timm, whose
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from ffcv_convnext.config import Config, ModelConfig, fixed_size, steps_per_epoch
-from ffcv_convnext.data.beton import Manifest
+from ffcv_convnext.data.beton import Manifest, Split
+from ffcv_convnext.data.convert import Contents
 from ffcv_convnext.run_folder import check_same_config
 from ffcv_convnext.training.schedule import build_schedules
 
 if TYPE_CHECKING:
     from torch import nn
 
+Described = Manifest | Contents  # both have num_samples and classes
 ADAM_LIKE = ("adam", "adamw", "lamb")  # optimisers with two betas and an epsilon, without momentum
 
 
@@ -38,14 +41,15 @@ class TestedClasses:
     columns: list[int] | None  # the network's output for each class; None: output i is class i
 
 
-def check_config(config: Config, world: int) -> Plan:
+def check_config(config: Config, world: int, expected: Mapping[Split, Contents] | None = None) -> Plan:
     """Check data, batch sizes, network, optimiser, schedule and run folder of a run of `world` processes.
 
+    expected: what data_path will hold when the run starts; None: it is there already.
     Writes nothing. Raises ValueError or FileNotFoundError.
     """
     config = config.for_world(world)
     data = config.data
-    train, val = (_manifest(data.data_path, split) for split in ("train", "val"))
+    train, val = _contents(data.data_path, expected)
     check_same_classes(train, val, data.data_path)
     num_steps = steps_per_epoch(train.num_samples, data.batch_size, data.update_freq, world, data.repeated_aug)
     num_classes = count_classes(config.model, len(train.classes))
@@ -63,6 +67,15 @@ def check_config(config: Config, world: int) -> Plan:
     if config.run.output_dir is not None:
         check_same_config(config.run.output_dir, config)
     return Plan(train.num_samples, data.batch_size * data.update_freq * world, num_steps)
+
+
+def _contents(folder: Path | None, expected: Mapping[Split, Contents] | None) -> tuple[Described, Described]:
+    """Return what is known of train.beton and val.beton."""
+    if expected is None:
+        return _manifest(folder, "train"), _manifest(folder, "val")
+    if missing := [split for split in get_args(Split) if split not in expected]:
+        raise ValueError(f"data_path = {folder}: the conversion writes no {missing[0]}.beton; convert --split all")
+    return expected["train"], expected["val"]
 
 
 def _manifest(folder: Path | None, split: str) -> Manifest:
@@ -136,7 +149,7 @@ def tested_classes(config: Config) -> TestedClasses:
     return TestedClasses(names, len(trained), [trained[name] for name in names])
 
 
-def check_same_classes(train: Manifest, val: Manifest, folder: Path | None) -> None:
+def check_same_classes(train: Described, val: Described, folder: Path | None) -> None:
     """Raise ValueError if a label means different classes in training and validation."""
     if val.classes != train.classes:
         raise ValueError(

@@ -2,7 +2,19 @@
 
 from ffcv_convnext.data.convert.conversion import convert
 from ffcv_convnext.data.convert.options import ConversionOptions
+from ffcv_convnext.data.convert.parts import Contents, Part, expect, is_finished, join_parts
 from ffcv_convnext.data.convert.shards import join_shards
 from ffcv_convnext.data.convert.source import ImageFolder, Source
 
-__all__ = ["ConversionOptions", "ImageFolder", "Source", "convert", "join_shards"]
+__all__ = [
+    "Contents",
+    "ConversionOptions",
+    "ImageFolder",
+    "Part",
+    "Source",
+    "convert",
+    "expect",
+    "is_finished",
+    "join_parts",
+    "join_shards",
+]

@@ -140,6 +140,22 @@ class Journal:
         with open(self.path, "ab") as file:
             file.write(_format(entry.to_json()))
 
+    def num_done(self, identity: str) -> int:
+        """Return the number of images that an attempt at this .beton has saved or skipped so far.
+
+        identity: of the .beton.   Another process may be writing.
+        """
+        with suppress(OSError, ValueError, TypeError):
+            first, *lines = self.path.read_bytes().split(b"\n")
+            if Identity(*_parse(first)).beton == identity and len(lines) > 1:
+                return JournalEntry.from_json(_parse(lines[-2])).num_done  # after the last line break is nothing
+        return 0
+
+    def remove(self) -> None:
+        """Remove the folder. No process may write there."""
+        self.path.unlink(missing_ok=True)  # first: a journal must not outlive its pages
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     @property
     def num_pages(self) -> int:
         """Pages from which another attempt can continue."""

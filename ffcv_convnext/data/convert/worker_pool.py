@@ -144,6 +144,8 @@ class Workers(Generic[Task, Answer]):
 
 def serve(descriptor: int, parent: int) -> None:
     """Run in a worker: receive a function, then tasks, and send results until the parent closes its end or dies."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # Slurm sends them to all processes; the parent ends its workers
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     connection = Connection(descriptor)
     with suppress(EOFError, OSError):
