@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MASK = 0xFFFFFFFF
+_BLOCK = 1 << 17  # keys of a permutation that are computed at once
 
 
 class Stream(IntEnum):
@@ -99,8 +100,12 @@ def uniform(words: Any) -> Any:
 
 def permutation(num: int, seed: int, epoch: int, stream: int = Stream.ORDER) -> NDArray[np.int64]:
     """Return a random order of range(num): the samples sorted by random 64-bit keys."""
-    w0, w1, _, _ = sample_words(seed, epoch, np.arange(num, dtype=np.uint64), stream)
-    return np.argsort(w0 << np.uint64(32) | w1, kind="stable")
+    keys = np.empty(num, np.uint64)
+    for start in range(0, num, _BLOCK):  # bounds the memory
+        samples = np.arange(start, min(start + _BLOCK, num), dtype=np.uint64)
+        w0, w1, _, _ = sample_words(seed, epoch, samples, stream)
+        keys[start : start + _BLOCK] = w0 << np.uint64(32) | w1
+    return np.argsort(keys, kind="stable")
 
 
 def step_seed(seed: int, step: int, micro_batch: int, stream: int) -> int:

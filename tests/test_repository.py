@@ -39,9 +39,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Files that other folders may import, beside a folder's `__init__.py`.
 DOORS = {
-    *("data.beton", "data.beton.tables", "data.beton.ffcv_import"),
+    *("data.beton", "data.beton.layout", "data.beton.tables", "data.beton.ffcv_import"),
     *("data.codec", "data.convert", "data.load", "data.check"),
-    *("bench.gpu", "bench.gpu_code", "bench.synthetic_data", "bench.timing"),
+    *("bench.gpu", "bench.gpu_code", "bench.scale", "bench.synthetic_data", "bench.timing"),
     *("models.kernels", "training.distributed", "training.engine", "training.kernel_choice", "training.preflight"),
     *("training.losses", "training.optim", "training.run"),
 }

@@ -21,6 +21,7 @@ FOLDER_BENCHMARKS = {
 }
 GPU_HELP = "everything that needs a GPU, in nine minutes: separate stages, figures as JSON and Markdown"
 GPU_CODE_HELP = "the code of a training step for a GPU that need not be there: bytes, launches, registers, estimates"
+SCALE_HELP = "start, order and memory of the loader for generated files of 10 thousand to 14 million images"
 STEP_BENCHMARKS = {
     "augment": "the augmentation of batches, beside timm's for single images",
     "step": "the training step, beside timm's and torchvision's, or every step of the ladder",
@@ -33,10 +34,13 @@ def bench(argv: Sequence[str]) -> int:
         return _bench_gpu(argv[1:])
     if argv and argv[0] == "gpu-code":
         return _bench_gpu_code(argv[1:])
+    if argv and argv[0] == "scale":
+        return _bench_scale(argv[1:])
     parser = parser_of("bench", bench)
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     kinds.add_parser("gpu", help=GPU_HELP)
     kinds.add_parser("gpu-code", help=GPU_CODE_HELP)
+    kinds.add_parser("scale", help=SCALE_HELP)
     for name, what in (FOLDER_BENCHMARKS | STEP_BENCHMARKS).items():
         kind = kinds.add_parser(name, help=what, description=f"Measure {what}.", allow_abbrev=False)
         flag = kind.add_argument
@@ -84,6 +88,37 @@ def bench(argv: Sequence[str]) -> int:
     else:
         shared |= {name: getattr(options, name) for name in ("data_path", "num_images", "cores")}
         found = bench_folder(what, FolderOptions(**shared))
+    print(found.format())
+    if options.json:
+        write_atomically(options.json, (found.to_json() + "\n").encode())
+    return 0
+
+
+def _bench_scale(argv: Sequence[str]) -> int:
+    parser = parser_of("bench scale", _bench_scale)
+    parser.description = f"Measure {SCALE_HELP}."
+    flag = parser.add_argument
+    flag(
+        "--counts",
+        default="10000,100000,1281167,14197122",
+        metavar="N,N",
+        help="numbers of images (default %(default)s)",
+    )
+    flag("--work", type=Path, metavar="DIR", help="folder for the files, 50 bytes an image (default: a temporary one)")
+    flag("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
+    options = parser.parse_args(argv)
+    try:
+        counts = [int(word) for word in options.counts.split(",")]
+    except ValueError:
+        raise ValueError(f"counts = {options.counts}: expected whole numbers such as 10000,1281167") from None
+    if min(counts) < 8 * 64:
+        raise ValueError(f"counts = {min(counts)}: expected at least 512, a batch of 64 for each of 8 ranks")
+    if options.work is not None and not options.work.is_dir():
+        raise ValueError(f"work = {options.work} is not a folder; create it first")
+    check_json(options.json)
+    from ffcv_convnext.bench.scale import bench_scale
+
+    found = bench_scale(counts, _progress, options.work)
     print(found.format())
     if options.json:
         write_atomically(options.json, (found.to_json() + "\n").encode())

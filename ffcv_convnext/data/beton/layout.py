@@ -34,6 +34,7 @@ IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_p
 FIELD_TYPES = {0: np.dtype("<f8"), 1: LABEL, 2: IMAGE}  # by a descriptor's type_id; FFCV has further ones
 JPG, RAW = 0, 1  # how an image is stored: a JPEG, or RGB pixels row by row
 MODES = {"jpg": JPG, "raw": RAW}
+_ROWS = 1 << 16  # of a table that are read at once
 CONVERT_AGAIN = "convert it again with write_ffcv_dataset.py --overwrite"
 
 Row = tuple[int, int, int, int, int]  # of a sample: mode, width, height, label, bytes
@@ -77,6 +78,17 @@ def check_header(beton: Path) -> None:
         raise ValueError(f"{beton} holds no samples: an unfinished conversion; {CONVERT_AGAIN}")
 
 
+def first_address(beton: Path, table: int, num_samples: int) -> int:
+    """Return the smallest address in the allocation table, which begins at the address `table`."""
+    smallest = (1 << 64) - 1
+    with open(beton, "rb") as file:
+        file.seek(table)
+        for start in range(0, num_samples, _ROWS):  # bounds the memory
+            rows = np.fromfile(file, ALLOCATION, min(_ROWS, num_samples - start))
+            smallest = min(smallest, int(rows["ptr"].min(initial=smallest)))
+    return smallest
+
+
 def tables_digest(beton: Path) -> str:
     """Return the SHA-256 of a .beton without its pages: header, field descriptors, sample table, allocation table.
 
@@ -89,14 +101,16 @@ def tables_digest(beton: Path) -> str:
     with open(beton, "rb") as file:
         if num_samples == 0 or table + num_samples * ALLOCATION.itemsize != beton.stat().st_size:
             return "no whole allocation table"
+        first = min(first_address(beton, table, num_samples), table)  # of the images
+
+        def add(num_bytes: int) -> None:
+            while num_bytes and (piece := file.read(min(num_bytes, 1 << 20))):
+                digest.update(piece)
+                num_bytes -= len(piece)
+
+        add(first)
         file.seek(table)
-        allocations = file.read()
-        rest = min(int(np.frombuffer(allocations, dtype=ALLOCATION)["ptr"].min()), table)  # where the first image is
-        file.seek(0)
-        while rest and (piece := file.read(min(rest, 1 << 20))):
-            digest.update(piece)
-            rest -= len(piece)
-    digest.update(allocations)
+        add(num_samples * ALLOCATION.itemsize)
     return digest.hexdigest()
 
 
@@ -104,6 +118,7 @@ def table_sizes(beton: Path) -> tuple[int, int, int]:
     """Return the number of samples, the size of a page and the number of pages that a file with whole tables has."""
     header = read_header(beton)
     end, page_size = int(header["alloc_table_ptr"]), int(header["page_size"])
-    allocations = np.fromfile(beton, ALLOCATION, int(header["num_samples"]), offset=end)
-    num_bytes = end - int(allocations["ptr"].min())  # the first page begins with the first image
+    num_bytes = end - first_address(
+        beton, end, int(header["num_samples"])
+    )  # the first page begins with the first image
     return int(header["num_samples"]), page_size, num_bytes // max(1, page_size)

@@ -6,6 +6,7 @@ found by their field type, so that a file of stock FFCV with other field names c
 
 from __future__ import annotations
 
+import mmap
 import os
 import zlib
 from collections.abc import Sequence
@@ -83,7 +84,10 @@ class Tables:
 
 @dataclass(frozen=True, slots=True)
 class RawTables:
-    """A .beton's tables as they are stored; their sizes have been checked, their values have not."""
+    """A .beton's tables as they are stored; their sizes have been checked, their values have not.
+
+    Mapped ones are shared by all processes of a machine; if their disk fails, it kills the process (SIGBUS).
+    """
 
     num_bytes: int  # of the file
     fields: tuple[str, ...]
@@ -93,11 +97,12 @@ class RawTables:
     rows: NDArray[Any]  # (n,) a row of each sample, read-only
     image: str  # names in `rows`
     label: str | None
-    allocations: NDArray[Any]  # (m,) ALLOCATION, whole entries
+    allocations: NDArray[Any]  # (m,) ALLOCATION, whole entries, read-only
 
 
-def read_raw_tables(beton: Path) -> RawTables:
-    """Read the tables of a .beton. Raises UnreadableTables if the file has no usable header or no images."""
+def read_raw_tables(beton: Path, *, mapped: bool = False) -> RawTables:
+    """Read or map the tables of a .beton. Raises UnreadableTables if the file has no usable header or no images."""
+    take = _map if mapped else _read
     num_bytes = beton.stat().st_size
     if num_bytes < HEADER.itemsize:
         raise UnreadableTables(f"{beton} has {num_bytes} bytes, less than a header: not an FFCV file; {CONVERT_AGAIN}")
@@ -115,8 +120,7 @@ def read_raw_tables(beton: Path) -> RawTables:
             f"{beton}: a table of {num_samples} samples and pages of {header['page_size']} bytes do not fit into the "
             f"file ({num_bytes} bytes): truncated or a damaged header; copy it again, or {CONVERT_AGAIN}"
         )
-    rows = np.fromfile(beton, row_type, num_samples, offset=start)
-    rows.setflags(write=False)
+    rows = take(beton, row_type, num_samples, start)
     image, label = (next((f"f{i}" for i in range(len(names)) if row_type[i] == kind), None) for kind in (IMAGE, LABEL))
     if image is None:
         raise UnreadableTables(
@@ -132,8 +136,27 @@ def read_raw_tables(beton: Path) -> RawTables:
         rows=rows,
         image=image,
         label=label,
-        allocations=np.fromfile(beton, ALLOCATION, room, offset=pages_end if room else 0),
+        allocations=take(beton, ALLOCATION, room, pages_end),
     )
+
+
+def _read(beton: Path, row_type: np.dtype[Any], num_rows: int, start: int) -> NDArray[Any]:
+    rows = np.fromfile(beton, row_type, num_rows, offset=start if num_rows else 0)
+    rows.setflags(write=False)
+    return rows
+
+
+def _map(beton: Path, row_type: np.dtype[Any], num_rows: int, start: int) -> NDArray[Any]:
+    """Map rows. They are read at once; if they are evicted, only what is used is read again, not what is around it."""
+    if not num_rows:
+        return _read(beton, row_type, 0, 0)
+    before = start % mmap.ALLOCATIONGRANULARITY
+    with open(beton, "rb") as file:
+        num_bytes = num_rows * row_type.itemsize
+        os.posix_fadvise(file.fileno(), start, num_bytes, os.POSIX_FADV_WILLNEED)
+        mapping = mmap.mmap(file.fileno(), before + num_bytes, access=mmap.ACCESS_READ, offset=start - before)
+    mapping.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapping, row_type, num_rows, offset=before)
 
 
 def read_tables(beton: Path) -> Tables:

@@ -89,8 +89,8 @@ class CropKernel:
 
         rows: of the file's sample table, with height and width.   max_bytes: of its largest stored image.
         """
-        heights, widths = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
-        height, width, largest = int(heights.max()), int(widths.max()), int((heights * widths).max())
+        height, width = int(rows["height"].max()), int(rows["width"].max())
+        largest = int(np.multiply(rows["height"], rows["width"], dtype=np.uint32).max())
         return {
             "pixels": (3 * largest + LANES, np.uint8),
             "resize": (scratch_size(height, width, self.size), np.uint8),

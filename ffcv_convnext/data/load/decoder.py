@@ -79,7 +79,7 @@ class BatchDecoder:
         num_local: int = 1,
     ) -> None:
         check_header(beton)
-        tables = read_raw_tables(beton)
+        tables = read_raw_tables(beton, mapped=data_cache != "process")
         if tables.fields != ("image", "label") or (tables.image, tables.label) != ("f0", "f1"):
             raise ValueError(
                 f"{beton} has the fields {', '.join(tables.fields)}: expected image, label; {CONVERT_AGAIN}"

@@ -13,6 +13,7 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
+_BLOCK = 1 << 17  # samples at once: bounds the memory
 _UNKNOWN, _GOOD, _DAMAGED = range(3)
 
 
@@ -36,9 +37,12 @@ class PageCheck:
         self.start = start
         self.page_size = page_size
         self.crc32 = crc32
-        offsets = addresses.astype(np.int64) - start  # addresses from 2**63 on become negative
-        inside = (offsets >= 0) & (offsets < num * page_size)
-        self.pages = np.where(inside, offsets // page_size, num)  # of each sample; `num` outside all pages
+        self.pages = np.empty(len(addresses), np.int32)  # of each sample; `num` outside all pages
+        for first in range(0, len(addresses), _BLOCK):
+            part = slice(first, first + _BLOCK)
+            offsets = addresses[part].astype(np.int64) - start  # addresses from 2**63 on become negative
+            inside = (offsets >= 0) & (offsets < num * page_size)
+            self.pages[part] = np.where(inside, offsets // page_size, num)
         self._state = np.full(num + 1, _UNKNOWN, np.uint8)
         self._state[num] = _GOOD  # the decoder reports samples that lie outside
         self._locks = [Lock() for _ in page_crc32]

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from ffcv_convnext.config import steps_per_epoch
 from ffcv_convnext.rng import Stream, permutation
 
+_BLOCK = 1 << 17  # samples at once: bounds the memory
+
 
 @dataclass(frozen=True, slots=True)
 class Samples:
@@ -50,7 +52,7 @@ class PageShuffle:
     ranks, so they work in the same window, and GlobalBatchSampler cuts it like a full shuffle.
     """
 
-    pages: NDArray[np.int64]  # (n,) page that holds a sample, numbered without gaps
+    pages: NDArray[np.int32]  # (n,) page that holds a sample, numbered without gaps
     offsets: NDArray[np.int64]  # (num_pages,) address of a page in the file
     num_windows: int
 
@@ -61,9 +63,13 @@ class PageShuffle:
         addresses: (n,) of the samples in the file.   page_size: of that file, bytes.
         Windows hold at most `window_bytes`, but at least one page.
         """
-        numbers, pages = np.unique(addresses // np.uint64(page_size), return_inverse=True)
+        pages = addresses // np.uint64(page_size)
+        numbers = np.unique(pages)
         num_windows = -(-len(numbers) // max(1, window_bytes // page_size))
-        return cls(pages, numbers.astype(np.int64) * page_size, num_windows)
+        found = np.empty(len(pages), np.int32)
+        for start in range(0, len(pages), _BLOCK):
+            found[start : start + _BLOCK] = np.searchsorted(numbers, pages[start : start + _BLOCK])
+        return cls(found, numbers.astype(np.int64) * page_size, num_windows)
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """Return (n,) samples in the order of an epoch: the full shuffle, sorted by window."""
@@ -71,7 +77,10 @@ class PageShuffle:
         window = np.empty(len(self.offsets), np.int32)
         for number, pages in enumerate(self._windows(seed, epoch)):
             window[pages] = number
-        return shuffled[np.argsort(window[self.pages[shuffled]], kind="stable")]
+        windows = np.empty(len(shuffled), np.int32)  # of the samples in the shuffled order
+        for start in range(0, len(shuffled), _BLOCK):
+            windows[start : start + _BLOCK] = window[self.pages[shuffled[start : start + _BLOCK]]]
+        return shuffled[np.argsort(windows, kind="stable")]
 
     def _windows(self, seed: int, epoch: int) -> list[NDArray[np.int64]]:
         return np.array_split(permutation(len(self.offsets), seed, epoch, Stream.PAGES), self.num_windows)

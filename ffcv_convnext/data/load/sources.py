@@ -102,9 +102,10 @@ class SampleSource(ABC):
     def __init__(self, beton: Path, samples: NDArray[np.uint64], table: NDArray[Any]) -> None:
         self.beton = beton
         self.samples = samples
-        order = np.argsort(table["ptr"], kind="stable")
-        self.addresses = np.ascontiguousarray(table["ptr"][order])
-        self.sizes = np.ascontiguousarray(table["size"][order])
+        self.addresses, self.sizes = (np.ascontiguousarray(table[name]) for name in ("ptr", "size"))
+        if (self.addresses[1:] < self.addresses[:-1]).any():  # our own files are in order
+            order = np.argsort(self.addresses, kind="stable")
+            self.addresses, self.sizes = self.addresses[order], self.sizes[order]
         for array in (self.addresses, self.sizes):
             array.setflags(write=False)
         self.descriptor = os.open(beton, os.O_RDONLY)

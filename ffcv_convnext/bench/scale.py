@@ -1,0 +1,217 @@
+"""`bench scale`: how start, order and memory grow with the number of images, from 10 thousand to 14 million.
+
+The files are generated: whole tables and a whole manifest, but pages that are holes in a sparse file. Such an image is
+raw and black, so everything but JPEG decoding runs as on a real file; a terabyte of addresses takes no room. Each row
+is a process of its own that opens the file, takes the first batch of an epoch and one in mid-epoch, and lists the
+order of an epoch for one of eight ranks. Memory is what the process has for itself (anonymous pages; the mapped
+tables are shared by all processes of a machine), above that of the file with the fewest images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ffcv_convnext.bench.compare import format_facts
+from ffcv_convnext.data.beton import Manifest, tables_digest
+from ffcv_convnext.data.beton.layout import ALLOCATION, FIELD, FIELD_TYPES, HEADER, RAW, VERSION
+from ffcv_convnext.errors import Failure
+from ffcv_convnext.formatting import format_bytes, markdown_table
+from ffcv_convnext.host import processor_name
+
+COUNTS = (10_000, 100_000, 1_281_167, 14_197_122)  # the last two: ImageNet-1k and ImageNet-22k
+NUM_CLASSES = {1_281_167: 1_000, 14_197_122: 21_841}
+SIDE = 192  # pixels of an image; raw, about as large as a JPEG of 500 pixels
+PAGE_BYTES = 8 << 20
+RANKS = 8
+BATCH = 64
+_TIMEOUT_S = 600.0
+
+_CHILD = """
+import json, sys, threading, time
+from pathlib import Path
+import torch
+from ffcv_convnext.bench.scale import anonymous_bytes
+from ffcv_convnext.config import DataConfig
+from ffcv_convnext.data.load import TrainLoader
+peak, done = [0], threading.Event()
+def watch():
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], anonymous_bytes())
+folder, order = sys.argv[1:]
+threading.Thread(target=watch, daemon=True).start()
+def load(first_step=None):
+    started = time.perf_counter()
+    config = DataConfig(data_path=Path(folder), batch_size=BATCH, input_size=96, num_workers=1, order=order)
+    loader = TrainLoader(config, torch.device("cpu"), seed=0, rank=3, world=RANKS)
+    middle = loader.steps_per_epoch // 2 if first_step is None else first_step
+    steps = loader.steps(0, middle)
+    next(next(steps))
+    seconds = time.perf_counter() - started
+    return loader, steps, seconds
+loader, steps, first_s = load(0)
+held = anonymous_bytes()
+started = time.perf_counter()
+number = sum(len(samples) for samples in loader.samples(1))
+order_s = time.perf_counter() - started
+steps.close(); loader.close()
+del loader, steps
+_, steps, middle_s = load()
+steps.close()
+done.set()
+print(json.dumps({"first_s": first_s, "order_s": order_s, "middle_s": middle_s, "held": held, "peak": peak[0]}))
+""".replace("BATCH", str(BATCH)).replace("RANKS", str(RANKS))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One number of images in one order."""
+
+    num_images: int
+    order: str
+    first_s: float  # from the loader's start to the first batch
+    middle_s: float  # the same in the middle of an epoch
+    order_s: float  # to list the order of an epoch
+    held: int  # bytes a process has for itself at the first batch
+    peak: int  # the most it had
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A finished measurement and the machine it ran on."""
+
+    facts: dict[str, Any]
+    rows: list[Row]
+
+    def to_json(self) -> str:
+        """Return all figures as JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+    def format(self) -> str:
+        """Return a Markdown table with the facts above it."""
+        header = ["images", "order", "first batch s", "in mid-epoch s", "order of an epoch s"]
+        header += ["memory a process", "bytes an image", "at most", "bytes an image"]
+        table = markdown_table(header, [self._cells(row) for row in self.rows], "><>>>>>>>")
+        return f"{format_facts('scale', self.facts)}\n\n{table}"
+
+    def _cells(self, row: Row) -> list[str]:
+        least = min((r for r in self.rows if r.order == row.order), key=lambda r: r.num_images)
+        cells = [f"{row.num_images:,}", row.order, *(f"{s:.2f}" for s in (row.first_s, row.middle_s, row.order_s))]
+        for name in ("held", "peak"):
+            more = getattr(row, name) - getattr(least, name)
+            per_image = f"{more / (row.num_images - least.num_images):.0f}" if row is not least else "-"
+            cells += [format_bytes(getattr(row, name)), per_image]
+        return cells
+
+
+def anonymous_bytes() -> int:
+    """Return the memory that this process has for itself."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    raise Failure("/proc/self/status has no RssAnon: this benchmark needs Linux")
+
+
+def write_generated(folder: Path, num_images: int) -> Path:
+    """Write train.beton with `num_images` black images that take no room, and its manifest; return it.
+
+    Labels are random, so that the file counts as shuffled.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    beton = folder / "train.beton"
+    num_bytes = 3 * SIDE * SIDE
+    per_page = PAGE_BYTES // num_bytes
+    num_pages = -(-num_images // per_page)
+    row_type = np.dtype([("", FIELD_TYPES[2]), ("", FIELD_TYPES[1])], align=True)
+    descriptors = np.zeros(2, FIELD)
+    for descriptor, (name, type_id) in zip(descriptors, (("image", 2), ("label", 1)), strict=True):
+        descriptor["type_id"] = type_id
+        descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+    table_start = HEADER.itemsize + descriptors.nbytes
+    pages_start = -(-(table_start + num_images * row_type.itemsize) // PAGE_BYTES) * PAGE_BYTES
+    end = pages_start + num_pages * PAGE_BYTES
+    num_classes = NUM_CLASSES.get(num_images, min(1000, num_images))
+    numbers = np.arange(num_images)
+    rows = np.zeros(num_images, row_type)
+    rows["f0"]["mode"], rows["f0"]["width"], rows["f0"]["height"] = RAW, SIDE, SIDE
+    rows["f0"]["data_ptr"] = pages_start + numbers // per_page * PAGE_BYTES + numbers % per_page * num_bytes
+    rows["f1"] = np.random.default_rng(0).integers(num_classes, size=num_images)
+    allocations = np.zeros(num_images, ALLOCATION)
+    allocations["sample_id"], allocations["ptr"], allocations["size"] = numbers, rows["f0"]["data_ptr"], num_bytes
+    with open(beton, "wb") as file:
+        file.write(np.array([(VERSION, 2, PAGE_BYTES, num_images, end)], HEADER).tobytes())
+        file.write(descriptors.tobytes())
+        rows.tofile(file)
+        file.seek(end)
+        allocations.tofile(file)
+    Manifest(
+        split="train",
+        classes=tuple(f"n{number:08d}" for number in range(num_classes)),
+        num_samples=num_images,
+        source=str(folder),
+        write_mode="raw",
+        max_resolution=SIDE,
+        jpeg_quality=90,
+        subsampling="420",
+        compress_probability=0.0,
+        num_originals=0,
+        shuffled=True,
+        seed=0,
+        subset=None,
+        shard=None,
+        skipped=(),
+        ffcv_version="",
+        package_version="",
+        identity="generated",
+        page_bytes=PAGE_BYTES,
+        page_crc32=(zlib.crc32(bytes(PAGE_BYTES)),) * num_pages,
+        num_bytes=beton.stat().st_size,
+        sha256=tables_digest(beton),
+        files_sha256="0" * 64,
+    ).write(Manifest.path_for(beton))
+    return beton
+
+
+def bench_scale(counts: Sequence[int], progress: Callable[[str], None], work: Path | None = None) -> Scale:
+    """Measure each number of images, in both orders.
+
+    work: a folder on a file system with sparse files, for about 60 bytes an image; None: a temporary one.
+    Raises Failure if a row cannot be measured.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="bench-scale-", dir=work) as temporary:
+        for number in sorted(counts):
+            folder = Path(temporary) / str(number)
+            beton = write_generated(folder, number)
+            progress(f"{number:,} images, {format_bytes(beton.stat().st_size)} of addresses")
+            for order in ("random", "quasi_random"):
+                _measure(folder, order)  # compiles, and reads the tables into memory
+                rows.append(Row(number, order, **_measure(folder, order)))
+            beton.unlink()
+    facts = {"processor": processor_name(), "cores": len(os.sched_getaffinity(0)), "ranks": RANKS, "batch": BATCH}
+    return Scale(facts, rows)
+
+
+def _measure(folder: Path, order: str) -> dict[str, Any]:
+    command = [sys.executable, "-c", _CHILD, str(folder), order]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise Failure(f"{folder.name} images in order {order} took more than {_TIMEOUT_S:g} s") from None
+    if result.returncode:
+        raise Failure(f"{folder.name} images in order {order} failed: {result.stderr.strip().splitlines()[-1:]}")
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
