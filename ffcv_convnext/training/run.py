@@ -319,8 +319,9 @@ def _describe_res_batch(config: Config) -> str:
             f"{largest}; lower min_res to at most {int(largest / 2**0.5)}, or raise max_res"
         )
     return (
-        f"res_batch has no effect: update_freq = {data.update_freq} has no divisor from 2 to {fit}, so no micro-batches "
-        "can be joined; for the same global batch, use a smaller batch_size and a larger update_freq (half and double)"
+        f"res_batch has no effect: update_freq = {data.update_freq} has no divisor from 2 to {fit}, so no "
+        "micro-batches can be joined; for the same global batch, use a smaller batch_size and a larger update_freq "
+        "(half and double)"
     )
 
 

@@ -331,7 +331,9 @@ def test_res_batch_needs_a_ramp() -> None:
     "changes", [{"test_input_size": 384}, {"input_size": 384}, {"eval": True, "test_sizes": "224,384"}]
 )
 def test_a_crop_ratio_that_the_evaluation_would_not_use_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^test_crop_pct = 0\.9 has no effect on test images of 384 .* --eval_resize crop"):
+    with pytest.raises(
+        ValueError, match=r"^test_crop_pct = 0\.9 has no effect on test images of 384 .* --eval_resize crop"
+    ):
         Config.from_flat({"test_crop_pct": 0.9, **changes})
     Config.from_flat({"test_crop_pct": 0.9, "eval_resize": "crop", **changes})
 

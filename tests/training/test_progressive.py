@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.runs import assert_same_run, config_from, send_at_step, train_here
+from support.nursery import Nursery
+from support.runs import assert_same_run, assert_same_training, config_from, send_at_step, train_here
 from torch import Tensor
 
 from ffcv_convnext.config import Config
 from ffcv_convnext.data.load import TrainLoader
 from ffcv_convnext.errors import Interrupted
 from ffcv_convnext.files import read_lines
+from ffcv_convnext.run_folder import log_of_rank
 from ffcv_convnext.training import engine
 from ffcv_convnext.training.distributed import Processes
 from ffcv_convnext.training.engine import compile_sizes
@@ -121,7 +123,12 @@ def test_a_compiled_run_has_a_graph_for_each_size(settings: dict[str, Any], tmp_
 
 # --- res_batch ----------------------------------------------------------------------------------------------------
 
-JOINED = {"batch_size": 4, "recipe_batch": 16, "update_freq": 4, "res_batch": True}  # 4 at 32 px, 2 at 64 px, 1 at 96 px
+JOINED = {
+    "batch_size": 4,
+    "recipe_batch": 16,
+    "update_freq": 4,
+    "res_batch": True,
+}  # 4 at 32 px, 2 at 64 px, 1 at 96 px
 LAYER_NORM = {"resnet_norm_layer": "ln", "resnet_final_norm": True}
 
 
@@ -145,27 +152,23 @@ def shapes_of(learner: engine.Learner) -> list[tuple[int, int]]:
     return shapes
 
 
-def gradients(config: Config, epoch: int, *, clip: float = 1e-3) -> tuple[dict[str, Tensor], dict[str, float], Any]:
-    """Gradients of a real train step before the update, its norm and loss, and the shapes of its forward passes."""
+def gradients(config: Config, epoch: int) -> tuple[dict[str, Tensor], float, list[tuple[int, int]]]:
+    """Gradients of a train step on the epoch's first micro-batches, its loss, its forward passes' shapes."""
     learner = build_learner(config, Processes.from_environment("cpu"), num_classes=4, steps_per_epoch=5)
     learner.state.epoch, learner.state.step = epoch, 5 * epoch
     learner.network.double(), learner.model.train()
     learner.augment.dtype = torch.float64
-    shapes, found, scalars = shapes_of(learner), {}, {}
+    shapes, found = shapes_of(learner), {}
 
     def step_pre_hook(*_: Any) -> None:
         found.update({name: parameter.grad.clone() for name, parameter in learner.network.named_parameters()})
 
-    def norm(parameters: Any, max_norm: float) -> None:
-        scalars["norm"] = float(torch.nn.utils.get_total_norm([each.grad for each in parameters]))
-
     learner.optimizer.register_step_pre_hook(step_pre_hook)
     with closing(TrainLoader(config.data, CPU, seed=3)) as loader, closing(loader.steps(epoch)) as steps:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("torch.nn.utils.clip_grad_norm_", norm)
-            engine.train_step(learner, next(steps))
+        engine.train_step(learner, next(steps))
     learner.tracker.flush()
-    return found, {**scalars, "loss": float(learner.tracker.epoch.value or 0)}, shapes
+    assert learner.tracker.epoch.value is not None
+    return found, learner.tracker.epoch.value, shapes
 
 
 @pytest.mark.parametrize(("epoch", "passes"), [(0, [(16, 32)]), (1, [(8, 64)] * 2), (2, [(4, 96)] * 4)])
@@ -173,24 +176,38 @@ def test_joined_micro_batches_have_the_gradients_of_separate_ones(
     joined_settings: dict[str, Any], epoch: int, passes: list[tuple[int, int]]
 ) -> None:
     """Mixed, erased, smoothed; without stochastic depth, whose draws are those of the larger micro-batch."""
-    config = config_from({**joined_settings, **LAYER_NORM, "drop_path": 0.0, "clip_grad": 1.0})
-    ours, scalars, shapes = gradients(config, epoch)
+    config = config_from({**joined_settings, **LAYER_NORM, "drop_path": 0.0})
+    ours, loss, shapes = gradients(config, epoch)
     theirs, expected, separate = gradients(config.replace(res_batch=False), epoch)
     assert shapes == passes
-    assert [shape for shape in separate] == [(4, passes[0][1])] * 4
+    assert separate == [(4, passes[0][1])] * 4
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
         assert gradient.any(), name
-    assert scalars == pytest.approx(expected, rel=1e-9)
+    assert loss == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one_with_joined_micro_batches(
+    joined_settings: dict[str, Any], nursery: Nursery, tmp_path: Path
+) -> None:
+    """One joins 4, 2 and 1, each of two joins 2, 2 and 1."""
+    settings = {**joined_settings, **LAYER_NORM, "drop_path": 0.0}
+    train_here(settings, output_dir=tmp_path / "one")
+    for status, output in nursery.run_ranks({**settings, "update_freq": 2, "output_dir": tmp_path / "two"}, strikes={}):
+        assert status == 0, output
+    assert [entry["micro_batch"] for entry in read_lines(tmp_path / "two" / "log.jsonl")] == [8, 8, 4]
+    assert_same_training(tmp_path / "two", tmp_path / "one", tolerance=1e-5)
 
 
 def test_the_log_has_each_epochs_micro_batch(joined: Path) -> None:
     assert [entry["micro_batch"] for entry in read_lines(joined / "log.jsonl")] == [16, 8, 4]
     (start,) = json.loads((joined / "run.json").read_text())["starts"]
-    assert start["micro_batches"] == {"32": 16, "64": 8, "96": 4}
-    assert "res_batch: micro-batches of 16 images of 32 pixels, 8 images of 64 pixels, 4 images of 96 pixels" in (
-        joined / "train.log"
-    ).read_text()
+    assert start["micro_batches"] == {"32": 16, "64": 8, "96": 4}, "images by pixels"
+    assert (
+        "res_batch: micro-batches of 16 images of 32 pixels, 8 images of 64 pixels, 4 images of 96 pixels"
+        in log_of_rank(joined, 0).read_text()
+    )
 
 
 @pytest.mark.parametrize("step", [3, 5, 7])
@@ -239,8 +256,8 @@ def test_recomputed_statistics_are_those_of_joined_micro_batches(
     [
         (
             {"update_freq": 1, "batch_size": 16},
-            "res_batch has no effect: update_freq = 1 has no divisor from 2 to 9, so no micro-batches can be joined; for "
-            "the same global batch, use a smaller batch_size and a larger update_freq (half and double)",
+            "res_batch has no effect: update_freq = 1 has no divisor from 2 to 9, so no micro-batches can be joined; "
+            "for the same global batch, use a smaller batch_size and a larger update_freq (half and double)",
         ),
         (
             {"min_res": 96},
@@ -253,7 +270,7 @@ def test_a_run_says_if_nothing_can_be_joined(
     joined_settings: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     train_here({**joined_settings, **changes}, output_dir=tmp_path, epochs=3, warmup_epochs=0)
-    assert message in (tmp_path / "train.log").read_text()
+    assert message in log_of_rank(tmp_path, 0).read_text()
     assert {entry["micro_batch"] for entry in read_lines(tmp_path / "log.jsonl")} == {changes.get("batch_size", 4)}
 
 
