@@ -38,7 +38,11 @@ def bench_folder(name: str, options: FolderOptions) -> Result:
 
 
 def bench_training(name: str, options: StepOptions) -> Result:
-    """Run the benchmark 'augment' or 'step'."""
+    """Run the benchmark 'augment', 'step' or 'progressive'."""
+    if name == "progressive":
+        from ffcv_convnext.bench.progressive import bench_progressive
+
+        return bench_progressive(options)
     if name == "augment":
         from ffcv_convnext.bench.augment import bench_augment
 

@@ -107,9 +107,13 @@ class RepeatedDecoding:
                     break
         self.samples = self.samples[:num]
 
-    def batches(self, size: int | None = None) -> Generator[Batch, None, None]:
-        """Yield (size, 3, side, side) uint8 and labels on the device; size: default the config's batch_size."""
-        batches: Generator[Batch, None, None] = self.loader.batches(self._lists(size or self.batch_size), 0, 0)
+    def batches(self, size: int | None = None, *, side: int | None = None) -> Generator[Batch, None, None]:
+        """Yield (size, 3, side, side) uint8 and labels on the device.
+
+        size: default the config's batch_size.   side: default the largest of the training images, pixels.
+        """
+        lists = self._lists(size or self.batch_size)
+        batches: Generator[Batch, None, None] = self.loader.batches(lists, 0, 0, side)
         return batches
 
     def _lists(self, size: int) -> Iterator[Samples]:

@@ -104,7 +104,7 @@ def bench_step(options: StepOptions) -> StepComparison:
             contestants, reference = peer_contestants(config, device), REFERENCE
         chosen = options.choose(list(contestants), reference)
         if any(contestants[name][1].get("images") == "loaded" for name in chosen):
-            beton = _beton(options, Path(temporary))
+            beton = training_beton(options, Path(temporary))
         for _, arguments in contestants.values():
             arguments["seconds"] = options.seconds
             if arguments.get("images") == "loaded":
@@ -175,7 +175,7 @@ def ladder_contestants(folder: Path, flags: Mapping[str, Any], device: torch.dev
     return contestants
 
 
-def _beton(options: StepOptions, work: Path) -> Path:
+def training_beton(options: StepOptions, work: Path) -> Path:
     """Return the config's training file, or one of synthetic images, written to `work`."""
     data_path = options.config.data.data_path
     if data_path is not None:

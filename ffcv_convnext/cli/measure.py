@@ -25,6 +25,7 @@ SCALE_HELP = "start, order and memory of the loader for generated files of 10 th
 STEP_BENCHMARKS = {
     "augment": "the augmentation of batches, beside timm's for single images",
     "step": "the training step, beside timm's and torchvision's, or every step of the ladder",
+    "progressive": "the training time that progressive resizing saves: every image size of a schedule, in turn",
 }
 
 
@@ -49,7 +50,7 @@ def bench(argv: Sequence[str]) -> int:
         flag("--peers", help="rows to measure: beginnings of their names, comma-separated (default: all)")
         flag("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
         if name in STEP_BENCHMARKS:
-            flag("--seconds", type=float, default=2.0, help="length of a round of each contestant (default 2)")
+            flag("--seconds", type=float, default=2.0, help="length of a round of each row (default 2)")
             if name == "step":
                 flag(
                     "--ladder",

@@ -72,6 +72,11 @@ class DataConfig:
     max_res: int | None = setting(None, "side of the training images from epoch end_ramp on", minimum=32)
     start_ramp: int | None = setting(None, "epoch, from 0, after which the training images grow", minimum=0)
     end_ramp: int | None = setting(None, "epoch, from 0, at which they have their final size", minimum=0)
+    res_batch: bool = setting(
+        False,
+        "progressive resizing: join micro-batches of small images to larger ones, up to the pixels of one at max_res; "
+        "the global batch stays the same",
+    )
     mean: tuple[float, float, float] = setting(
         IMAGENET_MEAN, "mean of the pixels, red, green and blue from 0 to 1, for normalisation", minimum=0, maximum=1
     )
@@ -84,6 +89,9 @@ class DataConfig:
         "pixels on and for warped images",
         above=0,
         maximum=1,
+    )
+    test_crop_pct: float | None = setting(
+        None, "replaces crop_pct, for images of test_input_size or test_sizes; none: crop_pct", above=0, maximum=1
     )
     eval_resize: Literal["auto", "crop", "warp"] = setting(
         "auto",
@@ -164,6 +172,10 @@ class DataConfig:
                 ramp[low] is None or ramp[low] <= ramp[high],
                 f"{low} = {ramp[low]}: expected at most {high} = {ramp[high]}",
             )
+        _require(
+            not self.res_batch or not missing,
+            f"res_batch = true needs progressive resizing: --{' --'.join(ramp)}",
+        )
 
     def train_size(self, epoch: int) -> int:
         """Return the side of the training images of an epoch, from 0, in pixels.
@@ -177,6 +189,16 @@ class DataConfig:
             return self.min_res if epoch <= self.start_ramp else self.max_res
         share = (epoch - self.start_ramp) / (self.end_ramp - self.start_ramp)
         return round((self.min_res + share * (self.max_res - self.min_res)) / RES_STEP) * RES_STEP
+
+    def num_joined(self, size: int) -> int:
+        """Return how many micro-batches of images of `size` pixels a device processes as one; 1 without res_batch.
+
+        The largest divisor of update_freq with which they have at most the pixels of one micro-batch at max_train_size.
+        """
+        if not self.res_batch:
+            return 1
+        divisors = (num for num in range(1, self.update_freq + 1) if self.update_freq % num == 0)
+        return max(num for num in divisors if num == 1 or num * size**2 <= self.max_train_size**2)
 
     @property
     def max_train_size(self) -> int:
@@ -198,7 +220,7 @@ class DataConfig:
         """Side of a resized evaluation image before its crop, pixels: the short one, or both if it is warped."""
         if self.eval_resize == "auto" and self.eval_warps:
             return self.test_size  # the paper's code does not use crop_pct here
-        crop_pct = self.crop_pct
+        crop_pct = self.crop_pct if self.test_crop_pct is None else self.test_crop_pct
         if crop_pct is None:
             crop_pct = 224 / 256 if self.test_size < WARPED_FROM and not self.eval_warps else 1.0
         return int(self.test_size / crop_pct)
@@ -544,6 +566,13 @@ class Config:
             end_ramp is None or end_ramp < epochs,
             f"end_ramp = {end_ramp}: expected at most {epochs - 1}, the last of {epochs} epochs",
         )
+        if self.data.test_crop_pct is not None and self.data.eval_resize == "auto":
+            largest = max(self.run.test_sizes or (self.data.test_size,))
+            _require(
+                largest < WARPED_FROM,
+                f"test_crop_pct = {self.data.test_crop_pct:g} has no effect on test images of {largest} pixels, which "
+                f"eval_resize = auto warps from {WARPED_FROM} on; add --eval_resize crop, or remove it",
+            )
         if self.augment.cutmix_minmax is not None:
             (low, high), side = self.augment.cutmix_minmax, self.train_sizes()[0]
             _require(

@@ -40,6 +40,7 @@ _REPORTED = (
         "max_res",
         "start_ramp",
         "end_ramp",
+        "res_batch",
         "batch_size",
         "update_freq",
         "num_workers",

@@ -54,6 +54,7 @@ class StepTimer:
     """Times train.py's optimiser step on one device, with random pixels or the loader's."""
 
     def __init__(self, config: Config, device: torch.device, *, num_classes: int) -> None:
+        config = config.replace(res_batch=False)  # steps are timed at max_res, where nothing is joined
         self.config = config
         self.device = device
         self.num_classes = num_classes

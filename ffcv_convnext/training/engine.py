@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # needs ffcv, which this file's tests do without
 
 log = logging.getLogger(__name__)
 
+Batch = tuple[Tensor, Tensor]  # images and labels, or inputs and targets
 RECOMPUTE_IMAGES = 10_000  # Wu and Johnson 2021, arXiv:2105.07576: BatchNorm's statistics need 1,000 to 10,000
 
 
@@ -207,7 +208,8 @@ def fit(run: Run) -> dict[str, float]:
                     "epoch_s": time.perf_counter() - epoch_started,
                     "bad_samples": int(processes.sum(torch.tensor(num_bad))),
                     "lr": learner.schedules.lr(state.step - 1),
-                    "train_size": learner.config.data.train_size(epoch),
+                    "train_size": (size := learner.config.data.train_size(epoch)),
+                    "micro_batch": learner.config.data.batch_size * learner.config.data.num_joined(size),
                     "n_parameters": sum(p.numel() for p in learner.network.parameters()),
                 }
             )
@@ -221,15 +223,19 @@ def fit(run: Run) -> dict[str, float]:
     return scores or evaluate_candidates(run)  # no scores if the run ended between its last checkpoint and `done`
 
 
-def train_step(learner: Learner, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-    """Take one optimiser step on this process's micro-batches; the host does not wait for the device."""
+def train_step(learner: Learner, micro_batches: Iterable[Batch]) -> None:
+    """Take one optimiser step on this process's micro-batches; the host does not wait for the device.
+
+    With res_batch, forward and backward join as many of them as the epoch's image size allows.
+    """
     config, processes, step = learner.config, learner.processes, learner.state.step
-    num = config.data.update_freq
+    num_joined = config.data.num_joined(config.data.train_size(learner.state.epoch))
     lr, weight_decay = learner.schedules.lr(step), learner.schedules.weight_decay(step)
     set_hyperparameters(learner.optimizer, lr=lr, weight_decay=weight_decay)
-    for i, (images, labels) in enumerate(micro_batches):
-        micro_batch = processes.rank + i * processes.world  # its number in the global batch
-        loss = _backward(learner, images, labels, step, micro_batch, last=i == num - 1)
+    inputs, first = augmented(learner, micro_batches, step), 0
+    while parts := list(islice(inputs, num_joined)):
+        micro_batch, first = processes.rank + first * processes.world, first + len(parts)
+        loss = _backward(learner, parts, step, micro_batch, last=first == config.data.update_freq)
         learner.tracker.add(loss, step + 1)  # the log counts steps from 1
     if config.optim.clip_grad is not None:
         learner.scaler.unscale_(learner.optimizer)
@@ -241,28 +247,49 @@ def train_step(learner: Learner, micro_batches: Iterator[tuple[Tensor, Tensor]])
         learner.ema.update(learner.network)  # from the initial weights on: with step=, timm copies the first two
 
 
-def _backward(learner: Learner, images: Tensor, labels: Tensor, step: int, micro_batch: int, *, last: bool) -> Tensor:
-    """Augment a micro-batch and add its gradients; return its loss. last: of the step: DDP reduces the gradients."""
-    config = learner.config
-    inputs, targets = learner.augment(images, labels, step=step, micro_batch=micro_batch)
-    seed = step_seed(config.run.seed, step, micro_batch, Stream.NETWORK)
-    if learner.graphs is not None:
+def augmented(learner: Learner, micro_batches: Iterable[Batch], step: int) -> Iterator[Batch]:
+    """Yield inputs and targets of this process's micro-batches of a step, each augmented by its own draws."""
+    processes = learner.processes
+    for i, (images, labels) in enumerate(micro_batches):
+        micro_batch = processes.rank + i * processes.world  # its number in the global batch
+        yield learner.augment(images, labels, step=step, micro_batch=micro_batch)
+
+
+def join(parts: list[Batch]) -> Batch:
+    """Return augmented micro-batches as one. Empties the list, so that no memory is held twice."""
+    if len(parts) == 1:
+        return parts.pop()
+    inputs, targets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    parts.clear()
+    return inputs, targets
+
+
+def _backward(learner: Learner, parts: list[Batch], step: int, micro_batch: int, *, last: bool) -> Tensor:
+    """Add the gradients of augmented micro-batches, joined; return their mean loss. Empties the list.
+
+    micro_batch: number of the first one, which seeds the network's random numbers.   last: as for `backward`.
+    """
+    num_joined = len(parts)
+    inputs, targets = join(parts)
+    seed = step_seed(learner.config.run.seed, step, micro_batch, Stream.NETWORK)
+    if learner.graphs is not None:  # with update_freq 1: nothing is joined
         return learner.graphs(inputs, targets, seed=seed)
     torch.manual_seed(seed)
-    return backward(learner, inputs, targets, last=last)
+    return backward(learner, inputs, targets, num_joined=num_joined, last=last)
 
 
-def backward(learner: Learner, inputs: Tensor, targets: Tensor, *, last: bool = True) -> Tensor:
+def backward(learner: Learner, inputs: Tensor, targets: Tensor, *, num_joined: int = 1, last: bool = True) -> Tensor:
     """Add the gradients of an augmented micro-batch to those of the parameters; return its detached loss.
 
-    inputs: (N, 3, H, W).   targets: (N, K) float32.   last: of the optimiser step: DDP reduces the gradients.
+    inputs: (N, 3, H, W).   targets: (N, K) float32.   num_joined: how many of the step's update_freq micro-batches
+    they are.   last: of the optimiser step: DDP reduces the gradients.
     """
     config = learner.config
     with learner.sync_gradients(last=last):
         with autocast(config, learner.processes.device):
             logits = learner.model(inputs.contiguous(memory_format=memory_format(config)))
             loss: Tensor = learner.criterion(logits, targets)
-        scaled: Tensor = learner.scaler.scale(loss / config.data.update_freq)
+        scaled: Tensor = learner.scaler.scale(loss / (config.data.update_freq / num_joined))
         with fixed_statistics(learner.network) if config.model.grad_checkpointing else nullcontext():
             scaled.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
@@ -281,12 +308,13 @@ def compile_sizes(learner: Learner) -> None:
     before = [buffer.clone() for buffer in learner.network.buffers()]
     learner.model.train()
     for number, size in enumerate(sizes, 1):
-        log.info("compiling for images of %d pixels (%d of %d)", size, number, len(sizes))
-        images = torch.zeros(config.data.batch_size, size, size, 3, dtype=torch.uint8, device=device).permute(
-            0, 3, 1, 2
-        )
-        labels = torch.zeros(config.data.batch_size, dtype=torch.int64, device=device)
-        _backward(learner, images, labels, learner.state.step, 0, last=False)
+        num, num_joined = config.data.batch_size, config.data.num_joined(size)
+        several = f", {num_joined * num} at a time" if config.data.res_batch else ""
+        log.info("compiling for images of %d pixels%s (%d of %d)", size, several, number, len(sizes))
+        images = torch.zeros(num, size, size, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+        labels = torch.zeros(num, dtype=torch.int64, device=device)
+        parts = list(augmented(learner, [(images, labels)] * num_joined, learner.state.step))
+        _backward(learner, parts, learner.state.step, 0, last=False)
     learner.optimizer.zero_grad(set_to_none=True)
     for buffer, value in zip(learner.network.buffers(), before, strict=True):
         buffer.copy_(value)
@@ -364,18 +392,19 @@ def recompute_statistics(run: Run, network: nn.Module) -> None:
     learner, loader = run.learner, run.train_loader
     config, processes, epoch = learner.config, learner.processes, learner.state.epoch - 1
     norms = batch_norms(network.eval())
+    num_joined = config.data.num_joined(config.data.train_size(epoch))
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train().reset_running_stats()
     num_steps, number = math.ceil(RECOMPUTE_IMAGES / run.sampler.global_batch), 0
     with torch.no_grad(), closing(loader.steps(epoch)) as steps:
         for step, micro_batches in enumerate(islice(steps, num_steps), epoch * loader.steps_per_epoch):
-            for i, (images, labels) in enumerate(micro_batches):
+            several = augmented(learner, micro_batches, step)
+            while parts := list(islice(several, num_joined)):
                 number += 1
                 for norm in norms:
                     norm.momentum = 1 / number  # makes the running statistics the mean of all so far
-                micro_batch = processes.rank + i * processes.world
-                inputs, _ = learner.augment(images, labels, step=step, micro_batch=micro_batch)
+                inputs, _ = join(parts)
                 with autocast(config, processes.device):
                     network(inputs.contiguous(memory_format=memory_format(config)))
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -239,12 +239,15 @@ def build_run(
         "data": {"train": train_loader.manifest.sha256, "val": val_loader.manifest.sha256},
         "images": {"train": train_loader.num_samples, "val": val_loader.num_samples},
     }
+    data = learner.config.data
+    micro_batches = {str(size): data.batch_size * data.num_joined(size) for size in learner.config.train_sizes()}
+    start = {**start, "kernels": kernels.facts(), "micro_batches": micro_batches}  # pixels -> images
     run = Run(
         learner=learner,
         train_loader=train_loader,
         val_loader=val_loader,
         checkpoints=Checkpoints(config.run.output_dir),
-        log=RunLog(config.run.output_dir, config, processes, facts, {**start, "kernels": kernels.facts()}),
+        log=RunLog(config.run.output_dir, config, processes, facts, start),
     )
     _announce(run, parameters)
     log.info(f"kernels: {kernels.words}: {kernels.reason}")
@@ -277,6 +280,8 @@ def _announce(run: Run, parameters: int) -> None:
         f"{shares.world} processes on {device}; peak lr {schedule.lr:g}; {schedule.epochs} epochs of "
         f"{loader.steps_per_epoch} steps"
     )
+    if config.data.res_batch:
+        log.info(_describe_res_batch(config))
     if config.optim.loss == "bce" and config.augment.smoothing > 0:
         log.info(
             f"loss = bce with smoothing = {config.augment.smoothing:g}: before bce_target_thresh, each class has the "
@@ -297,6 +302,27 @@ def _announce(run: Run, parameters: int) -> None:
             f"{schedule.lr * shares.global_batch / schedule.recipe_batch:.3g}) and set recipe_batch to "
             f"{shares.global_batch}"
         )
+
+
+def _describe_res_batch(config: Config) -> str:
+    """Return one line: the micro-batch of each size, or why they are all the same and what changes that."""
+    data = config.data
+    num_joined = {size: data.num_joined(size) for size in config.train_sizes()}
+    if max(num_joined.values()) > 1:
+        sizes = ", ".join(f"{num * data.batch_size} images of {size} pixels" for size, num in num_joined.items())
+        return f"res_batch: micro-batches of {sizes}"
+    smallest, largest = min(num_joined), data.max_train_size
+    fit = largest**2 // smallest**2  # as many micro-batches have at most the pixels of one at max_res
+    if fit < 2:
+        return (
+            f"res_batch has no effect: 2 micro-batches of {smallest} pixels have more pixels than one of max_res = "
+            f"{largest}; lower min_res to at most {int(largest / 2**0.5)}, or raise max_res"
+        )
+    return (
+        f"res_batch has no effect: update_freq = {data.update_freq} has no divisor from 2 to {fit}, so no "
+        "micro-batches can be joined; for the same global batch, use a smaller batch_size and a larger update_freq "
+        "(half and double)"
+    )
 
 
 def announce_timm_images(config: Config) -> None:
@@ -400,13 +426,13 @@ def _check_own(path: Path, content: dict[str, Any], run: Run) -> None:
 
 def _announce_world(run: Run, update_freq: int) -> None:
     """Log a change of the number of processes. update_freq: before the change."""
-    shares = run.sampler
+    shares, data = run.sampler, run.learner.config.data
     if update_freq != shares.update_freq:
         before = shares.global_batch // (shares.batch_size * update_freq)
         log.info(
             f"the checkpoint was made on {before} processes with update_freq {update_freq}; the run continues on "
             f"{shares.world} with {shares.update_freq}: the same global batch of {shares.global_batch}, divided into "
-            "the same micro-batches"
+            "the same micro-batches" + (", which res_batch joins otherwise than before" if data.res_batch else "")
         )
 
 

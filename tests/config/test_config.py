@@ -43,9 +43,11 @@ OTHER_WORDS: dict[str, str] = {
     "max_res": "192",
     "start_ramp": "2",
     "end_ramp": "9",
+    "res_batch": "true",
     "mean": "0.5,0.5,0.5",
     "std": "0.25,0.5,1",
     "crop_pct": "0.95",
+    "test_crop_pct": "0.9",
     "eval_resize": "warp",
     "eval_interpolation": "bilinear",
     "train_interpolation": "random",
@@ -157,6 +159,7 @@ NEEDED: dict[str, dict[str, str]] = {
     "model_key": {"finetune": "/runs/b/checkpoint-best.pth"},
     "model_prefix": {"finetune": "/runs/b/checkpoint-best.pth"},
     **{name: {"eval": "true"} for name in ("test_sizes", "tta", "eval_data_path", "eval_csv")},
+    "res_batch": {name: OTHER_WORDS[name] for name in RAMP},
     **{name: {other: OTHER_WORDS[other] for other in RAMP if other != name} for name in RAMP},
 }
 
@@ -240,6 +243,10 @@ def test_defaults_are_the_paper_s_recipe() -> None:
         ({"input_size": 384, "eval_resize": "crop", "crop_pct": 0.875}, (438, False)),
         ({"eval_resize": "warp"}, (224, True)),
         ({"eval_resize": "warp", "crop_pct": 0.875}, (256, True)),  # timm's squash
+        ({"input_size": 160, "test_input_size": 224, "crop_pct": 0.875, "test_crop_pct": 1}, (224, False)),
+        ({"input_size": 160, "test_input_size": 224, "test_crop_pct": 0.7}, (320, False)),
+        ({"eval_resize": "crop", "test_input_size": 384, "test_crop_pct": 0.8}, (480, False)),
+        ({"eval_resize": "warp", "crop_pct": 0.875, "test_crop_pct": 0.5}, (448, True)),
     ],
 )
 def test_evaluation_images_are_resized_as_in_the_papers_code(
@@ -294,6 +301,41 @@ def test_a_wrong_ramp_is_refused(changes: dict[str, Any], message: str) -> None:
     Config.from_flat(good)
     with pytest.raises(ValueError, match=message):
         Config.from_flat(changes if list(changes) == ["min_res"] and changes["min_res"] == 128 else {**good, **changes})
+
+
+@pytest.mark.parametrize(
+    ("update_freq", "joined"),
+    [  # pixels at most: 4 times at 96, 2.56 at 120 (not used), 2.25 at 128, 1.44 at 160, 1 at 192
+        (1, [1, 1, 1, 1]),
+        (2, [2, 2, 1, 1]),
+        (3, [3, 1, 1, 1]),
+        (4, [4, 2, 1, 1]),
+        (6, [3, 2, 1, 1]),
+        (8, [4, 2, 1, 1]),
+    ],
+)
+def test_res_batch_joins_micro_batches_up_to_the_pixels_of_one_at_max_res(update_freq: int, joined: list[int]) -> None:
+    ramp = {"min_res": 96, "max_res": 192, "start_ramp": 2, "end_ramp": 9}
+    data = Config.from_flat({**ramp, "update_freq": update_freq, "res_batch": True}).data
+    assert [data.num_joined(size) for size in (96, 128, 160, 192)] == joined
+    off = Config.from_flat({**ramp, "update_freq": update_freq}).data
+    assert [off.num_joined(size) for size in (96, 128, 160, 192)] == [1, 1, 1, 1]
+
+
+def test_res_batch_needs_a_ramp() -> None:
+    with pytest.raises(ValueError, match=r"^res_batch = true needs progressive resizing: --min_res --max_res --start"):
+        Config.from_flat({"res_batch": True})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"test_input_size": 384}, {"input_size": 384}, {"eval": True, "test_sizes": "224,384"}]
+)
+def test_a_crop_ratio_that_the_evaluation_would_not_use_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"^test_crop_pct = 0\.9 has no effect on test images of 384 .* --eval_resize crop"
+    ):
+        Config.from_flat({"test_crop_pct": 0.9, **changes})
+    Config.from_flat({"test_crop_pct": 0.9, "eval_resize": "crop", **changes})
 
 
 # --- timm models --------------------------------------------------------------------------------------------------
@@ -507,6 +549,9 @@ def test_an_extra_argument_or_an_abbreviated_option_is_refused(words: list[str],
         ("input_size", "31", "a whole number >= 32"),
         ("crop_pct", "0", "a number in (0, 1]"),
         ("crop_pct", "1.1", "a number in (0, 1]"),
+        ("test_crop_pct", "0", "a number in (0, 1] or none"),
+        ("test_crop_pct", "1.1", "a number in (0, 1] or none"),
+        ("test_crop_pct", "big", "a number in (0, 1] or none"),
         ("crop_pct", "big", "a number"),
         ("train_interpolation", "lanczos", "one of bicubic, bilinear, random"),
         ("scale", "0.9,0.1", "min,max with min <= max"),

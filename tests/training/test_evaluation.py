@@ -97,6 +97,18 @@ def test_several_sizes_are_the_rows_of_a_table(settings: dict[str, Any], capsys:
     ]
 
 
+def test_the_crop_ratio_of_the_evaluation_replaces_crop_pct(settings: dict[str, Any]) -> None:
+    """In a single evaluation and at each of several sizes; crop_pct alone is the same for both."""
+
+    def scores(**changes: Any) -> list[dict[str, float]]:
+        return list(evaluate_only(config_from(settings, **changes)).values())
+
+    theirs = scores(test_input_size=64, crop_pct=0.5)
+    assert scores(test_input_size=64, crop_pct=0.9, test_crop_pct=0.5) == theirs
+    assert scores(test_input_size=64, test_crop_pct=0.9) != theirs
+    assert scores(test_sizes="32,64", test_crop_pct=0.5)[1] == theirs[0]
+
+
 def test_sizes_are_refused_by_a_network_of_one_size_before_its_weights_are_read(small_settings: dict[str, Any]) -> None:
     plain = {name: value for name, value in small_settings.items() if not name.startswith("resnet_")}
     vit = {**plain, "model": "test_vit", "input_size": 160, "eval": True, "finetune": "absent.pth", "drop_path": 0}

@@ -86,7 +86,7 @@ def test_the_log_has_an_object_for_each_epoch_with_all_keys(learned: Finished) -
         assert set(entry) == {
             *("epoch", "step", "train_loss", "test_acc1", "test_acc5", "test_loss"),
             *("test_acc1_ema", "test_acc5_ema", "test_loss_ema", "lr", "n_parameters", "bad_samples", *TIMINGS),
-            "train_size",
+            *("train_size", "micro_batch"),
         }
         assert entry["test_acc5"] == 100, "four classes"
         assert entry["images_per_s"] > 0
