@@ -42,7 +42,14 @@ DOORS = {
     *("data.beton", "data.beton.layout", "data.beton.tables", "data.beton.ffcv_import"),
     *("data.codec", "data.convert", "data.load", "data.check"),
     *("bench.gpu", "bench.gpu_code", "bench.scale", "bench.synthetic_data", "bench.timing"),
-    *("models.kernels", "training.distributed", "training.engine", "training.kernel_choice", "training.preflight"),
+    *(
+        "ladder.statistics",
+        "models.kernels",
+        "training.distributed",
+        "training.engine",
+        "training.kernel_choice",
+        "training.preflight",
+    ),
     *("training.losses", "training.optim", "training.run"),
 }
 

@@ -13,10 +13,11 @@ from ffcv_convnext.config import add_flags, nearest, settings_from_args
 
 
 def ladder(argv: Sequence[str]) -> int:
-    """Show the ladder (describe, figure) and manage its runs as jobs (submit, status, cancel, logs)."""
+    """Show the ladder (describe, figure), plan it (plan) and manage its runs as jobs (submit, status, cancel, logs)."""
     actions = {
         "describe": ladder_describe,
         "figure": ladder_figure,
+        "plan": ladder_plan,
         "submit": ladder_submit,
         "status": ladder_status,
         "cancel": ladder_cancel,
@@ -63,6 +64,55 @@ def ladder_figure(argv: Sequence[str]) -> int:
 
     write_paper_figure(options.out, kind, options.configs, options.runs)
     print(f"wrote {options.out}")
+    return 0
+
+
+def ladder_plan(argv: Sequence[str]) -> int:
+    """Propose recipe and seeds that fit into a budget of GPU-hours, with the differences that they can resolve."""
+    parser = parser_of("ladder plan", ladder_plan)
+    _add_configs_flag(parser)
+    flag = parser.add_argument
+    flag("--budget", required=True, metavar="NxKIND:HOURSh", help="devices and hours, e.g. 8xH100:12h")
+    flag(
+        "--images_per_s",
+        type=float,
+        metavar="RATE",
+        help="images of 224 pixels that a run on all these devices trains per second (default: as measured in --runs)",
+    )
+    flag("--runs", type=Path, metavar="DIR", help="--job_dir of earlier runs, for rates and the spread over seeds")
+    flag("--only", metavar="STEPS", help="only these steps, e.g. 05..08,convnext_tiny")
+    flag(
+        "--recipes",
+        metavar="A,B",
+        help="only these files in the ladder's recipes/ (default: those that change the length)",
+    )
+    flag("--num_images", type=int, default=1_281_167, metavar="N", help="training images (default ImageNet-1k's)")
+    options = parser.parse_args(argv)
+    from ffcv_convnext.ladder import (
+        Budget,
+        find_recipes,
+        format_plan,
+        make_offers,
+        rates_of,
+        read_paper,
+        select_steps,
+        spread_of,
+    )
+
+    budget = Budget.parse(options.budget)
+    if options.num_images < 1:
+        raise ValueError(f"num_images = {options.num_images}: expected at least 1")
+    if options.runs is not None and not options.runs.is_dir():
+        raise FileNotFoundError(f"runs = {options.runs} is not a folder; give the --job_dir of ladder submit")
+    steps = select_steps(options.configs, options.only)
+    rates, source = rates_of(steps, budget, options.images_per_s, options.runs)
+    names = options.recipes.split(",") if options.recipes else None
+    recipes, left_out = find_recipes(options.configs / "recipes", names)
+    offers = make_offers(steps, recipes, budget, rates, options.num_images)
+    paper = read_paper(options.configs)
+    words = f" --only {options.only}" if options.only else ""
+    spread = spread_of(options.runs, paper)
+    print(format_plan(offers, budget, steps, paper, spread=spread, rate_source=source, left_out=left_out, words=words))
     return 0
 
 

@@ -8,6 +8,7 @@ from ffcv_convnext.ladder.jobs import (
     submit_ladder,
     with_gpus_per_job,
 )
+from ffcv_convnext.ladder.plan import Budget, find_recipes, format_plan, make_offers, rates_of, spread_of
 from ffcv_convnext.ladder.status import RunStatus, cancel_runs, format_status, read_log, read_status, watch
 from ffcv_convnext.ladder.steps import (
     STARTING_POINT,
@@ -26,6 +27,7 @@ from ffcv_convnext.ladder.steps import (
 
 __all__ = [
     "STARTING_POINT",
+    "Budget",
     "PaperResult",
     "RunStatus",
     "Step",
@@ -33,11 +35,15 @@ __all__ = [
     "cancel_runs",
     "check_overrides",
     "describe",
+    "find_recipes",
+    "format_plan",
     "format_status",
     "format_table",
+    "make_offers",
     "natural_order",
     "parse_seeds",
     "plan_ladder",
+    "rates_of",
     "read_ladder",
     "read_log",
     "read_paper",
@@ -46,6 +52,7 @@ __all__ = [
     "read_step",
     "select_steps",
     "size_of",
+    "spread_of",
     "submit_ladder",
     "watch",
     "with_gpus_per_job",

@@ -83,7 +83,7 @@ def budget(tasks: Sequence[Task], world: int, images_per_s: float | None, *, par
     if images_per_s is not None:
         rates, source = [images_per_s] * len(tasks), "given"
     else:
-        measured = _measured(tasks[0].folder.parents[1], world, {task.name: task.config for task in tasks})
+        measured = measured_rates(tasks[0].folder.parents[1], world, {task.name: task.config for task in tasks})
         if not measured:
             return (
                 f"{text}; hours unknown: no run in this folder has been measured yet. Give the rate of one run on "
@@ -102,7 +102,7 @@ def budget(tasks: Sequence[Task], world: int, images_per_s: float | None, *, par
     )
 
 
-def _measured(job_dir: Path, world: int, configs: Mapping[str, Config]) -> dict[str, float]:
+def measured_rates(job_dir: Path, world: int, configs: Mapping[str, Config]) -> dict[str, float]:
     """Return the median images/s of the runs below a folder by step, scaled to `world` processes.
 
     With progressive resizing, also scaled to the pixels of the largest images.   configs: of the steps, by name.

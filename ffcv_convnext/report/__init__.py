@@ -10,18 +10,24 @@ from ffcv_convnext.errors import Failure
 from ffcv_convnext.files import write_atomically
 from ffcv_convnext.report.figure import Kind, draw, draw_paper
 from ffcv_convnext.report.page import to_html
+from ffcv_convnext.report.ranking import Neighbours, Ranking, neighbours, rankings
 from ffcv_convnext.report.reference import read_ladders
 from ffcv_convnext.report.runs import Run, read_runs
+from ffcv_convnext.report.scatter import draw_rankings
 from ffcv_convnext.report.summary import Report, Row, Section, summarise
 from ffcv_convnext.report.tables import to_csv, to_json, to_markdown
 
 __all__ = [
+    "Neighbours",
+    "Ranking",
     "Report",
     "Row",
     "Run",
     "Section",
     "draw",
     "draw_paper",
+    "neighbours",
+    "rankings",
     "read_ladders",
     "read_runs",
     "summarise",
@@ -37,12 +43,13 @@ __all__ = [
 def write_files(report: Report, folder: Path, *, page: bool = False) -> list[Path]:
     """Write ladder.md, .csv, .json, .png and .svg, and with `page` ladder.html; each file is replaced as a whole.
 
+    If there are rankings, also their pictures order.png and order.svg.
     Raises Failure without matplotlib, after the tables are written.
     """
     written = []
 
-    def write(suffix: str, content: bytes) -> None:
-        written.append(folder / f"ladder.{suffix}")
+    def write(suffix: str, content: bytes, stem: str = "ladder") -> None:
+        written.append(folder / f"{stem}.{suffix}")
         write_atomically(written[-1], content)
 
     write("md", (to_markdown(report) + "\n").encode())
@@ -52,6 +59,9 @@ def write_files(report: Report, folder: Path, *, page: bool = False) -> list[Pat
         svg, png = draw(report, ["svg", "png"])
         write("png", png)
         write("svg", svg)
+        if ranked := rankings(report):
+            for kind, picture in zip(("svg", "png"), draw_rankings(ranked, ["svg", "png"]), strict=True):
+                write(kind, picture, "order")
         if page:
             write("html", to_html(report, svg).encode())
     return written

@@ -114,10 +114,10 @@ def _render(panels: Sequence[Panel], kinds: Sequence[Kind]) -> list[bytes]:
         for kind, file in files.items():
             figure.savefig(file, format=kind, dpi=dpi, facecolor="white" if kind == "png" else "none")
             figure.set_layout_engine("none")  # the first one stays
-    return [_themed(file.getvalue()) if kind == "svg" else file.getvalue() for kind, file in files.items()]
+    return [themed(file.getvalue()) if kind == "svg" else file.getvalue() for kind, file in files.items()]
 
 
-def _themed(svg: bytes) -> bytes:
+def themed(svg: bytes) -> bytes:
     """Return an SVG without date and version, with THEME's background and text colour."""
     text = re.sub(r"<metadata>.*?</metadata>\s*| +(?=\n)", "", svg.decode(), flags=re.DOTALL)
     text = text.replace(INK, "currentColor")

@@ -10,7 +10,17 @@ from importlib.resources import files
 from typing import Any
 
 from ffcv_convnext.report.figure import draw, to_inline
+from ffcv_convnext.report.ranking import (
+    neighbours,
+    neighbours_caption,
+    neighbours_table,
+    neighbours_title,
+    ranking_caption,
+    ranking_table,
+    rankings,
+)
 from ffcv_convnext.report.runs import Run
+from ffcv_convnext.report.scatter import draw_rankings
 from ffcv_convnext.report.summary import Report, Row
 from ffcv_convnext.report.tables import Table, caption, others_caption, others_table, section_table, table_of_runs
 from ffcv_convnext.run_folder import finite
@@ -27,7 +37,7 @@ def to_html(report: Report, svg: bytes | None = None) -> str:
         (svg,) = draw(report, ["svg"])
     template = files("ffcv_convnext.report").joinpath("page.html").read_text(encoding="utf-8")
     parts = {
-        "TABLES": _tables(report),
+        "TABLES": _tables(report) + _order(report),
         "FIGURE": to_inline(svg),
         "RUNS": _table(table_of_runs(report.runs)),
         "CURVES": _curves(report),
@@ -46,6 +56,20 @@ def _tables(report: Report) -> str:
         parts.append(f"{_list(others_caption(report.others))}</section>")
     if report.notes:
         parts.append(f"<section><h2>Notes</h2>{_list(report.notes)}</section>")
+    return "\n".join(parts)
+
+
+def _order(report: Report) -> str:
+    """Return the tables of neighbours and rankings, and the rankings' picture."""
+    parts = []
+    for section in report.sections:
+        if found := neighbours(section):
+            parts.append(f"<section><h2>{_text(neighbours_title(section))}</h2>{_table(neighbours_table(found))}")
+            parts.append(f"{_list(neighbours_caption(found))}</section>")
+    if ranked := rankings(report):
+        (svg,) = draw_rankings(ranked, ["svg"])
+        parts.append(f"<section><h2>Order of the steps</h2>{_table(ranking_table(ranked))}")
+        parts.append(f"{_list(ranking_caption(ranked))}<div class='wide' id='scatter'>{to_inline(svg)}</div></section>")
     return "\n".join(parts)
 
 

@@ -10,6 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from ffcv_convnext.formatting import format_number, markdown_table
+from ffcv_convnext.report.ranking import (
+    neighbour_record,
+    neighbours,
+    neighbours_caption,
+    neighbours_table,
+    neighbours_title,
+    ranking_caption,
+    ranking_table,
+    rankings,
+)
 from ffcv_convnext.report.runs import Metric, Run
 from ffcv_convnext.report.summary import WITHIN, Report, Row, Section, Stats
 
@@ -22,6 +32,12 @@ def to_markdown(report: Report) -> str:
     parts: list[str] = []
     for section in report.sections:
         parts += [f"## {escape(section.title)}", _table(section_table(section)), _list(caption(section))]
+    for section in report.sections:
+        if found := neighbours(section):
+            parts += [f"## {escape(neighbours_title(section))}", _table(neighbours_table(found))]
+            parts += [_list(neighbours_caption(found))]
+    if ranked := rankings(report):
+        parts += ["## Order of the steps", _table(ranking_table(ranked)), _list(ranking_caption(ranked))]
     if report.others:
         parts += ["## Other runs"] if report.sections else []
         parts += [_table(others_table(report.others)), _list(others_caption(report.others))]
@@ -180,9 +196,11 @@ def to_json(report: Report) -> str:
                     {**_row_record(section, row), "runs": [_run_record(run) for run in row.runs]}
                     for row in section.rows
                 ],
+                "neighbours": [neighbour_record(each) for each in neighbours(section)],
             }
             for section in report.sections
         ],
+        "rankings": [ranking.record() for ranking in rankings(report)],
         "others": [_run_record(run) for run in report.others],
         "notes": report.notes,
     }
