@@ -50,7 +50,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 def test_the_page_runs_without_errors_and_loads_nothing_else(browser: Browser, page: Path) -> None:
     browser.open(page)
-    assert browser.evaluate("document.querySelectorAll('section tbody tr').length") == 15 + 1
+    assert browser.evaluate("document.querySelectorAll('section tbody tr').length") == 15 + 1 + 12
     assert browser.evaluate("document.querySelectorAll('details tbody tr').length") == 28 + 1
     assert browser.evaluate("document.querySelectorAll('#chart path').length") == 28 + 1
     assert "separate downsampling" in browser.evaluate("document.querySelector('#figure svg').textContent")
