@@ -1,117 +1,116 @@
-"""ladder plan: arithmetic by hand, and what it prints and refuses."""
+"""`ladder plan`: costs by hand, the proposal, what it does without a rate, and its errors."""
 
 from __future__ import annotations
 
-import math
+import json
 from pathlib import Path
 
 import pytest
 from support.ladder_runs import CONFIGS, steps_of, write_run
 
 from ffcv_convnext.cli import run_command
-from ffcv_convnext.ladder import Budget, find_recipes, parse_budget, plan_budget, read_ladder, resolvable
-from ffcv_convnext.ladder.plan import pooled_std
+from ffcv_convnext.ladder import Budget, find_recipes, make_offers, read_paper, select_steps, spread_of
+from ffcv_convnext.ladder.plan import choose, close_neighbours
+from ffcv_convnext.ladder.statistics import resolved_difference
 
-STEPS = steps_of()[:2]
-BUDGET = Budget(8, "H100", 12.0)
-RECIPES = CONFIGS / "recipes"
-
-
-def test_a_budget_is_gpus_times_hours() -> None:
-    assert parse_budget("8xH100:12h") == BUDGET
-    assert BUDGET.gpu_hours == 96
-    assert parse_budget("1xA100-80GB:0.5h").gpu_hours == 0.5
+FAST_16 = CONFIGS / "recipes" / "fast_16.yaml"
 
 
-@pytest.mark.parametrize("text", ["8xH100", "H100:12h", "8xH100:12", "0xH100:12h", "8xH100:0h", "-1xH100:2h", ""])
-def test_another_budget_is_one_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(["ladder", "plan", f"--budget={text}", "--configs", str(CONFIGS)]) != 0
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"--budget {text}: expected" in line
-    assert "8xH100:12h" in line
+def plan(capsys: pytest.CaptureFixture[str], *flags: str, configs: Path = CONFIGS) -> str:
+    assert run_command("ladder", ["plan", "--configs", str(configs), *flags]) == 0
+    return capsys.readouterr().out
 
 
-def test_the_cost_is_images_times_pixels_over_the_rate() -> None:
-    plan = plan_budget(
-        BUDGET, STEPS, [RECIPES / "30_epochs.yaml"], images_per_s=10_000, runs=None, train_images=1_000_000
-    )
-    short, full = plan.offers
-    # 2 steps x 30 M images at 10,000 a second are 6,000 s on 8 GPUs.
-    assert short.seed_gpu_hours == pytest.approx(8 * 6000 / 3600)
-    assert full.seed_gpu_hours == pytest.approx(10 * short.seed_gpu_hours)
-    assert (short.num_seeds, full.num_seeds) == (7, 0)
-    assert plan.best is short
+def row_of(table: str, recipe: str) -> list[str]:
+    [line] = [line for line in table.splitlines() if line.startswith(f"| {recipe} ")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_smaller_images_cost_their_share_of_pixels() -> None:
-    paths = [RECIPES / "30_epochs.yaml", RECIPES / "fast_30.yaml"]
-    plan = plan_budget(BUDGET, STEPS, paths, images_per_s=10_000, runs=None)
-    cost = {offer.name: offer.seed_gpu_hours for offer in plan.offers}
-    sizes = [STEPS[0].config.replace(min_res=128, max_res=192, start_ramp=8, end_ramp=22, epochs=30).data.train_size(e)
-             for e in range(30)]  # fmt: skip
-    assert cost["fast_30"] / cost["30_epochs"] == pytest.approx(sum(size**2 for size in sizes) / (30 * 224**2))
+def test_costs_by_hand() -> None:
+    steps = select_steps(CONFIGS, "07..08")
+    budget = Budget.parse("8xH100:12h")
+    assert (budget.gpu_hours, budget.kind) == (96, "H100")
+    offers = {offer.name: offer for offer in make_offers(steps, [FAST_16], budget, {s.name: 20_000 for s in steps})}
+    # 300 epochs x 1,281,167 images / 20,000 a second are 5.338 h on 8 devices; two steps.
+    whole = offers["the configs' recipe"]
+    assert whole.gpu_hours == pytest.approx(2 * 8 * 300 * 1_281_167 / 20_000 / 3600)
+    assert whole.num_seeds == 1
+    # fast_16: the squares of its 16 sizes over 224 squared.
+    sizes = [128] * 4 + [128, 128, 160, 160, 160, 160, 192, 192] + [192] * 4
+    fast = offers["fast_16"]
+    assert fast.gpu_hours == pytest.approx(whole.gpu_hours / 300 * sum(size**2 for size in sizes) / 224**2, rel=0.03)
+    assert fast.num_seeds == 20, "more are not counted"
 
 
-def test_recipes_on_larger_images_are_left_out() -> None:
-    plan = plan_budget(BUDGET, STEPS, find_recipes(CONFIGS), images_per_s=10_000, runs=None)
-    names = {offer.name for offer in plan.offers}
-    assert "finetune_384" not in names
-    assert {"fast_16", "fast_30", "fast_50", "30_epochs", "100_epochs", "full"} <= names
+def test_the_proposal_is_the_longest_recipe_with_three_seeds() -> None:
+    steps = select_steps(CONFIGS)
+    recipes, left_out = find_recipes(CONFIGS / "recipes")
+    assert left_out == ["finetune_384", "rsb_a3"]
+    rates = {step.name: 20_000.0 for step in steps}
+
+    def proposed(budget: str) -> tuple[str, int] | None:
+        chosen = choose(make_offers(steps, recipes, Budget.parse(budget), rates))
+        return chosen and (chosen.name, chosen.num_seeds)
+
+    assert proposed("8xH100:12h") == ("fast_16", 5)
+    assert proposed("8xH100:24h") == ("fast_50", 3)
+    assert proposed("8xH100:300h") == ("the configs' recipe", 3)
+    assert proposed("8xH100:3h") == ("fast_16", 1)
+    assert proposed("8xH100:1h") is None
 
 
-def test_the_smallest_difference_worked_by_hand() -> None:
-    # t(0.975, 4) = 2.77645, t(0.8, 4) = 0.94096
-    assert resolvable(0.1, 3) == pytest.approx((2.77645 + 0.94096) * 0.1 * math.sqrt(2 / 3), rel=1e-5)
-    assert resolvable(0.1, 1) is None
-    assert pooled_std([(0.3, 3), (0.1, 2), (9.0, 1)]) == pytest.approx(math.sqrt((2 * 0.09 + 0.01) / 3))
-    assert pooled_std([(0.3, 1)]) is None
+def test_the_page_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    text = plan(capsys, "--budget", "8xH100:12h", "--images_per_s", "20000")
+    fast = row_of(text, "fast_16")
+    assert fast[1] == "16"
+    assert fast[4] == "5"
+    points = resolved_difference(spread := 0.0964, 5)
+    assert points is not None
+    assert float(fast[5]) == pytest.approx(points, abs=0.02), spread
+    assert "convnext_tiny" in fast[6], "0.13 points above its base"
+    assert row_of(text, "fast_50")[5] == "-", "one seed resolves nothing"
+    assert "--config rn_configs/recipes/fast_16.yaml --seeds 0,1,2".replace("rn_configs", str(CONFIGS)) in text
+    nothing = plan(capsys, "--budget", "1xA100:2h", "--images_per_s", "2000")
+    assert "nothing fits: the cheapest, fast_16 with one seed, needs 22" in nothing
+    assert "; 1 step would fit: --only 00_resnet50" in nothing
+    assert "ladder submit" not in nothing
 
 
-def test_neighbours_that_are_too_close_are_named() -> None:
-    plan = plan_budget(BUDGET, read_ladder(CONFIGS), find_recipes(CONFIGS), images_per_s=20_000, runs=None)
-    assert plan.best is not None
-    assert plan.best.name == "fast_16"
-    assert plan.best.resolves == pytest.approx(0.18, abs=0.02)
-    assert ("07_kernel7", "08_gelu") in [pair[:2] for pair in plan.close]
-    assert ("03_depthwise", "04_wider") not in [pair[:2] for pair in plan.close]
+def test_neighbours_that_are_closer_in_the_paper() -> None:
+    steps, paper = select_steps(CONFIGS), read_paper(CONFIGS)
+    assert close_neighbours(steps, paper, 0.06) == ["08_gelu"]  # 80.57 and 80.62
+    assert close_neighbours(steps, paper, 0.061) == ["08_gelu", "11_layernorm"]  # 81.41 and 81.47
 
 
-def test_rate_and_spread_are_measured_in_earlier_runs(tmp_path: Path) -> None:
-    for seed, top1 in enumerate((80.0, 81.0)):
-        write_run(tmp_path / STEPS[0].name / f"seed{seed}", STEPS[0], seed=seed, top1=top1, epochs=None)
-    plan = plan_budget(Budget(4, "H200", 12), STEPS, [], images_per_s=None, runs=tmp_path)
-    assert plan.std == pytest.approx(math.sqrt(0.5))
-    assert "measured in" in plan.std_source
-    # 9,000 images/s on 8 GPUs are 4,500 on 4.
-    assert plan.offers[0].seed_gpu_hours == pytest.approx(4 * 2 * 300 * 1_281_167 / 4500 / 3600, rel=0.01)
-    assert "1 of 2 steps without a run take the median" in plan.rate_source
+def test_rates_and_spread_of_earlier_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = {step.name: step for step in steps_of()}
+    for seed, top1 in enumerate((80.0, 80.4)):
+        write_run(tmp_path / "07_kernel7" / f"seed{seed}", steps["07_kernel7"], top1=top1, seed=seed)
+    write_run(tmp_path / "08_gelu" / "seed0", steps["08_gelu"], top1=81.0)
+    spread = spread_of(tmp_path, read_paper(CONFIGS))
+    assert spread is not None
+    assert spread.std == pytest.approx(0.2 * 2**0.5, abs=1e-6)
+    assert "1 step with several seeds" in spread.source
+    text = plan(capsys, "--budget", "16xH200:12h", "--runs", str(tmp_path), "--only", "07..08")
+    assert "measured in" in text
+    assert "2 of 2 steps, scaled to the budget's devices" in text
+    rate = json.loads((tmp_path / "08_gelu" / "seed0" / "log.jsonl").read_text().splitlines()[0])["images_per_s"]
+    hours = 300 * 1_281_167 / (2 * rate) / 3600 * 16 * 2  # 8 processes were measured; two steps
+    assert float(row_of(text, "the configs' recipe")[3].replace(",", "")) == pytest.approx(hours, rel=0.01)
 
 
-def test_the_command_ends_with_the_command_to_type(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["ladder", "plan", "--configs", str(CONFIGS), "--budget", "8xH100:12h", "--images_per_s", "20000"]
-    assert run_command([*words, "--only", "00..03"]) == 0
-    printed = capsys.readouterr().out
-    assert "the paper's, 13 steps" in printed
-    last = printed.splitlines()[-1]
-    assert last.startswith(f"ffcv-convnext ladder submit --configs {CONFIGS} --config ")
-    assert "--only 00..03 --seeds 0,1,2" in last
-
-
-def test_where_nothing_fits_the_cheapest_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["ladder", "plan", "--configs", str(CONFIGS), "--budget", "1xH100:1h", "--images_per_s", "2000"]
-    assert run_command(words) == 0
-    printed = capsys.readouterr().out
-    assert "nothing fits: the cheapest, fast_16 with one seed, needs 22.0 GPU-hours" in printed
-    assert "ladder submit" not in printed
-
-
-def test_a_rate_is_never_invented(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["ladder", "plan", "--configs", str(CONFIGS), "--budget", "8xH100:12h"]
-    assert run_command(words) != 0
-    assert "with --images_per_s, or measured runs with --runs DIR" in capsys.readouterr().err
-    assert run_command([*words, "--runs", str(tmp_path)]) != 0
-    assert "has been measured" in capsys.readouterr().err
-    assert run_command([*words, "--runs", str(tmp_path / "none")]) != 0
-    assert "is not a folder" in capsys.readouterr().err
-    assert run_command([*words, "--images_per_s", "0"]) != 0
-    assert "--images_per_s 0: expected a positive number" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--budget", "H100"], "budget = H100: expected devices, their kind and hours, e.g. 8xH100:12h"),
+        (["--budget", "0xH100:12h"], "budget = 0xH100:12h: expected"),
+        (["--budget", "8xH100:12h"], "no rate is given: give the images of 224 pixels that 8 devices train per second"),
+        (["--budget", "8xH100:12h", "--images_per_s", "0"], "expected a positive rate"),
+        (["--budget", "8xH100:12h", "--images_per_s", "9", "--recipes", "fast"], "recipes = fast: "),
+        (["--budget", "8xH100:12h", "--runs", "nowhere"], "runs = nowhere is not a folder"),
+    ],
+)
+def test_wrong_input_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("ladder", ["plan", "--configs", str(CONFIGS), *flags]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
