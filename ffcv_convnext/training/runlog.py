@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -39,9 +39,7 @@ from ffcv_convnext.run_folder import (
 from ffcv_convnext.snapshot import source_commit
 from ffcv_convnext.training.compile_cache import places
 from ffcv_convnext.training.distributed import Processes
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from ffcv_convnext.training.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +145,7 @@ class RunLog:
         self.processes = processes
         self.active = processes.is_main
         self.bar: tqdm[Any] | None = None
-        self.tensorboard: SummaryWriter | None = None
-        self.wandb: Any = None
+        self.trackers: Trackers | None = None
         self.run_id = ""  # each checkpoint holds it; from `resume_at` on
         if not self.active:
             return
@@ -180,15 +177,15 @@ class RunLog:
             self.run["first_step"] = step
         self.run["starts"][-1]["from_step"] = step
         self._write_run()
-        self._trim_logs(step, epoch, continued=continued, logged=step - interval)
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, and the benchmarks do without it
+        epochs = self._trim_logs(step, epoch, continued=continued, logged=step - interval)
+        wandb = self._start_wandb() if self.config.run.log_wandb else None
+        self.trackers = Trackers(self.folder, self.config, step=step, epochs=epochs, wandb=wandb)
 
-        self.tensorboard = SummaryWriter(str(self.folder), purge_step=step + 1)
-        if self.config.run.log_wandb:
-            self._start_wandb()
+    def _trim_logs(self, step: int, epoch: int, *, continued: bool, logged: int) -> list[dict[str, Any]]:
+        """Keep the lines up to the checkpoint, and return the epochs; warn if some are damaged or missing.
 
-    def _trim_logs(self, step: int, epoch: int, *, continued: bool, logged: int) -> None:
-        """Keep the lines up to the checkpoint; warn if some are damaged or missing.   logged: its last log point."""
+        logged: the checkpoint's last log point.
+        """
         found: list[str] = []
         epochs = keep_lines(
             self.folder / EPOCHS, EPOCH, lambda entry: continued and entry["epoch"] < epoch, found.append
@@ -202,13 +199,14 @@ class RunLog:
             damaged = [f"{self.folder / STEPS} ends at step {last} instead of {logged}: lines were lost"]
         for message in found + damaged:
             log.warning(message)
+        return epochs
 
-    def _start_wandb(self) -> None:
+    def _start_wandb(self) -> Any:
         try:
             import wandb
         except ImportError:
             raise ValueError("log_wandb = true: wandb is not installed; pip install wandb, or omit the flag") from None
-        self.wandb = wandb.init(
+        run = wandb.init(
             project=self.config.run.project,
             name=self.folder.name,
             dir=str(self.folder),
@@ -216,8 +214,9 @@ class RunLog:
             resume="allow",
             config=self.config.flat(),
         )
-        self.run["wandb_id"] = self.wandb.id
+        self.run["wandb_id"] = run.id
         self._write_run()
+        return run
 
     def start_epoch(self, epoch: int, first_step: int, num_steps: int) -> None:
         """Show a progress bar on a terminal."""
@@ -239,7 +238,8 @@ class RunLog:
         if not self.active:
             return
         append_lines(self.folder / STEPS, [entry])
-        self._track(entry, "train", entry["step"])
+        assert self.trackers is not None
+        self.trackers.step(entry)
         rate = f"{entry['images_per_s']:.0f} images/s" if entry["images_per_s"] else "first interval, not timed"
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {entry['loss']:.3f}, {rate}")
@@ -261,7 +261,8 @@ class RunLog:
         if not self.active:
             return
         append_lines(self.folder / EPOCHS, [entry])
-        self._track(entry, "epoch", entry["step"])
+        assert self.trackers is not None
+        self.trackers.epoch(entry)
         averaged = f", averaged weights {entry['test_acc1_ema']:.2f} %" if "test_acc1_ema" in entry else ""
         log.info(
             "epoch %d/%d: train loss %.4f, val top-1 %.2f %%%s%s",
@@ -276,12 +277,15 @@ class RunLog:
     def done(self, scores: dict[str, Any]) -> None:
         """Write the final scores, which mark the run as finished."""
         if self.active:
+            if self.trackers is not None:
+                self.trackers.done(scores)
+                self.trackers.flush()
             write_object(self.folder / DONE, scores)
 
     def flush(self) -> None:
         """Write buffered events to disk, so that they survive if this process is killed."""
-        if self.tensorboard is not None:
-            self.tensorboard.flush()
+        if self.trackers is not None:
+            self.trackers.flush()
 
     def end_bar(self) -> None:
         """Remove the progress bar."""
@@ -292,19 +296,5 @@ class RunLog:
     def close(self) -> None:
         """Close the progress bar and the trackers."""
         self.end_bar()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        if self.wandb is not None:
-            self.wandb.finish()
-
-    def _track(self, entry: dict[str, Any], group: str, step: int) -> None:
-        numbers = {
-            f"{group}/{key}": value
-            for key, value in entry.items()
-            if key not in ("step", "epoch") and isinstance(value, int | float)
-        }
-        assert self.tensorboard is not None
-        for key, value in numbers.items():
-            self.tensorboard.add_scalar(key, value, step)
-        if self.wandb is not None:
-            self.wandb.log(numbers, step=step)
+        if self.trackers is not None:
+            self.trackers.close()

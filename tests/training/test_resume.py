@@ -206,7 +206,7 @@ def test_sigkill_at_any_moment_changes_nothing(
     status, output = nursery.run({**settings, **changes})
     assert status == 0, output
     assert_same_run(tmp_path, undisturbed)
-    losses = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+    losses = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/train_step")
     assert [loss.step for loss in losses] == [entry["step"] for entry in read_lines(tmp_path / "steps.jsonl")]
     assert not list(tmp_path.glob(".*.tmp")), "what killed writers left behind is removed"
 

@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 import torch
 from support.runs import config_from
+from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.context import RequestContext
+from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 from tensorboard.summary.writer import event_file_writer
 
 from ffcv_convnext.config import Config
@@ -51,8 +54,11 @@ def epoch_entry(epoch: int, **scores: float) -> dict[str, Any]:
 
 @pytest.fixture
 def open_log(tmp_path: Path) -> Callable[..., RunLog]:
-    def opened(*, step: int = 0, epoch: int = 0, processes: Processes = ALONE, **settings: Any) -> RunLog:
-        log = RunLog(tmp_path, config(**settings), processes, {"global_batch": 8}, {"affinity": None})
+    def opened(
+        *, step: int = 0, epoch: int = 0, processes: Processes = ALONE, folder: Path = tmp_path, **settings: Any
+    ) -> RunLog:
+        folder.mkdir(exist_ok=True)
+        log = RunLog(folder, config(**settings), processes, {"global_batch": 8}, {"affinity": None})
         log.resume_at(step, epoch, continued=step > 0)
         return log
 
@@ -156,10 +162,10 @@ def test_tensorboard_shows_each_step_once_after_a_resume(
             log.train(step_entry(step), 10)
         log.close()
     events = EventAccumulator(str(tmp_path)).Reload()
-    losses = events.Scalars("train/loss")
+    losses = events.Scalars("loss/train_step")
     assert [loss.step for loss in losses] == list(range(1, 8))
     assert [loss.value for loss in losses] == pytest.approx([1 / step for step in range(1, 8)])
-    assert "train/images_per_s" not in events.Tags()["scalars"], "None is not plotted"
+    assert "throughput/images_per_s_step" not in events.Tags()["scalars"], "None is not plotted"
 
 
 def test_done_holds_the_scores(open_log: Callable[..., RunLog], tmp_path: Path) -> None:
@@ -211,11 +217,11 @@ class FakeWandb(SimpleNamespace):
     """Records the calls."""
 
     def __init__(self) -> None:
-        super().__init__(starts=[], logged=[], finished=0)
+        super().__init__(starts=[], logged=[], finished=0, summary={})
 
     def init(self, **settings: Any) -> SimpleNamespace:
         self.starts.append(settings)
-        return SimpleNamespace(id=settings["id"] or "run7", log=self.log, finish=self.finish)
+        return SimpleNamespace(id=settings["id"] or "run7", log=self.log, finish=self.finish, summary=self.summary)
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         self.logged.append((step, numbers))
@@ -240,8 +246,80 @@ def test_wandb_continues_the_same_run_after_a_resume(
     assert wandb.starts[0]["name"] == tmp_path.name
     assert wandb.starts[0]["config"]["epochs"] == 2
     assert [step for step, _ in wandb.logged] == [1, 10, 3, 10]
-    assert wandb.logged[0][1] == {"train/loss": 1.0, "train/lr": 0.1, "train/weight_decay": 0.05}
+    assert wandb.logged[0][1] == {"loss/train_step": 1.0, "schedule/lr": 0.1, "schedule/weight_decay": 0.05}
     assert wandb.finished == 2
+
+
+def test_wandb_has_the_final_and_the_best_scores(
+    open_log: Callable[..., RunLog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = open_log(log_wandb=True)
+    log.epoch(epoch_entry(0, test_acc1=60.0, test_acc1_ema=20.0))
+    log.close()
+    log = open_log(step=10, epoch=1, log_wandb=True)  # the best epoch is from before the resume
+    log.epoch(epoch_entry(1, test_acc1=55.0, test_acc1_ema=30.0))
+    log.done({"epochs": 2, "test_acc1": 55.0, "test_acc1_ema": 30.0})
+    log.close()
+    assert wandb.summary == {
+        "final_epochs": 2, "final_test_acc1": 55.0, "final_test_acc1_ema": 30.0,
+        "best_test_acc1": 60.0, "best_test_acc1_ema": 30.0,
+    }  # fmt: skip
+
+
+def hparams_of(folder: Path) -> list[Any]:
+    """What TensorBoard's HParams tab lists for the runs below a folder: session groups, ordered by name."""
+    multiplexer = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
+    provider = data_provider.MultiplexerDataProvider(multiplexer, str(folder))
+    context = backend_context.Context(SimpleNamespace(multiplexer=multiplexer, data_provider=provider))
+    request = RequestContext()
+    experiment = context.experiment_from_metadata(
+        request, "", include_metrics=True, hparams_run_to_tag_to_content=context.hparams_metadata(request, ""),
+        data_provider_hparams=[],
+    )  # fmt: skip
+    asked = api_pb2.ListSessionGroupsRequest(
+        start_index=0, slice_size=10, include_metrics=True,
+        allowed_statuses=[api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_SUCCESS, api_pb2.STATUS_RUNNING],
+        col_params=[api_pb2.ColParams(metric=info.name) for info in experiment.metric_infos],
+    )  # fmt: skip
+    handler = list_session_groups.Handler(request, context, "", asked)
+    return sorted(handler.run().session_groups, key=lambda group: group.sessions[0].name)
+
+
+def test_the_hparams_tab_compares_runs_by_their_settings_and_scores(
+    open_log: Callable[..., RunLog], tmp_path: Path
+) -> None:
+    for seed, top1 in ((0, 61.0), (1, 63.0)):
+        log = open_log(folder=tmp_path / f"seed{seed}", seed=seed)
+        log.epoch(epoch_entry(0, test_acc1=top1 + 5))
+        log.epoch(epoch_entry(1, test_acc1=top1))
+        if seed:
+            log.done({"epochs": 2, "test_acc1": top1})
+        log.close()
+    groups = hparams_of(tmp_path)
+    assert [group.sessions[0].name for group in groups] == ["seed0", "seed1"], "each is one run, not a further one"
+    settings = [dict(group.hparams.items()) for group in groups]
+    differing = [name for name in settings[0] if settings[0][name] != settings[1][name]]
+    assert differing == ["seed"]
+    assert settings[0]["resnet_layers"].string_value
+    assert not {"output_dir", "data_path"} & settings[0].keys()
+    scores = [{v.name.tag: v.value for v in group.metric_values} for group in groups]
+    assert [score["accuracy/test_acc1"] for score in scores] == [61.0, 63.0], "the last epoch's"
+    assert [score["accuracy/test_acc1_best"] for score in scores] == [66.0, 68.0]
+    assert [group.sessions[0].status for group in groups] == [api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_SUCCESS]
+
+
+def test_tags_are_in_an_order_that_shows_accuracy_first(open_log: Callable[..., RunLog], tmp_path: Path) -> None:
+    log = open_log()
+    log.train(step_entry(1, images_per_s=9.0), 10)
+    log.epoch(epoch_entry(0, test_acc1_ema=51.0, bad_samples=3, train_size=160, micro_batch=8))
+    log.close()
+    tags = sorted(EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"])
+    assert tags[0] == "accuracy/test_acc1"
+    assert list(dict.fromkeys(tag.partition("/")[0] for tag in tags)) == ["accuracy", "loss", "schedule", "throughput"]
+    assert "throughput/bad_samples" in tags
+    assert {"loss/train_step", "loss/train_loss", "schedule/lr", "schedule/train_size"} <= set(tags)
 
 
 def test_missing_wandb_is_an_error(open_log: Callable[..., RunLog], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,9 +129,9 @@ def test_the_global_batch_is_printed_and_an_unusual_one_warned_about(learned: Fi
 def test_tensorboard_reads_the_events(learned: Finished) -> None:
     events = EventAccumulator(str(learned.folder)).Reload()
     ours = [entry["test_acc1"] for entry in read_lines(learned.folder / "log.jsonl")]
-    assert [event.value for event in events.Scalars("epoch/test_acc1")] == pytest.approx(ours)
-    assert [event.step for event in events.Scalars("epoch/test_acc1")] == [10, 20, 30, 40, 50, 60]
-    assert len(events.Scalars("train/loss")) == len(read_lines(learned.folder / "steps.jsonl"))
+    assert [event.value for event in events.Scalars("accuracy/test_acc1")] == pytest.approx(ours)
+    assert [event.step for event in events.Scalars("accuracy/test_acc1")] == [10, 20, 30, 40, 50, 60]
+    assert len(events.Scalars("loss/train_step")) == len(read_lines(learned.folder / "steps.jsonl"))
 
 
 def test_the_best_checkpoints_are_of_the_best_epochs(learned: Finished) -> None:
