@@ -7,6 +7,8 @@ one line on stderr; other errors keep their traceback.
 from __future__ import annotations
 
 import logging
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -18,6 +20,7 @@ from ffcv_convnext.cli.runs import export, report, train
 from ffcv_convnext.config import nearest
 from ffcv_convnext.errors import EXIT_USAGE, complain, exit_status
 
+EXIT_BROKEN_PIPE = 141  # as of a program that SIGPIPE ended
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "write": write,
     "train": train,
@@ -35,7 +38,24 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; argv defaults to the process's."""
     if logging.lastResort is not None:  # prints warnings of commands that set up no logging
         logging.lastResort.setFormatter(logging.Formatter("warning: %(message)s"))
-    return exit_status(lambda: COMMANDS[name](sys.argv[1:] if argv is None else argv))
+    try:
+        status = exit_status(lambda: COMMANDS[name](sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise
+        return EXIT_BROKEN_PIPE
+    return status
+
+
+def _reader_has_left() -> bool:
+    """Return whether stdout is a pipe that nobody reads any more, e.g. of `| head`; nothing more is written then."""
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)  # errors are reported without being asked for
+    if not any(event & select.POLLERR for _, event in watched.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:

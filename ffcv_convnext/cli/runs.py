@@ -49,10 +49,26 @@ def report(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--configs", type=Path, metavar="DIR", help="folder of the ladder (default rn_configs, if it exists)"
     )
+    parser.add_argument(
+        "--sort", metavar="NAME", help="print all runs as one table, ordered by a setting or a score, e.g. lr or top1"
+    )
+    parser.add_argument("--descending", action="store_true", help="with --sort: the largest first")
+    parser.add_argument("--csv", action="store_true", help="print that table as CSV; no file is written")
     options = parser.parse_args(argv)
-    from ffcv_convnext.report import summarise, to_markdown, write_files
+    from ffcv_convnext.report import flat_table, read_runs, summarise, to_markdown, write_files
     from ffcv_convnext.run_folder import is_run
 
+    if options.descending and options.sort is None:
+        raise ValueError("--descending needs --sort NAME")
+    if options.csv or options.sort is not None:
+        if options.out is not None or options.html:
+            raise ValueError("--sort and --csv print one table and write no file; leave out --out and --html")
+        runs, notes = read_runs(options.folders)
+        table = flat_table(runs, options.sort, descending=options.descending)
+        print(table.to_csv() if options.csv else table.to_markdown(), end="" if options.csv else "\n")
+        for note in notes:
+            complain(note, 0)
+        return 0
     out, configs = options.out, options.configs
     if out is not None:
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ffcv_convnext.errors import Failure
 from ffcv_convnext.files import write_atomically
 from ffcv_convnext.report.figure import Kind, draw, draw_paper
+from ffcv_convnext.report.flat import FlatTable, flat_table
 from ffcv_convnext.report.page import to_html
 from ffcv_convnext.report.ranking import Neighbours, Ranking, neighbours, rankings
 from ffcv_convnext.report.reference import read_ladders
@@ -18,6 +19,7 @@ from ffcv_convnext.report.summary import Report, Row, Section, summarise
 from ffcv_convnext.report.tables import to_csv, to_json, to_markdown
 
 __all__ = [
+    "FlatTable",
     "Neighbours",
     "Ranking",
     "Report",
@@ -26,6 +28,7 @@ __all__ = [
     "Section",
     "draw",
     "draw_paper",
+    "flat_table",
     "neighbours",
     "rankings",
     "read_ladders",
