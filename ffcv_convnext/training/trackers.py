@@ -75,12 +75,9 @@ class Trackers:
             for name, value in config.flat().items()
             if name in SETTINGS and name not in NOT_COMPARED
         }
-        names = SCORES if config.run.model_ema else SCORES[:1]
-        tags = [tag for name in names for tag in (epoch_tag(name), f"{epoch_tag(name)}_best")]
-        metrics = dict.fromkeys([*tags, "loss/test_loss"], 0.0)
-        experiment, start, end = hparams(settings, metrics)  # type: ignore[no-untyped-call]  # torch declares no types
-        for summary in (experiment, start):
-            self._write(summary)
+        # Without the summary of an experiment, the tab compares the runs itself and lists what differs first.
+        _, start, end = hparams(settings, {})  # type: ignore[no-untyped-call]  # torch declares no types
+        self._write(start)
         return end
 
     def _write(self, summary: Any) -> None:

@@ -268,8 +268,11 @@ def test_wandb_has_the_final_and_the_best_scores(
     }  # fmt: skip
 
 
-def hparams_of(folder: Path) -> list[Any]:
-    """What TensorBoard's HParams tab lists for the runs below a folder: session groups, ordered by name."""
+def hparams_of(folder: Path) -> tuple[list[Any], list[str], list[str]]:
+    """What TensorBoard's HParams tab lists for the runs below a folder.
+
+    Session groups, ordered by name; settings and scores in the order of their columns.
+    """
     multiplexer = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
     provider = data_provider.MultiplexerDataProvider(multiplexer, str(folder))
     context = backend_context.Context(SimpleNamespace(multiplexer=multiplexer, data_provider=provider))
@@ -284,7 +287,8 @@ def hparams_of(folder: Path) -> list[Any]:
         col_params=[api_pb2.ColParams(metric=info.name) for info in experiment.metric_infos],
     )  # fmt: skip
     handler = list_session_groups.Handler(request, context, "", asked)
-    return sorted(handler.run().session_groups, key=lambda group: group.sessions[0].name)
+    groups = sorted(handler.run().session_groups, key=lambda group: group.sessions[0].name)
+    return groups, [info.name for info in experiment.hparam_infos], [m.name.tag for m in experiment.metric_infos]
 
 
 def test_the_hparams_tab_compares_runs_by_their_settings_and_scores(
@@ -297,7 +301,9 @@ def test_the_hparams_tab_compares_runs_by_their_settings_and_scores(
         if seed:
             log.done({"epochs": 2, "test_acc1": top1})
         log.close()
-    groups = hparams_of(tmp_path)
+    groups, columns, tags = hparams_of(tmp_path)
+    assert columns[0] == "seed", "what differs comes first"
+    assert tags[:2] == ["accuracy/test_acc1", "accuracy/test_acc1_best"]
     assert [group.sessions[0].name for group in groups] == ["seed0", "seed1"], "each is one run, not a further one"
     settings = [dict(group.hparams.items()) for group in groups]
     differing = [name for name in settings[0] if settings[0][name] != settings[1][name]]
