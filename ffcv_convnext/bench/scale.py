@@ -4,18 +4,20 @@ The files are generated: whole tables and a whole manifest, but pages that are h
 raw and black, so everything but JPEG decoding runs as on a real file; a terabyte of addresses takes no room. Each row
 is a process of its own that opens the file, takes the first batch of an epoch and one in mid-epoch, and lists the
 order of an epoch for one of eight ranks. Memory is what the process has for itself (anonymous pages; the mapped
-tables are shared by all processes of a machine), above that of the file with the fewest images.
+tables are shared by all processes of a machine), also for each image more than in the file with the fewest.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ _CHILD = """
 import json, sys, threading, time
 from pathlib import Path
 import torch
-from ffcv_convnext.bench.scale import anonymous_bytes
+from ffcv_convnext.bench.scale import anonymous_bytes, proportional_bytes
 from ffcv_convnext.config import DataConfig
 from ffcv_convnext.data.load import TrainLoader
 peak, done = [0], threading.Event()
@@ -60,7 +62,7 @@ def load(first_step=None):
     seconds = time.perf_counter() - started
     return loader, steps, seconds
 loader, steps, first_s = load(0)
-held = anonymous_bytes()
+held, share = anonymous_bytes(), proportional_bytes()
 started = time.perf_counter()
 number = sum(len(samples) for samples in loader.samples(1))
 order_s = time.perf_counter() - started
@@ -69,7 +71,8 @@ del loader, steps
 _, steps, middle_s = load()
 steps.close()
 done.set()
-print(json.dumps({"first_s": first_s, "order_s": order_s, "middle_s": middle_s, "held": held, "peak": peak[0]}))
+print(json.dumps({"first_s": first_s, "order_s": order_s, "middle_s": middle_s, "held": held, "share": share,
+    "peak": peak[0]}))
 """.replace("BATCH", str(BATCH)).replace("RANKS", str(RANKS))
 
 
@@ -83,7 +86,9 @@ class Row:
     middle_s: float  # the same in the middle of an epoch
     order_s: float  # to list the order of an epoch
     held: int  # bytes a process has for itself at the first batch
-    peak: int  # the most it had
+    share: int  # these, and its share of what it maps together with others
+    peak: int  # the most it had for itself
+    processes: int = 1  # that did the same at the same time; medians of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,19 +104,26 @@ class Scale:
 
     def format(self) -> str:
         """Return a Markdown table with the facts above it."""
-        header = ["images", "order", "first batch s", "in mid-epoch s", "order of an epoch s"]
-        header += ["memory a process", "bytes an image", "at most", "bytes an image"]
-        table = markdown_table(header, [self._cells(row) for row in self.rows], "><>>>>>>>")
+        header = ["images", "order", "processes", "first batch s", "in mid-epoch s", "order of an epoch s"]
+        header += ["memory a process", "bytes an image", "at most", "bytes an image", "with its share"]
+        table = markdown_table(header, [self._cells(row) for row in self.rows], "><>>>>>>>>>")
         return f"{format_facts('scale', self.facts)}\n\n{table}"
 
     def _cells(self, row: Row) -> list[str]:
         least = min((r for r in self.rows if r.order == row.order), key=lambda r: r.num_images)
-        cells = [f"{row.num_images:,}", row.order, *(f"{s:.2f}" for s in (row.first_s, row.middle_s, row.order_s))]
+        cells = [
+            f"{row.num_images:,}",
+            row.order,
+            str(row.processes),
+            *(f"{s:.2f}" for s in (row.first_s, row.middle_s, row.order_s)),
+        ]
         for name in ("held", "peak"):
             more = getattr(row, name) - getattr(least, name)
-            per_image = f"{more / (row.num_images - least.num_images):.0f}" if row is not least else "-"
+            per_image = (
+                f"{more / (row.num_images - least.num_images):.0f}" if row.num_images > least.num_images else "-"
+            )
             cells += [format_bytes(getattr(row, name)), per_image]
-        return cells
+        return [*cells, format_bytes(row.share)]
 
 
 def anonymous_bytes() -> int:
@@ -120,6 +132,14 @@ def anonymous_bytes() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) << 10
     raise Failure("/proc/self/status has no RssAnon: this benchmark needs Linux")
+
+
+def proportional_bytes() -> int:
+    """Return the memory of this process, where a page that n processes map counts as one n-th."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) << 10
+    raise Failure("/proc/self/smaps_rollup has no Pss: this benchmark needs Linux 4.14 or newer")
 
 
 def write_generated(folder: Path, num_images: int) -> Path:
@@ -182,8 +202,10 @@ def write_generated(folder: Path, num_images: int) -> Path:
     return beton
 
 
-def bench_scale(counts: Sequence[int], progress: Callable[[str], None], work: Path | None = None) -> Scale:
-    """Measure each number of images, in both orders.
+def bench_scale(
+    counts: Sequence[int], progress: Callable[[str], None], work: Path | None = None, processes: int = RANKS
+) -> Scale:
+    """Measure each number of images, in both orders; the largest also with several processes at the same time.
 
     work: a folder on a file system with sparse files, for about 60 bytes an image; None: a temporary one.
     Raises Failure if a row cannot be measured.
@@ -197,9 +219,21 @@ def bench_scale(counts: Sequence[int], progress: Callable[[str], None], work: Pa
             for order in ("random", "quasi_random"):
                 _measure(folder, order)  # compiles, and reads the tables into memory
                 rows.append(Row(number, order, **_measure(folder, order)))
+            if number == max(counts) and processes > 1:
+                progress(f"{processes} processes at the same time")
+                rows.append(_together(folder, number, processes))
             beton.unlink()
     facts = {"processor": processor_name(), "cores": len(os.sched_getaffinity(0)), "ranks": RANKS, "batch": BATCH}
     return Scale(facts, rows)
+
+
+def _together(folder: Path, number: int, processes: int) -> Row:
+    """Return the medians of several processes that load the same file."""
+    with ThreadPoolExecutor(processes) as pool:
+        found = list(pool.map(_measure, [folder] * processes, ["random"] * processes))
+    middle = {name: statistics.median(each[name] for each in found) for name in found[0]}
+    held, share, peak = (int(middle.pop(name)) for name in ("held", "share", "peak"))
+    return Row(number, "random", **middle, held=held, share=share, peak=peak, processes=processes)
 
 
 def _measure(folder: Path, order: str) -> dict[str, Any]:

@@ -105,6 +105,7 @@ def _bench_scale(argv: Sequence[str]) -> int:
         metavar="N,N",
         help="numbers of images (default %(default)s)",
     )
+    flag("--processes", type=int, default=8, metavar="N", help="also this many at the same time (default 8; 1: not)")
     flag("--work", type=Path, metavar="DIR", help="folder for the files, 50 bytes an image (default: a temporary one)")
     flag("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
     options = parser.parse_args(argv)
@@ -114,12 +115,14 @@ def _bench_scale(argv: Sequence[str]) -> int:
         raise ValueError(f"counts = {options.counts}: expected whole numbers such as 10000,1281167") from None
     if min(counts) < 8 * 64:
         raise ValueError(f"counts = {min(counts)}: expected at least 512, a batch of 64 for each of 8 ranks")
+    if options.processes < 1:
+        raise ValueError(f"processes = {options.processes}: expected at least 1")
     if options.work is not None and not options.work.is_dir():
         raise ValueError(f"work = {options.work} is not a folder; create it first")
     check_json(options.json)
     from ffcv_convnext.bench.scale import bench_scale
 
-    found = bench_scale(counts, _progress, options.work)
+    found = bench_scale(counts, _progress, options.work, options.processes)
     print(found.format())
     if options.json:
         write_atomically(options.json, (found.to_json() + "\n").encode())
