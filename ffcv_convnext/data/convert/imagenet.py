@@ -7,6 +7,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from ffcv_convnext.data.convert.folders import IMAGE_EXTENSIONS, ending
@@ -81,7 +82,7 @@ def open_val(
     if not images:
         raise ValueError(f"{archive} has no images ({', '.join(extensions)}); copy it again")
     images.sort(key=lambda image: (image[3], image[0]))
-    for one, other in zip(images, images[1:], strict=False):
+    for one, other in pairwise(images):
         if one[0] == other[0]:
             raise ValueError(f"{archive}: two members are named {one[0].split('/')[1]}; remove one")
     return TarImages.build(archive, classes, images, left_out, stamp)
@@ -127,7 +128,7 @@ def read_devkit(archive: Path) -> dict[str, str]:
         from scipy.io import loadmat
     except ImportError:
         raise ValueError(
-            f"{archive}: its meta.mat needs scipy; install it with: pip install scipy, or give --val_labels FILE"
+            f"{archive}: its meta.mat needs scipy; install it with: pip install "ffcv-convnext[imagenet]", or give --val_labels FILE"
         ) from None
     try:
         content: dict[str, bytes] = {}

@@ -68,10 +68,8 @@ def _open_imagenet_tars(options: ConversionOptions) -> dict[Split, Source]:
     for split in options.splits:
         if not (archive := root / (TRAIN if split == "train" else VAL)).is_file():
             raise FileNotFoundError(f"{archive} does not exist; copy it there, or choose another --split")
-    if (root / TRAIN).is_file():
-        classes = list_train_classes(root / TRAIN)
-    else:
-        classes = _recorded_classes(options, root / TRAIN)
+    train = root / TRAIN
+    classes = list_train_classes(train) if train.is_file() else _recorded_classes(options, train)
     sources: dict[Split, Source] = {}
     if "val" in options.splits:  # the smaller one first: its errors come at once
         labels = options.val_labels

@@ -78,7 +78,7 @@ def list_members(archive: Path, *, inside: Member | None = None) -> Iterator[Mem
         try:
             with tarfile.open(fileobj=part, mode="r:", errorlevel=0) as tar:
                 while (info := tar.next()) is not None:
-                    tar.members = []  # else every header stays in memory
+                    tar.members = []  # type: ignore[attr-defined]  # else every header stays in memory
                     last = info.name
                     if not info.isreg() or PurePosixPath(info.name).name.startswith("."):
                         continue
