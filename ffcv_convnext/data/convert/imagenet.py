@@ -128,7 +128,8 @@ def read_devkit(archive: Path) -> dict[str, str]:
         from scipy.io import loadmat
     except ImportError:
         raise ValueError(
-            f"{archive}: its meta.mat needs scipy; install it with: pip install "ffcv-convnext[imagenet]", or give --val_labels FILE"
+            f"{archive}: its meta.mat needs scipy; install it with: pip install 'ffcv-convnext[imagenet]', or give "
+            "--val_labels FILE with one `name class` a line"
         ) from None
     try:
         content: dict[str, bytes] = {}
