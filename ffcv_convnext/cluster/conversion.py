@@ -105,7 +105,8 @@ def submit_conversion(
     assert cluster.job_dir is not None
     _check(options, num_parts, cluster)
     job_dir = cluster.job_dir.absolute()
-    options = {**options, **{name: Path(options[name]).absolute() for name in ("data_path", "out_dir")}}
+    paths = [name for name, value in options.items() if isinstance(value, Path)]
+    options = {**options, **{name: options[name].absolute() for name in paths}}
     checked = ConversionOptions(**{**options, "resume": False})
     if not dry_run:
         slurm.check_slurm(cluster)

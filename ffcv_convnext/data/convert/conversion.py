@@ -22,7 +22,7 @@ from ffcv_convnext.data.beton import EncodedImage, Manifest, Page, SkippedFile, 
 from ffcv_convnext.data.convert.encode import Encoded, Encoding, Rejected, encode_stamped
 from ffcv_convnext.data.convert.journal import Journal, JournalEntry, open_journal
 from ffcv_convnext.data.convert.options import ConversionOptions
-from ffcv_convnext.data.convert.plan import Plan, Say, check_room, make_plans, open_image_folders
+from ffcv_convnext.data.convert.plan import Plan, Say, check_room, make_plans, open_sources
 from ffcv_convnext.data.convert.progress import ProgressBar
 from ffcv_convnext.data.convert.source import Source, Stamp
 from ffcv_convnext.data.convert.worker_pool import WorkerDied, Workers
@@ -44,12 +44,12 @@ def convert(
 ) -> list[Manifest]:
     """Write `<split>.beton`, `<split>.json` and `<split>.files.txt` to out_dir for each split in the options.
 
-    say: gets a few lines of text.   sources: images of each split; None: the ImageFolders below data_path.
+    say: gets a few lines of text.   sources: images of each split; None: found at data_path.
     Raises ValueError, FileNotFoundError, FileExistsError or PermissionError for wrong options and folders, before any
     work, and Failure if the work fails. After any failure, also Ctrl-C and SIGKILL, whole pages stay in a hidden
     folder, from which options.resume continues; finished files appear only when they are complete.
     """
-    plans = make_plans(open_image_folders(options) if sources is None else sources, options, say)
+    plans = make_plans(open_sources(options) if sources is None else sources, options, say)
     finished = [_find_finished(plan, options) for plan in plans]
     check_room([plan for plan, manifest in zip(plans, finished, strict=True) if manifest is None], options, say)
     manifests = []

@@ -12,6 +12,7 @@ from ffcv_convnext.data.beton import Split
 from ffcv_convnext.data.codec.turbojpeg import MAX_JPEG_SIDE, Subsampling
 from ffcv_convnext.data.convert.encode import Encoding
 
+SourceKind = Literal["auto", "folder", "imagenet_tars"]
 MIN_PAGE_BYTES = 8 << 20  # FFCV's default
 MAX_PAGE_BYTES = 64 << 20  # with data_cache = process, a loader holds several pages in memory
 BYTES_PER_PIXEL = 3  # raw; a JPEG of pure noise at quality 100 is smaller
@@ -21,9 +22,17 @@ BYTES_PER_PIXEL = 3  # raw; a JPEG of pure noise at quality 100 is smaller
 class ConversionOptions:
     """Which images to convert, and how to store them."""
 
-    data_path: Path = setting(help="folder with train/<class>/<image> and val/<class>/<image>")
+    data_path: Path = setting(
+        help="folder with train/<class>/<image> and val/<class>/<image>, or with ILSVRC2012_img_train.tar and _val.tar"
+    )
     out_dir: Path = setting(help="folder for the .beton files, created if missing")
     split: Literal["train", "val", "all"] = setting("all", "splits to convert; val uses the class list of train")
+    source: SourceKind = setting(
+        "auto", "form of the images; auto: found out from data_path; imagenet_tars: the downloads, read in place"
+    )
+    val_labels: Path | None = setting(
+        None, "imagenet_tars: file with one `name class` a line, class as name or index; none: the development kit's"
+    )
     extensions: str | None = setting(
         None,
         "endings of further image files to convert, of formats that Pillow reads; none: only the usual ones",

@@ -9,7 +9,7 @@ from pathlib import Path
 from ffcv_convnext.data.beton import Manifest, Split
 from ffcv_convnext.data.convert.journal import Journal
 from ffcv_convnext.data.convert.options import ConversionOptions, shard_stem
-from ffcv_convnext.data.convert.plan import check_room, make_plans, open_image_folders
+from ffcv_convnext.data.convert.plan import check_room, make_plans, open_sources
 from ffcv_convnext.data.convert.shards import join_shards
 
 Say = Callable[[str], None]
@@ -73,7 +73,7 @@ def expect(options: ConversionOptions, num_parts: int, say: Say) -> dict[Split, 
 
     Raises what `convert` raises before work, and ValueError if a split has fewer images than parts.
     """
-    plans = make_plans(open_image_folders(options), options, say)
+    plans = make_plans(open_sources(options), options, say)
     for plan in plans:
         if len(plan.source) < num_parts:
             raise ValueError(
