@@ -157,6 +157,8 @@ def gradients(config: Config, epoch: int) -> tuple[dict[str, Tensor], float, lis
     learner = build_learner(config, Processes.from_environment("cpu"), num_classes=4, steps_per_epoch=5)
     learner.state.epoch, learner.state.step = epoch, 5 * epoch
     learner.network.double(), learner.model.train()
+    if learner.ema is not None:
+        learner.ema.module.double()
     learner.augment.dtype = torch.float64
     shapes, found = shapes_of(learner), {}
 
