@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ffcv_convnext.data.convert.names import Names
 from ffcv_convnext.data.convert.source import Stamp
 
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
@@ -128,8 +129,7 @@ class TarImages:
     starts: NDArray[np.int64]  # (N,) first byte of each image
     sizes: NDArray[np.int64]  # (N,) bytes of each image
     labels: NDArray[np.int32]  # (N,)
-    names: bytes  # one after the other, in UTF-8 with surrogates
-    name_ends: NDArray[np.int64]  # (N,) where each name ends in `names`
+    names: Names
     archive: Stamp  # when the index was made
     left_out: Mapping[str, int] = field(default_factory=dict)
 
@@ -143,15 +143,13 @@ class TarImages:
         stamp: Stamp,
     ) -> TarImages:
         """Make a source. images: name, start, size, label of each image."""
-        encoded = [os.fsencode(name) for name, *_ in images]
         return cls(
             location=archive,
             classes=tuple(classes),
             starts=np.array([start for _, start, _, _ in images], np.int64),
             sizes=np.array([size for _, _, size, _ in images], np.int64),
             labels=np.array([label for *_, label in images], np.int32),
-            names=b"".join(encoded),
-            name_ends=np.cumsum([len(name) for name in encoded], dtype=np.int64),
+            names=Names.of(name for name, *_ in images),
             archive=stamp,
             left_out=dict(left_out),
         )
@@ -171,9 +169,7 @@ class TarImages:
         return int(self.labels[index])
 
     def name(self, index: int) -> str:  # noqa: D102  see Source
-        index = range(len(self))[index]
-        start = int(self.name_ends[index - 1]) if index else 0
-        return os.fsdecode(self.names[start : int(self.name_ends[index])])
+        return self.names[index]
 
     def stamp(self, index: int) -> Stamp:  # noqa: ARG002, D102  see Source
         return Stamp.of(self.location)
@@ -183,15 +179,13 @@ class TarImages:
 
     def select(self, indices: Sequence[int]) -> TarImages:  # noqa: D102  see Source
         chosen = np.asarray(indices, np.int64)
-        names = [os.fsencode(self.name(index)) for index in chosen.tolist()]
         return TarImages(
             location=self.location,
             classes=self.classes,
             starts=self.starts[chosen],
             sizes=self.sizes[chosen],
             labels=self.labels[chosen],
-            names=b"".join(names),
-            name_ends=np.cumsum([len(name) for name in names], dtype=np.int64),
+            names=self.names.select(chosen),
             archive=self.archive,
             left_out=self.left_out,
         )

@@ -1,0 +1,59 @@
+"""Names of images, packed: ImageNet-22k's take 30 bytes each instead of the 90 of a str."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_BLOCK = 1 << 15  # names
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Names(Sequence[str]):
+    """Strings that do not change, one after the other in UTF-8; bytes of file names that are not UTF-8 are kept."""
+
+    packed: bytes
+    ends: NDArray[np.int64]  # (N,) where each name ends in `packed`
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Names:
+        """Pack names."""
+        packed, ends = bytearray(), []
+        for name in names:
+            packed += os.fsencode(name)
+            ends.append(len(packed))
+        return cls(bytes(packed), np.array(ends, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # slices: see `select`
+        index = range(len(self))[index]
+        start = int(self.ends[index - 1]) if index else 0
+        return os.fsdecode(self.packed[start : int(self.ends[index])])
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for block in range(0, len(self), _BLOCK):  # a list of all ends would take 36 bytes a name
+            for end in self.ends[block : block + _BLOCK].tolist():
+                yield os.fsdecode(self.packed[start:end])
+                start = end
+
+    def select(self, indices: Sequence[int] | NDArray[np.int64]) -> Names:
+        """Return the names at `indices`, in this order."""
+        chosen = np.asarray(indices, np.int64)
+        lengths = np.diff(self.ends, prepend=0)[chosen]
+        ends = np.cumsum(lengths)
+        content = np.frombuffer(self.packed, np.uint8)
+        packed = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
+        for block in range(0, len(chosen), _BLOCK):  # positions of single bytes take 8 bytes each
+            part = slice(block, block + _BLOCK)
+            first = int(ends[block] - lengths[block])
+            moves = np.repeat(self.ends[chosen[part]] - ends[part], lengths[part])
+            last = first + len(moves)
+            packed[first:last] = content[moves + np.arange(first, last)]
+        return Names(packed.tobytes(), ends)
