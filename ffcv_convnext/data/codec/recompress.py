@@ -103,10 +103,11 @@ def _resize(plane: Plane, covered: tuple[float, float], wanted: tuple[float, flo
 
         small = cv2.resize(plane, size, interpolation=cv2.INTER_AREA)
     else:
-        limits = (0, 0, min(box[0], needed[0]), min(box[1], needed[1]))
+        from ffcv_convnext.data.codec.resample import resample  # imported late: it compiles code, for large images only
+
         enlarging = min(scale) < 1  # chroma: decoders enlarge it with the triangle filter
-        kind = Image.Resampling.BILINEAR if enlarging else Image.Resampling.BICUBIC
-        small = np.asarray(Image.fromarray(plane).resize(size, kind, limits))
+        extent = min(box[0], needed[0]), min(box[1], needed[1])
+        small = resample(plane, size, "bilinear" if enlarging else "bicubic", extent)
     return np.ascontiguousarray(small, dtype=np.uint8)
 
 

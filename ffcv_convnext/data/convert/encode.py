@@ -121,7 +121,7 @@ def load_rgb(source: str | Path | BinaryIO) -> NDArray[np.uint8]:
 
 
 def shrink(pixels: NDArray[np.uint8], max_resolution: int | None) -> NDArray[np.uint8]:
-    """Shrink the longest side to max_resolution with Pillow's antialiased bicubic filter; never enlarge.
+    """Shrink the longest side to max_resolution with the antialiased bicubic filter of Pillow; never enlarge.
 
     The size is that of FFCV's writer, except that a side has at least one pixel.
     """
@@ -129,7 +129,9 @@ def shrink(pixels: NDArray[np.uint8], max_resolution: int | None) -> NDArray[np.
     size = shrunk_size(width, height, max_resolution)
     if size == (width, height):
         return pixels
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    from ffcv_convnext.data.codec.resample import resample  # imported late, as in recompress.py
+
+    return resample(pixels, size)
 
 
 def encode(pixels: NDArray[np.uint8], encoding: Encoding) -> EncodedImage:
