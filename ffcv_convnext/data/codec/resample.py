@@ -6,8 +6,8 @@ fixed-point weights, the horizontal pass first, rounding to uint8 between the pa
 shrinks much more than the width (python-pillow#9549), which changes some values; an image that keeps its aspect ratio
 is not such a case.
 
-Importing numba and loading its cached code costs each worker more than a second; this file needs llvmlite only, which
-compiles the two functions below in a tenth of a second. The weights are computed by numpy, without fused multiply-add,
+Importing numba and loading its cached code costs each worker more than a second; this file needs llvmlite only. The
+weights are computed by numpy, without fused multiply-add,
 and everything else by integers: the results are the same on every processor and do not depend on Pillow's version.
 """
 
@@ -19,8 +19,10 @@ from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from llvmlite import ir
 from numpy.typing import NDArray
 
+from ffcv_convnext.data.codec.machine_code import Code, load_code, optimise
 from ffcv_convnext.data.codec.vector_code import (
     I64,
     LANES,
@@ -35,6 +37,7 @@ from ffcv_convnext.data.codec.vector_code import (
 
 Filter = Literal["bilinear", "bicubic"]
 _STRIP = 64  # rows that the horizontal pass computes together
+_NUM_HORIZONTAL, _NUM_VERTICAL = 13, 8  # arguments of the compiled functions
 
 
 class Weights(NamedTuple):
@@ -146,41 +149,33 @@ class _Functions(NamedTuple):
 
     horizontal: Callable[..., None]  # source, columns, narrow, result, strips, bytes a row: source, result; channels
     vertical: Callable[..., None]  # source, result, bytes a row
-    engine: Any  # owns the machine code
 
 
 @cache
 def _functions() -> _Functions:
-    """Compile both functions for this processor."""
-    from llvmlite import binding, ir
+    horizontal, vertical = (
+        CFUNCTYPE(None, *[c_int64] * num_arguments)(address)
+        for num_arguments, address in zip(
+            (_NUM_HORIZONTAL, _NUM_VERTICAL), load_code("resample", _compile), strict=True
+        )
+    )
+    return _Functions(horizontal, vertical)
 
-    module = ir.Module()
-    signatures: dict[str, tuple[int, Callable[..., None]]] = {
-        "horizontal": (13, _generate_horizontal),
-        "vertical": (8, _generate_vertical),
-    }
-    for name, (num_arguments, generate) in signatures.items():
-        kind = ir.FunctionType(ir.VoidType(), [I64] * num_arguments)
-        function = ir.Function(module, kind, name)
+
+def _compile() -> list[Code]:
+    """Compile both functions for this processor."""
+    codes = []
+    for name, num_arguments, generate in (
+        ("resample_horizontal", _NUM_HORIZONTAL, _generate_horizontal),
+        ("resample_vertical", _NUM_VERTICAL, _generate_vertical),
+    ):
+        module = ir.Module()
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * num_arguments), name)
         builder = ir.IRBuilder(function.append_basic_block())
         generate(builder, *function.args)
         builder.ret_void()
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    machine = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3
-    )
-    compiled = binding.parse_assembly(str(module))
-    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=1))
-    passes.getModulePassManager().run(compiled, passes)
-    engine = binding.create_mcjit_compiler(compiled, machine)
-    engine.finalize_object()
-
-    horizontal, vertical = (
-        CFUNCTYPE(None, *[c_int64] * num_arguments)(engine.get_function_address(name))
-        for name, (num_arguments, _) in signatures.items()
-    )
-    return _Functions(horizontal, vertical, engine)
+        codes.append(Code(name, optimise(str(module))))
+    return codes
 
 
 def _generate_horizontal(
