@@ -65,8 +65,8 @@ def filter_weights(size: int, extent: float, out_size: int, kind: Filter) -> Wei
     real[position >= lengths[:, None]] = 0
     total = np.cumsum(real, axis=1)[:, -1:]  # one after the other, as Pillow adds them
     real = real / np.where(total == 0, 1, total) * (1 << PRECISION_BITS)
-    values = np.where(real < 0, real - 0.5, real + 0.5).astype(np.int32)
-    return Weights(starts, lengths, np.ascontiguousarray(values))
+    values = (real + np.copysign(0.5, real)).astype(np.int32)
+    return Weights(starts, lengths, values)
 
 
 def _filter(x: NDArray[np.float64], kind: Filter) -> NDArray[np.float64]:
@@ -108,9 +108,12 @@ def _round_up(number: int, step: int) -> int:
 
 
 def _padded(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the rows' bytes, shape (height, width * channels), in an array whose sides are multiples of 64."""
+    """Return the rows' bytes, shape (height, width * channels), in an array whose sides are multiples of 64.
+
+    What is added is not set, and no weight refers to it.
+    """
     height, num_bytes = image.shape[0], image.size // image.shape[0]
-    padded = np.zeros((_round_up(height, _STRIP), _round_up(num_bytes, _STRIP)), np.uint8)
+    padded = np.empty((_round_up(height, _STRIP), _round_up(num_bytes, _STRIP)), np.uint8)
     padded[:height, :num_bytes] = image.reshape(height, num_bytes)
     return padded
 
