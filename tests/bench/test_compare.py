@@ -195,6 +195,8 @@ def test_bench_convert_measures_both_writers_on_a_part_of_a_folder(
     result = consistent(capsys, arguments, tmp_path / "figures.json")
     assert [row["name"] for row in result["rows"]][:2] == ["stock FFCV", "ours"]
     assert result["facts"]["images"] == 20
+    assert result["facts"]["our resize ms"] > 0
+    assert result["facts"]["Pillow's resize ms"] > 0
     sizes = result["columns"]["file MB"]
     assert sizes["ours"] == pytest.approx(sizes["stock FFCV"], rel=0.5)
 
