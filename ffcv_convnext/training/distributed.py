@@ -11,11 +11,14 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from ffcv_convnext.errors import Failure
 
 T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # of a collective, and to meet the other processes
+COPYING = timedelta(hours=24)  # to meet them while a node may still copy its data
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,10 @@ class Processes:
         """Whether this process has rank 0, which writes the run folder."""
         return self.rank == 0
 
-    def join(self) -> None:
+    def join(self, patience: timedelta = TIMEOUT) -> None:
         """Join the process group. Gloo reduces CPU tensors: a flag never waits for the device.
+
+        patience: how long to wait for the other processes, which may still copy their data.
 
         NCCL is told this process's device: it connects here, not in the first step, and never guesses a device by rank.
         """
@@ -63,7 +68,17 @@ class Processes:
         if self.world > 1:
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
             device_id = self.device if on_gpu else None
-            dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device_id)
+            if patience == TIMEOUT:
+                dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
+                return
+            store, rank, world = next(rendezvous("env://", self.rank, self.world, timeout=patience))
+            names = [f"here/{each}" for each in range(world)]
+            store.set(names[rank], "")
+            store.wait(names, patience)
+            store.set_timeout(TIMEOUT)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT, device_id=device_id
+            )
 
     def leave(self) -> None:
         """Leave the process group, if this process has joined it."""

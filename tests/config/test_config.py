@@ -34,6 +34,8 @@ RAMP = ("min_res", "max_res", "start_ramp", "end_ramp")  # all four or none
 # One accepted value for each setting, other than its default, in the words of a command line.
 OTHER_WORDS: dict[str, str] = {
     "data_path": "/data/beton",
+    "stage_to": "/local/scratch",
+    "stage_evict": "true",
     "batch_size": "64",
     "update_freq": "4",
     "global_batch": "512",
