@@ -118,13 +118,13 @@ def start_processes(config: Config) -> Processes:
 def staged_data(
     config: Config, processes: Processes, *, splits: Sequence[Split] = ("train", "val")
 ) -> Iterator[tuple[DataConfig, Staged | None]]:
-    """Yield the data's config, with the folder of a copy on this node if stage_to is set; see `staging`."""
+    """Yield the data's config, with the folder of a copy on this node if stage_to is set; see `stage_data`."""
     if config.data.stage_to is None:
         yield config.data, None
         return
-    from ffcv_convnext.data.load import staging
+    from ffcv_convnext.data.load import stage_data
 
-    with staging(config.data, splits, local_rank=processes.local_rank) as found:
+    with stage_data(config.data, splits, local_rank=processes.local_rank) as found:
         yield found
 
 

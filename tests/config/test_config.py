@@ -161,6 +161,7 @@ NEEDED: dict[str, dict[str, str]] = {
     "model_key": {"finetune": "/runs/b/checkpoint-best.pth"},
     "model_prefix": {"finetune": "/runs/b/checkpoint-best.pth"},
     **{name: {"eval": "true"} for name in ("test_sizes", "tta", "eval_data_path", "eval_csv")},
+    "stage_evict": {"stage_to": "/local/scratch"},
     "res_batch": {name: OTHER_WORDS[name] for name in RAMP},
     **{name: {other: OTHER_WORDS[other] for other in RAMP if other != name} for name in RAMP},
 }

@@ -80,7 +80,7 @@ class Staged:
 
 
 @contextmanager
-def staging(
+def stage_data(
     config: DataConfig, splits: Sequence[Split] = ("train", "val"), *, local_rank: int = 0
 ) -> Iterator[tuple[DataConfig, Staged | None]]:
     """Yield the config to load from, and what was done; the copy is not removed by others while the block runs.
@@ -214,7 +214,7 @@ def _places(stage_to: str, original: _Original, reasons: list[str]) -> Iterator[
             reasons.append(f"{name} = {text} is not a writable folder")
         elif is_on_network(place):
             reasons.append(f"{name} = {text} is on a network ({file_system(place)})")
-        elif place.stat().st_dev == original.folder.stat().st_dev:
+        elif _on_one_disk(place, original.folder):
             reasons.append(f"{name} = {text} is on the disk of the original")
         else:
             usable.append(place)
@@ -225,6 +225,10 @@ def _candidates() -> dict[str, str]:
     """Return the places for auto, by where they come from: the job's scratch folder, then memory."""
     named = {name: os.environ[name] for name in ("SLURM_TMPDIR", "TMPDIR") if os.environ.get(name)}
     return {**named, "memory": "/dev/shm"}
+
+
+def _on_one_disk(place: Path, folder: Path) -> bool:
+    return place.stat().st_dev == folder.stat().st_dev
 
 
 def _resolve(stage_to: str) -> Path:
@@ -530,6 +534,9 @@ class _FileCopy:
         self.flags = partial / f"{beton.stem}.ranges"
         self.ranges = _ranges(beton, manifest)
         flags = self.flags.read_bytes() if self.flags.is_file() else b""
+        if (partial / beton.name).is_file():  # a kill came after `finish`
+            self.missing, self.num_done = [], manifest.num_bytes
+            return
         if len(flags) != len(self.ranges) or not self.target.is_file():
             flags = bytes(len(self.ranges))
             self.flags.write_bytes(flags)
@@ -582,9 +589,12 @@ class _FileCopy:
             )
 
     def finish(self) -> None:
-        """Give the complete file its name; it is on the disk."""
-        os.replace(self.target, self.target.with_name(self.beton.name))
-        self.flags.unlink()
+        """Give the complete file its name, once it is on the disk."""
+        if self.target.is_file():
+            with open(self.target, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(self.target, self.target.with_name(self.beton.name))
+        self.flags.unlink(missing_ok=True)
         _sync_folder(self.target.parent)
 
 
@@ -595,7 +605,7 @@ def _write(target: int, piece: memoryview, start: int) -> None:
 
 
 def _copy_files(files: Sequence[_FileCopy], place: Path) -> None:
-    """Copy what is missing, with several threads; log the progress. Afterwards the files are on the disk."""
+    """Copy what is missing, with several threads; log the progress."""
     total = sum(file.manifest.num_bytes for file in files)
     at_start = done = sum(file.num_done for file in files)
     began = last_line = time.monotonic()
@@ -611,14 +621,14 @@ def _copy_files(files: Sequence[_FileCopy], place: Path) -> None:
     with ExitStack() as opened:
         pool = opened.enter_context(ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="stage"))
         pending = set()
-        targets = []
         try:
             for file in files:
+                if not file.missing:
+                    continue
                 paths = ((file.beton, os.O_RDONLY), (file.target, os.O_WRONLY), (file.flags, os.O_WRONLY))
                 source, target, flags = (os.open(path, mode) for path, mode in paths)
                 for descriptor in (source, target, flags):
                     opened.callback(os.close, descriptor)
-                targets.append(target)
                 pending |= {pool.submit(copy, file, number, (source, target, flags)) for number in file.missing}
             while pending:
                 ended, pending = wait(pending, timeout=1.0, return_when="FIRST_EXCEPTION")
@@ -631,8 +641,6 @@ def _copy_files(files: Sequence[_FileCopy], place: Path) -> None:
                         place, format_bytes(done), format_bytes(total), format_bytes(rate),
                         format_duration((total - done) / rate if rate else None),
                     )  # fmt: skip
-            for target in targets:
-                os.fsync(target)
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)  # before the files are closed
