@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from ffcv_convnext.errors import Failure
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of a collective, and to meet the other processes
@@ -74,6 +77,8 @@ class Processes:
             store, rank, world = next(rendezvous("env://", self.rank, self.world, timeout=patience))
             names = [f"here/{each}" for each in range(world)]
             store.set(names[rank], "")
+            if not store.check(names):
+                log.info("waiting for the other processes: a node may still copy its data")
             store.wait(names, patience)
             store.set_timeout(TIMEOUT)
             dist.init_process_group(

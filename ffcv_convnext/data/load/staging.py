@@ -286,6 +286,25 @@ def room_in(place: Path) -> tuple[int, str]:
     return free, where
 
 
+def planned_place(config: DataConfig) -> Path:
+    """Return the folder in which `stage_data` would look for the copy, or make it. Writes nothing.
+
+    Raises NoRoom if there is none, and FileNotFoundError or ValueError as `stage_data` does.
+    """
+    assert config.stage_to is not None
+    assert config.data_path is not None
+    splits: list[Split] = ["train", "val"]
+    original = _Original.of(config.data_path, [s for s in splits if (config.data_path / f"{s}.beton").is_file()])
+    reasons: list[str] = []
+    for place in _places(config.stage_to, original, reasons):
+        free, where = room_in(place)
+        if _holds(place, original) or original.num_bytes <= free:
+            return place
+        need, have = format_bytes(original.num_bytes), format_bytes(free)
+        reasons.append(f"{place} has no room: {original.names} need {need}, and {have} are free {where}")
+    raise NoRoom(f"stage_to = {config.stage_to}: {'; '.join(reasons)}")
+
+
 class _Place:
     """The copies in one place."""
 
