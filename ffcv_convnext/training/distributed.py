@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +13,6 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from ffcv_convnext.errors import Failure
@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of a collective, and to meet the other processes
 COPYING = timedelta(hours=24)  # to meet them while a node may still copy its data
+_ATTEMPT = timedelta(seconds=5)  # of one connection
+_LINE_S = 60.0  # between lines about processes that are missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +76,47 @@ class Processes:
             if patience == TIMEOUT:
                 dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
                 return
-            store, rank, world = next(rendezvous("env://", self.rank, self.world, timeout=patience))
-            names = [f"here/{each}" for each in range(world)]
-            store.set(names[rank], "")
-            if not store.check(names):
-                log.info("waiting for the other processes: a node may still copy its data")
-            store.wait(names, patience)
-            store.set_timeout(TIMEOUT)
+            store = self._meet(patience)
             dist.init_process_group(
-                backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT, device_id=device_id
+                backend,
+                store=store,
+                rank=self.rank,
+                world_size=self.world,
+                timeout=TIMEOUT,
+                device_id=device_id,
             )
+
+    def _meet(self, patience: timedelta) -> Any:
+        """Wait until all processes are here, and return the store of the process group.
+
+        torch's own waiting can last as long, but not be ended by a signal: Python's handlers run between its calls.
+        """
+        deadline = time.monotonic() + patience.total_seconds()
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        serves = self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
+        while True:
+            try:
+                opened = dist.TCPStore(  # type: ignore[attr-defined]  # torch declares no types
+                    address, port, is_master=serves, timeout=_ATTEMPT, wait_for_workers=False, multi_tenant=True
+                )
+                break
+            except dist.DistNetworkError:
+                if serves or time.monotonic() > deadline:
+                    raise
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start_{start}", opened)  # type: ignore[attr-defined]
+        store.set(f"here/{self.rank}", "")
+        next_line = time.monotonic() + 1
+        while missing := [rank for rank in range(self.world) if not store.check([f"here/{rank}"])]:
+            if time.monotonic() > deadline:
+                raise Failure(f"rank {missing[0]} did not come within {patience}; see its log")
+            if time.monotonic() > next_line:
+                next_line += _LINE_S
+                ranks = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+                log.info("waiting for rank %s, which may still copy data", ranks)
+            time.sleep(0.2)
+        store.set_timeout(TIMEOUT)
+        return store
 
     def leave(self) -> None:
         """Leave the process group, if this process has joined it."""
