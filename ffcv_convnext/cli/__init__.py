@@ -38,8 +38,13 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; argv defaults to the process's."""
     if logging.lastResort is not None:  # prints warnings of commands that set up no logging
         logging.lastResort.setFormatter(logging.Formatter("warning: %(message)s"))
+    return _quiet_without_reader(lambda: exit_status(lambda: COMMANDS[name](sys.argv[1:] if argv is None else argv)))
+
+
+def _quiet_without_reader(work: Callable[[], int]) -> int:
+    """Do some work and return its exit status; also if nobody reads what it prints any more."""
     try:
-        status = exit_status(lambda: COMMANDS[name](sys.argv[1:] if argv is None else argv))
+        status = work()
         sys.stdout.flush()
     except BrokenPipeError:
         if not _reader_has_left():
@@ -60,7 +65,10 @@ def _reader_has_left() -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `ffcv-convnext` and return its exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    return _quiet_without_reader(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(arguments: list[str]) -> int:
     listing = "\n".join(f"  {name:8} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: ffcv-convnext COMMAND ...\n\ncommands:\n{listing}\n\noptions: ffcv-convnext COMMAND --help")

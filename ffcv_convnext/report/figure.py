@@ -31,6 +31,7 @@ STEP, START, END, COST = "#56b4e9", "#0072b2", "#d55e00", "#999999"
 WIDTH, ROW, MARGIN = 8.0, 0.335, 0.85  # inches: figure, one bar, a panel's title and axis together
 SPACE = 0.2  # rows, above the first bar and below the last together
 MAX_CHANGE = 40  # characters of a change below its label
+MAX_TITLE = 80  # characters of a panel's title
 STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
@@ -131,6 +132,11 @@ def to_inline(svg: bytes) -> str:
     return text[text.index("<svg") :].replace(THEME, "")
 
 
+def shorten(text: str, length: int) -> str:
+    """Return a text that has at most `length` characters; its end is left out."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 @contextmanager
 def _figure(lengths: Sequence[int]) -> Iterator[tuple[Figure, list[tuple[Axes, Axes]]]]:
     """Yield a figure with a wide and a narrow axis per panel; our style is active until the block ends."""
@@ -220,7 +226,7 @@ def _draw_panel(accuracy: Axes, cost: Axes, panel: Panel) -> None:
             cost.barh(place, bar.gmacs, color="none" if bar.hatched else COST, **looks)
             cost.text(bar.gmacs + 0.06 * widest, place, f"{bar.gmacs:.{2 if widest >= 1 else 3}f}", va="center")
     accuracy.set_xlim(low, high)
-    accuracy.set_title(panel.title, loc="left", weight="bold", fontsize=10)
+    accuracy.set_title(shorten(panel.title, MAX_TITLE), loc="left", weight="bold", fontsize=10)
     accuracy.set_xlabel(_axis_label(panel, low))
     cost.set_xlabel("GMACs")
     cost.set_xlim(0, 1.5 * widest or 1)

@@ -82,8 +82,9 @@ class Neighbours:
 
 
 def recipe_name(section: Section) -> str:
-    """Return what distinguishes a section's recipe: '--epochs 30 --warmup_epochs 3'."""
-    return " ".join(section.recipe) or CONFIGS_RECIPE
+    """Return what distinguishes a section's recipe, its length first: '--epochs 30 --warmup_epochs 3'."""
+    flags = sorted(section.recipe, key=lambda flag: not flag.startswith("--epochs "))
+    return " ".join(flags) or CONFIGS_RECIPE
 
 
 def rankings(report: Report) -> list[Ranking]:

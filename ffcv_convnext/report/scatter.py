@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ffcv_convnext.report.figure import END, INK, START, STEP, STYLE, Kind, themed
+from ffcv_convnext.report.figure import END, INK, START, STEP, STYLE, Kind, shorten, themed
 from ffcv_convnext.report.ranking import Point, Ranking
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def _draw(axes: Axes, ranking: Ranking) -> None:
     )
     tau = "not defined" if math.isnan(ranking.tau) else f"{ranking.tau:.2f}{interval}"
     axes.set_title(f"Kendall's tau-b {tau}, {len(points)} steps", loc="left", weight="bold", fontsize=9)
-    axes.set_xlabel(_short(f"top-1 %, {ranking.reference}"))
-    axes.set_ylabel(_short(f"top-1 %, {ranking.recipe}"))
+    axes.set_xlabel(shorten(f"top-1 %, {ranking.reference}", MAX_WORDS))
+    axes.set_ylabel(shorten(f"top-1 %, {ranking.recipe}", MAX_WORDS))
     axes.margins(0.12)
     axes.spines[["top", "right"]].set_visible(False)
     axes.patch.set_alpha(0)
@@ -63,7 +63,3 @@ def _number(point: Point) -> str:
     """Return the number at the start of a step's name, or the name without one."""
     number, _, rest = point.name.partition("_")
     return number if number.isdigit() and rest else point.name
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= MAX_WORDS else f"{text[: MAX_WORDS - 3]}..."

@@ -179,7 +179,7 @@ class RunLog:
         self._write_run()
         epochs = self._trim_logs(step, epoch, continued=continued, logged=step - interval)
         wandb = self._start_wandb() if self.config.run.log_wandb else None
-        self.trackers = Trackers(self.folder, self.config, step=step, epochs=epochs, wandb=wandb)
+        self.trackers = Trackers(self.folder, self.config, step=step, epochs=epochs, continued=continued, wandb=wandb)
 
     def _trim_logs(self, step: int, epoch: int, *, continued: bool, logged: int) -> list[dict[str, Any]]:
         """Keep the lines up to the checkpoint, and return the epochs; warn if some are damaged or missing.
@@ -213,6 +213,7 @@ class RunLog:
             id=self.run.get("wandb_id"),
             resume="allow",
             config=self.config.flat(),
+            allow_val_change=True,  # workers and the like may differ after a restart
         )
         self.run["wandb_id"] = run.id
         self._write_run()

@@ -52,13 +52,24 @@ class Trackers:
     """The trackers of a run, from the step on at which it starts.
 
     epochs: entries of log.jsonl before that step.   wandb: its open run, or None.
+    continued: False removes the events of an earlier run here: the HParams tab keeps the first settings that it finds.
     """
 
     def __init__(
-        self, folder: Path, config: Config, *, step: int, epochs: Iterable[Mapping[str, Any]], wandb: Any = None
+        self,
+        folder: Path,
+        config: Config,
+        *,
+        step: int,
+        epochs: Iterable[Mapping[str, Any]],
+        continued: bool,
+        wandb: Any = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second, and the benchmarks do without it
 
+        if not continued:
+            for path in folder.glob("events.out.tfevents.*"):
+                path.unlink()
         self.tensorboard: SummaryWriter = SummaryWriter(str(folder), purge_step=step + 1)
         self.wandb = wandb
         self.best: dict[str, float] = {}
@@ -68,6 +79,7 @@ class Trackers:
 
     def _state_settings(self, config: Config) -> Any:
         """Write the settings for the HParams tab; return the summary that marks the run as finished."""
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
         from torch.utils.tensorboard.summary import hparams
 
         settings = {
@@ -76,8 +88,9 @@ class Trackers:
             if name in SETTINGS and name not in NOT_COMPARED
         }
         # Without the summary of an experiment, the tab compares the runs itself and lists what differs first.
-        _, start, end = hparams(settings, {})  # type: ignore[no-untyped-call]  # torch declares no types
-        self._write(start)
+        # TensorBoard's function keeps true and false, which torch's turns into numbers. No trial: a row is a run.
+        self._write(hparams_pb(settings, trial_id=""))
+        *_, end = hparams({}, {})  # type: ignore[no-untyped-call]  # torch declares no types
         return end
 
     def _write(self, summary: Any) -> None:

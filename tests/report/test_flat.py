@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support import REPOSITORY
 from support.ladder_runs import steps_of, write_run
 
 from ffcv_convnext.cli import run_command
@@ -103,3 +105,15 @@ def test_a_reader_that_leaves_early_is_no_error(folder: Path) -> None:
     )  # fmt: skip
     assert result.stdout.strip() in ("141", "0"), "0: everything was written before head ended"
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["report", "RUNS", "--csv"]])
+def test_a_reader_that_has_left_already_is_no_error(command: list[str], folder: Path) -> None:
+    argv = [str(folder) if word == "RUNS" else word for word in command]
+    read, write = os.pipe()
+    os.close(read)
+    program = [sys.executable, "-m", "ffcv_convnext.cli", *argv]
+    result = subprocess.run(program, stdout=write, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    os.close(write)
+    assert result.stderr == ""
+    assert result.returncode == 141 or command[0] == "train", "argparse hides the error of its help"

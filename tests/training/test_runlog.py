@@ -243,6 +243,7 @@ def test_wandb_continues_the_same_run_after_a_resume(
     assert [start["id"] for start in wandb.starts] == [None, "run7"]
     assert {start["resume"] for start in wandb.starts} == {"allow"}
     assert {start["project"] for start in wandb.starts} == {"mine"}
+    assert all(start["allow_val_change"] for start in wandb.starts), "workers may differ after a restart"
     assert wandb.starts[0]["name"] == tmp_path.name
     assert wandb.starts[0]["config"]["epochs"] == 2
     assert [step for step, _ in wandb.logged] == [1, 10, 3, 10]
@@ -314,6 +315,24 @@ def test_the_hparams_tab_compares_runs_by_their_settings_and_scores(
     assert [score["accuracy/test_acc1"] for score in scores] == [61.0, 63.0], "the last epoch's"
     assert [score["accuracy/test_acc1_best"] for score in scores] == [66.0, 68.0]
     assert [group.sessions[0].status for group in groups] == [api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_SUCCESS]
+
+
+def test_a_repeated_run_has_its_new_settings_in_the_hparams_tab(
+    open_log: Callable[..., RunLog], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count(time.time())
+    monkeypatch.setattr(event_file_writer.time, "time", lambda: next(seconds))
+    found = []
+    for lr, epoch in ((0.1, 0), (0.1, 1), (0.5, 0)):  # a start, a resume, a run that begins again
+        log = open_log(folder=tmp_path / "run", lr=lr, step=10 * epoch, epoch=epoch)
+        log.epoch(epoch_entry(epoch))
+        log.close()
+        (row,), _, _ = hparams_of(tmp_path)
+        assert row.name == "run"
+        assert row.hparams["auto_resume"].bool_value is True, "true and false are not numbers"
+        best = next(each.value for each in row.metric_values if each.name.tag == "accuracy/test_acc1_best")
+        found.append((row.hparams["lr"].number_value, best, len(list((tmp_path / "run").glob("events*")))))
+    assert found == [(0.1, 50, 1), (0.1, 50, 2), (0.5, 50, 1)]
 
 
 def test_tags_are_in_an_order_that_shows_accuracy_first(open_log: Callable[..., RunLog], tmp_path: Path) -> None:

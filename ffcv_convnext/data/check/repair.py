@@ -17,6 +17,7 @@ from ffcv_convnext.data.beton import CONVERT_AGAIN, JPG, Manifest
 from ffcv_convnext.data.beton.tables import Tables, damaged_pages, find_betons, read_tables
 from ffcv_convnext.data.check.manifests import read_original_files
 from ffcv_convnext.data.convert.encode import Encoding, ImageError, encode_content
+from ffcv_convnext.data.convert.imagenet import reopen
 from ffcv_convnext.data.convert.source import ImageFolder, Source
 
 
@@ -54,7 +55,7 @@ def _repair_file(beton: Path, num_workers: int) -> list[RepairedPage]:
     if not tables.in_pages.all():
         raise ValueError(f"{beton}: its tables are damaged, so its pages cannot be repaired; {CONVERT_AGAIN}")
     files, _ = read_original_files(beton, manifest)
-    originals = None if not files else ImageFolder(Path(manifest.source), manifest.classes, files, labels=[])
+    originals = _open_originals(Path(manifest.source), manifest, files) if files else None
     repaired = []
     with open(beton, "r+b", buffering=0) as file:
         for page in damaged:
@@ -65,6 +66,11 @@ def _repair_file(beton: Path, num_workers: int) -> list[RepairedPage]:
                 os.fsync(file.fileno())
             repaired.append(RepairedPage(str(beton), page, content if isinstance(content, str) else None))
     return repaired
+
+
+def _open_originals(source: Path, manifest: Manifest, files: list[str]) -> Source:
+    """Return the images of `files` in the folder or archive that the .beton was made from."""
+    return reopen(source, files) if source.is_file() else ImageFolder(source, manifest.classes, files, labels=[])
 
 
 def _encode_page(

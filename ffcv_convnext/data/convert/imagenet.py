@@ -147,3 +147,24 @@ def read_devkit(archive: Path) -> dict[str, str]:
         raise ValueError(
             f"{archive} is not a usable development kit ({type(error).__name__}: {error}); copy it again"
         ) from None
+
+
+def reopen(archive: Path, names: Sequence[str]) -> TarImages:
+    """Return the images of a .beton that was made from one of the two archives, by their names in its list.
+
+    Their labels are 0. Raises FileNotFoundError, or ValueError as `list_members` does and for a name that is not there.
+    """
+    members = {member.name.rsplit("/", 1)[-1]: member for member in list_members(archive)}
+    found: dict[str, Member] = {}
+    for name in names:
+        folder, _, file = name.partition("/")
+        if inner := members.get(f"{folder}.tar"):
+            for image in list_members(archive, inside=inner):
+                found[f"{folder}/{image.name.removeprefix('./')}"] = image
+            del members[f"{folder}.tar"]
+        elif file in members:
+            found[name] = members[file]
+    if missing := next((name for name in names if name not in found), None):
+        raise ValueError(f"{archive} has no member for {missing}; it is not the archive that the .beton was made from")
+    images = [(name, found[name].start, found[name].size, 0) for name in names]
+    return TarImages.build(archive, [""], images, {}, Stamp.of(archive))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
+import os
 import tarfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +16,12 @@ import pytest
 import scipy.io
 from support.imagefolder import make_image_folder
 
+from ffcv_convnext.data.beton import Page
+from ffcv_convnext.data.beton.tables import read_tables
+from ffcv_convnext.data.check import repair_data, verify_data
 from ffcv_convnext.data.convert import ConversionOptions, convert
-from ffcv_convnext.data.convert.imagenet import DEVKIT, TRAIN, VAL, open_train
+from ffcv_convnext.data.convert.conversion import _Conversion
+from ffcv_convnext.data.convert.imagenet import DEVKIT, TRAIN, VAL, open_train, reopen
 from ffcv_convnext.data.convert.tars import list_members
 
 
@@ -129,3 +137,61 @@ def test_compressed_and_doubled_members_are_errors(tmp_path: Path) -> None:
     (tmp_path / "b.tar").write_bytes(packed.getvalue())
     with pytest.raises(ValueError, match=r"b\.tar: two members are named a\.jpg"):
         list(list_members(tmp_path / "b.tar"))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_damaged_page_is_repaired_from_the_archive(split: str, tars: Path, tmp_path: Path) -> None:
+    _convert(tars, tmp_path / "out")
+    beton = tmp_path / "out" / f"{split}.beton"
+    before = beton.read_bytes()
+    address = int(read_tables(beton).addresses[1])
+    with open(beton, "r+b") as file:
+        file.seek(address + 200)
+        file.write(b"damage")
+    assert not verify_data(beton, 1).good
+    [page] = repair_data(beton, 1)
+    assert page.reason is None
+    assert beton.read_bytes() == before
+
+
+def test_another_archive_repairs_nothing(tars: Path, tmp_path: Path) -> None:
+    _convert(tars, tmp_path / "out", split="train")
+    with pytest.raises(ValueError, match=r"img_train.tar has no member for c0/elsewhere\.jpg; it is not the archive"):
+        reopen(tars / TRAIN, ["c0/elsewhere.jpg"])
+
+
+def test_a_conversion_continues_from_an_archive_unless_it_has_changed(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ffcv_convnext.data.convert.options.MIN_PAGE_BYTES", 1 << 14)  # several pages
+    raw = {"split": "train", "compress_probability": 0.0, "max_resolution": 64}
+    _convert(tars, tmp_path / "whole", **raw)
+    with monkeypatch.context() as patch:
+        patch.setattr("ffcv_convnext.data.convert.conversion._Conversion._add_to_journal", interrupt_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            _convert(tars, tmp_path / "out", **raw)
+    said: list[str] = []
+    options = ConversionOptions(data_path=tars, out_dir=tmp_path / "out", num_workers=1, resume=True, **raw)
+    convert(options, said.append)
+    assert any("of them from an earlier attempt" in line for line in said)
+    assert (tmp_path / "out" / "train.beton").read_bytes() == (tmp_path / "whole" / "train.beton").read_bytes()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ffcv_convnext.data.convert.conversion._Conversion._add_to_journal", interrupt_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            _convert(tars, tmp_path / "again", **raw)
+    os.utime(tars / TRAIN, (1, 1))
+    with pytest.raises(ValueError, match="changed since"):
+        convert(replace(options, out_dir=tmp_path / "again"))
+
+
+def interrupt_at(number: int) -> Callable[[_Conversion, Page], None]:
+    """A journal that is interrupted after this number of pages."""
+    add, count = _Conversion._add_to_journal, itertools.count(1)
+
+    def interrupted(self: _Conversion, page: Page) -> None:
+        add(self, page)
+        if next(count) == number:
+            raise KeyboardInterrupt
+
+    return interrupted
