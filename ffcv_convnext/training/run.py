@@ -82,6 +82,7 @@ def train(config: Config) -> dict[str, Any]:
         train_loader, val_loader = resources.enter_context(_loaders(config, processes))
         run = build_run(config, processes, train_loader, val_loader, start={"affinity": cores})
         resources.callback(run.log.close)
+        resources.callback(run.checkpoints.close)  # before the folder's lock is released
         _resume(run)
         train_loader.prepare()
         val_loader.prepare()
