@@ -2,7 +2,8 @@
 
 A file is written under a temporary name, flushed to disk, then renamed; the previous one stays as
 `checkpoint-previous.pth` until the next save. Reading verifies the checksums that torch.save stores: if the newest file
-is truncated or damaged, the previous one is used.
+is truncated or damaged, the previous one is used. The training loop waits for a copy in host memory only; a thread
+writes it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -20,6 +23,7 @@ import torch
 
 from ffcv_convnext.errors import Failure, Interrupted
 from ffcv_convnext.files import Form, replacing
+from ffcv_convnext.training.background import Background, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -95,20 +99,54 @@ def _link(path: Path) -> Path:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder.
 
-    def __init__(self, folder: Path) -> None:
+    `save` and `save_best` return once the content is copied; a thread writes it, in the order of the calls. A save
+    waits for the one before it. An error of the thread is raised by the next save, `check` or `wait`.
+    """
+
+    def __init__(self, folder: Path, *, background: bool = True) -> None:
+        """background: False writes before a save returns, without a copy."""
         self.folder = folder
+        self._background = background
+        self._thread = Background()
+        self._snapshots = {LAST: Snapshot(), BEST: Snapshot(), BEST_EMA: Snapshot()}
 
     def save(self, content: dict[str, Any]) -> Path:
-        """Save the newest checkpoint and keep the previous one."""
+        """Save the newest checkpoint and keep the previous one. Raises Failure on a full disk."""
+        self._write(LAST, content, self._write_last)
+        return self.folder / LAST
+
+    def check(self) -> None:
+        """Raise Failure if a checkpoint could not be written; does not wait for one that is being written."""
+        self._thread.check()
+
+    def wait(self) -> None:
+        """Wait until every checkpoint is on disk. Raises Failure if one could not be written."""
+        self._thread.wait()
+
+    def close(self) -> None:
+        """Wait for the thread when a run ends with another error; logs one of the thread."""
+        try:
+            self.wait()
+        except Failure as error:
+            log.error("%s", error)
+
+    def _write(self, name: str, content: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
+        if not self._background:
+            write(content)
+            return
+        self._thread.wait()  # it reads the buffers that the next copy fills
+        copied = self._snapshots[name].take(content)
+        self._thread.start(lambda: write(copied))
+
+    def _write_last(self, content: dict[str, Any]) -> None:
         last, previous = self.folder / LAST, self.folder / PREVIOUS
         new = self.folder / ".checkpoint-next.pth"
         write_checkpoint(new, content)
         if last.exists():
             os.replace(_link(last), previous)  # a complete `last` exists at every moment
         os.replace(new, last)
-        return last
 
     def clear(self) -> None:
         """Remove the folder's checkpoints."""
@@ -117,7 +155,7 @@ class Checkpoints:
 
     def save_best(self, name: str, content: dict[str, Any]) -> Path:
         """Save the checkpoint of the best epoch."""
-        write_checkpoint(self.folder / name, content)
+        self._write(name, content, partial(write_checkpoint, self.folder / name))
         return self.folder / name
 
     def newest(self, *, map_location: torch.device | str = "cpu") -> tuple[Path, dict[str, Any]] | None:

@@ -94,6 +94,7 @@ def train(config: Config) -> dict[str, Any]:
         start = {"affinity": cores, "staged": copy and copy.facts()}
         run = build_run(config, processes, train_loader, val_loader, start=start)
         resources.callback(run.log.close)
+        resources.callback(run.checkpoints.close)  # before the folder's lock is released
         _resume(run)
         train_loader.prepare()
         val_loader.prepare()
