@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ffcv_convnext.data.beton import CONVERT_AGAIN, Manifest
+from ffcv_convnext.data.convert.names import Names
 
 
 def read_manifest(beton: Path) -> tuple[Manifest | None, list[str]]:
@@ -18,16 +19,17 @@ def read_manifest(beton: Path) -> tuple[Manifest | None, list[str]]:
     return manifest, []
 
 
-def read_original_files(beton: Path, manifest: Manifest) -> tuple[list[str], list[str]]:
+def read_original_files(beton: Path, manifest: Manifest) -> tuple[Names, list[str]]:
     """Return the original file of each sample, or no files, and what is wrong with the list."""
     path = Manifest.files_path_for(beton)
-    files = manifest.original_files(beton)
-    if files is None:
+    content = manifest.file_list(beton)
+    if content is None:
         differs = "differs from the manifest's hash: damaged, or of another conversion"
         wrong = differs if path.is_file() else "is missing"
-        return [], [f"the list of original files {path.name} {wrong}; copy it again"]
+        return Names.of([]), [f"the list of original files {path.name} {wrong}; copy it again"]
+    files = Names.of_lines(content)
     if len(files) != manifest.num_samples:
-        return [], [
+        return Names.of([]), [
             f"the list of original files {path.name} has {len(files)} lines, but the manifest states "
             f"{manifest.num_samples} samples; {CONVERT_AGAIN}"
         ]

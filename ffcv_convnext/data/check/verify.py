@@ -31,6 +31,7 @@ from ffcv_convnext.data.beton.tables import (
 from ffcv_convnext.data.check.manifests import read_manifest, read_original_files
 from ffcv_convnext.data.codec.crop import HEIGHT, WIDTH, read_layout
 from ffcv_convnext.data.codec.decode import NO_JPEG, OK, OUTSIDE_FILE, REASONS, UNKNOWN_MODE, addresses, decode_jpeg
+from ffcv_convnext.data.convert.names import Names
 from ffcv_convnext.data.convert.progress import ProgressBar
 from ffcv_convnext.formatting import format_bytes, format_count, markdown_table
 
@@ -157,7 +158,7 @@ def _verify_file(beton: Path, num_workers: int) -> tuple[FileCheck, Manifest | N
     if not beton.is_file():
         return check, manifest
     check.num_bytes = beton.stat().st_size
-    files: list[str] = []
+    files = Names.of([])
     if manifest:
         check.source = manifest.source
         files, problems = read_original_files(beton, manifest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,11 +23,18 @@ class Names(Sequence[str]):
     @classmethod
     def of(cls, names: Iterable[str]) -> Names:
         """Pack names."""
-        packed, ends = bytearray(), []
+        packed, ends = bytearray(), array("q")
         for name in names:
             packed += os.fsencode(name)
             ends.append(len(packed))
         return cls(bytes(packed), np.array(ends, np.int64))
+
+    @classmethod
+    def of_lines(cls, content: bytes) -> Names:
+        """Pack the lines of a text; each ends with a line feed."""
+        ends = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n"))
+        ends -= np.arange(len(ends))
+        return cls(content.replace(b"\n", b""), ends)
 
     def __len__(self) -> int:
         return len(self.ends)

@@ -177,7 +177,7 @@ class TarImages:
     def is_regular(self, index: int) -> bool:  # noqa: ARG002, D102  see Source
         return self.location.is_file()
 
-    def select(self, indices: Sequence[int]) -> TarImages:  # noqa: D102  see Source
+    def select(self, indices: Sequence[int] | NDArray[np.int64]) -> TarImages:  # noqa: D102  see Source
         chosen = np.asarray(indices, np.int64)
         return TarImages(
             location=self.location,
