@@ -43,7 +43,7 @@ _CHILD = """
 import json, sys, threading, time
 from pathlib import Path
 import torch
-from ffcv_convnext.bench.scale import anonymous_bytes, proportional_bytes
+from ffcv_convnext.bench.scale_steps import anonymous_bytes, proportional_bytes
 from ffcv_convnext.config import DataConfig
 from ffcv_convnext.data.load import TrainLoader
 peak, done = [0], threading.Event()
@@ -124,22 +124,6 @@ class Scale:
             )
             cells += [format_bytes(getattr(row, name)), per_image]
         return [*cells, format_bytes(row.share)]
-
-
-def anonymous_bytes() -> int:
-    """Return the memory that this process has for itself."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) << 10
-    raise Failure("/proc/self/status has no RssAnon: this benchmark needs Linux")
-
-
-def proportional_bytes() -> int:
-    """Return the memory of this process, where a page that n processes map counts as one n-th."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) << 10
-    raise Failure("/proc/self/smaps_rollup has no Pss: this benchmark needs Linux 4.14 or newer")
 
 
 def write_generated(folder: Path, num_images: int) -> Path:

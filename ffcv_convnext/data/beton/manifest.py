@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -182,18 +182,33 @@ class Manifest:
 
     def original_file(self, beton: Path, sample: int) -> Path | None:
         """Return the original file of a sample, or None if it is unknown. Reads the whole list."""
-        digest, found = hashlib.sha256(), None
+        found = self.select_original_files(beton, (sample,))
+        return Path(self.source) / found[sample] if sample in found else None
+
+    def select_original_files(self, beton: Path, samples: Collection[int]) -> dict[int, str]:
+        """Return the original files of some samples, where known. Reads the whole list; keeps only these in memory."""
+        digest, found = hashlib.sha256(), {}
         try:
             with open(self.files_path_for(beton), "rb") as file:
                 for number, line in enumerate(file):
                     digest.update(line)
-                    if number == sample:
-                        found = line.removesuffix(b"\n")
+                    if number in samples:
+                        found[number] = os.fsdecode(line.removesuffix(b"\n"))
+        except OSError:
+            return {}
+        return found if digest.hexdigest() == self.files_sha256 else {}
+
+    def count_original_files(self, beton: Path) -> int | None:
+        """Return the number of lines of the list of original files, or None as `file_list`."""
+        digest, number = hashlib.sha256(), 0
+        try:
+            with open(self.files_path_for(beton), "rb") as file:
+                while part := file.read(1 << 20):
+                    digest.update(part)
+                    number += part.count(b"\n")
         except OSError:
             return None
-        if found is None or digest.hexdigest() != self.files_sha256:
-            return None
-        return Path(self.source) / os.fsdecode(found)
+        return number if digest.hexdigest() == self.files_sha256 else None
 
 
 def _is_of_type(value: Any, kind: Any) -> bool:

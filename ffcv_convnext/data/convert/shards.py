@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -122,9 +123,9 @@ def _read_samples(shards: Sequence[Shard]) -> Iterator[tuple[EncodedImage, int]]
             raise ValueError(f"{path}: page {damaged[0]} differs from its checksum; copy it again, or convert it again")
         if tables.labels is None or not tables.in_pages.all():
             raise ValueError(f"{path}: damaged tables; copy it again, or convert it again")
-        with open(path, "rb") as file:
-            for sample, label in enumerate(tables.labels.tolist()):
-                file.seek(tables.addresses[sample])
-                data = file.read(tables.lengths[sample])
+        with open(path, "rb", buffering=0) as file:
+            for sample in range(len(tables)):
+                data = os.pread(file.fileno(), int(tables.lengths[sample]), int(tables.addresses[sample]))
                 mode: Literal["jpg", "raw"] = "jpg" if tables.modes[sample] == JPG else "raw"
-                yield EncodedImage(int(tables.widths[sample]), int(tables.heights[sample]), data, mode), label
+                width, height = int(tables.widths[sample]), int(tables.heights[sample])
+                yield EncodedImage(width, height, data, mode), int(tables.labels[sample])
