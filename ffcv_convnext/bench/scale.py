@@ -1,10 +1,13 @@
-"""`bench scale`: how start, order and memory grow with the number of images, from 10 thousand to 14 million.
+"""`bench scale`: how time and memory grow with the number of images, from 10 thousand to 14 million.
 
-The files are generated: whole tables and a whole manifest, but pages that are holes in a sparse file. Such an image is
-raw and black, so everything but JPEG decoding runs as on a real file; a terabyte of addresses takes no room. Each row
-is a process of its own that opens the file, takes the first batch of an epoch and one in mid-epoch, and lists the
-order of an epoch for one of eight ranks. Memory is what the process has for itself (anonymous pages; the mapped
-tables are shared by all processes of a machine), also for each image more than in the file with the fewest.
+Stage `load`, the loader: the files are generated: whole tables and a whole manifest, but pages that are holes in a
+sparse file. Such an image is raw and black, so everything but JPEG decoding runs as on a real file; a terabyte of
+addresses takes no room. Each row is a process of its own that opens the file, takes the first batch of an epoch and one
+in mid-epoch, and lists the order of an epoch for one of eight ranks. Memory is what the process has for itself
+(anonymous pages; the mapped tables are shared by all processes of a machine), also for each image more than in the file
+with the fewest.
+
+The other stages: scale_conversion.py (convert, join), scale_runs.py (runs) and scale_ranks.py (ranks).
 """
 
 from __future__ import annotations
@@ -16,15 +19,16 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ffcv_convnext.bench.compare import format_facts
+from ffcv_convnext.bench.scale_conversion import ConversionScale, measure_conversion, measure_join
 from ffcv_convnext.data.beton import Manifest, tables_digest
 from ffcv_convnext.data.beton.layout import ALLOCATION, FIELD, FIELD_TYPES, HEADER, RAW, VERSION
 from ffcv_convnext.errors import Failure
@@ -97,17 +101,23 @@ class Scale:
 
     facts: dict[str, Any]
     rows: list[Row]
+    conversion: ConversionScale = field(default_factory=lambda: ConversionScale([], []))
 
     def to_json(self) -> str:
         """Return all figures as JSON."""
-        return json.dumps(asdict(self), indent=2)
+        rows = [asdict(row) for row in self.rows]
+        return json.dumps({"facts": self.facts, "rows": rows, **self.conversion.to_rows()}, indent=2)
 
     def format(self) -> str:
-        """Return a Markdown table with the facts above it."""
+        """Return a Markdown table for each stage with the facts above them."""
+        parts = [self._loading()] if self.rows else []
+        parts += [self.conversion.format()] if self.conversion.steps else []
+        return "\n\n".join([format_facts("scale", self.facts), *parts])
+
+    def _loading(self) -> str:
         header = ["images", "order", "processes", "first batch s", "in mid-epoch s", "order of an epoch s"]
         header += ["memory a process", "bytes an image", "at most", "bytes an image", "with its share"]
-        table = markdown_table(header, [self._cells(row) for row in self.rows], "><>>>>>>>>>")
-        return f"{format_facts('scale', self.facts)}\n\n{table}"
+        return markdown_table(header, [self._cells(row) for row in self.rows], "><>>>>>>>>>")
 
     def _cells(self, row: Row) -> list[str]:
         least = min((r for r in self.rows if r.order == row.order), key=lambda r: r.num_images)
@@ -187,28 +197,48 @@ def write_generated(folder: Path, num_images: int) -> Path:
 
 
 def bench_scale(
-    counts: Sequence[int], progress: Callable[[str], None], work: Path | None = None, processes: int = RANKS
+    counts: Sequence[int],
+    progress: Callable[[str], None],
+    work: Path | None = None,
+    processes: int = RANKS,
+    stages: Sequence[str] = ("load",),
 ) -> Scale:
-    """Measure each number of images, in both orders; the largest also with several processes at the same time.
+    """Measure each number of images in each of the stages load, convert, join, runs and ranks.
 
-    work: a folder on a file system with sparse files, for about 60 bytes an image; None: a temporary one.
+    work: a folder on a file system with sparse files, for about 60 bytes an image to load, or 2 kB an image to convert;
+    None: a temporary one.   processes: that load the largest file at the same time; also the ranks that train.
     Raises Failure if a row cannot be measured.
     """
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="bench-scale-", dir=work) as temporary:
-        for number in sorted(counts):
-            folder = Path(temporary) / str(number)
-            beton = write_generated(folder, number)
-            progress(f"{number:,} images, {format_bytes(beton.stat().st_size)} of addresses")
-            for order in ("random", "quasi_random"):
-                _measure(folder, order)  # compiles, and reads the tables into memory
-                rows.append(Row(number, order, **_measure(folder, order)))
-            if number == max(counts) and processes > 1:
-                progress(f"{processes} processes at the same time")
-                rows.append(_together(folder, number, processes))
-            beton.unlink()
-    facts = {"processor": processor_name(), "cores": len(os.sched_getaffinity(0)), "ranks": RANKS, "batch": BATCH}
-    return Scale(facts, rows)
+    facts = {
+        "processor": processor_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "ranks": RANKS,
+        "batch": BATCH,
+        "load of the machine before": round(os.getloadavg()[0], 1),
+    }
+    found = Scale(facts, [])
+    for number in sorted(counts):
+        for stage in stages:
+            with tempfile.TemporaryDirectory(prefix="bench-scale-", dir=work) as temporary:
+                folder = Path(temporary) / str(number)
+                if stage == "load":
+                    found.rows.extend(_load(folder, number, progress, processes if number == max(counts) else 1))
+                elif stage in ("convert", "join"):
+                    measure = measure_conversion if stage == "convert" else measure_join
+                    found.conversion.extend(measure(number, folder, progress))
+    return found
+
+
+def _load(folder: Path, number: int, progress: Callable[[str], None], processes: int) -> Iterator[Row]:
+    """Yield the rows of one generated file."""
+    beton = write_generated(folder, number)
+    progress(f"{number:,} images, {format_bytes(beton.stat().st_size)} of addresses")
+    for order in ("random", "quasi_random"):
+        _measure(folder, order)  # compiles, and reads the tables into memory
+        yield Row(number, order, **_measure(folder, order))
+    if processes > 1:
+        progress(f"{processes} processes at the same time")
+        yield _together(folder, number, processes)
 
 
 def _together(folder: Path, number: int, processes: int) -> Row:

@@ -60,6 +60,11 @@ class ConversionScale:
     steps: list[StepRow]
     sizes: list[SizeRow]
 
+    def extend(self, other: ConversionScale) -> None:
+        """Add the rows of another measurement."""
+        self.steps.extend(other.steps)
+        self.sizes.extend(other.sizes)
+
     def to_rows(self) -> dict[str, Any]:
         """Return all figures, for JSON."""
         return {"conversion": [asdict(row) for row in self.steps], "files": [asdict(row) for row in self.sizes]}

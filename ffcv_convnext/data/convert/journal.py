@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -180,7 +181,8 @@ _WAY_OUT = (
 )
 _TAIL = 1 << 16  # bytes that are read at once
 _PART = 1000  # files for a thread
-_NUM_THREADS = 16  # that read the state of files: on a network disk each takes about a millisecond
+_NUM_THREADS = 16  # that read the state of files where each takes long: on a network disk about a millisecond
+_SLOW_S = 1e-4
 
 
 def _format(content: list[Any]) -> bytes:
@@ -217,8 +219,13 @@ def _changed_files(entries: Sequence[JournalEntry], source: Source, order: NDArr
         both = zip(order[part].tolist(), stamps[part].tolist(), strict=True)
         return [source.name(index) for index, stamp in both if [*source.stamp(index)] != stamp]
 
+    found, start, slow = [], 0, False
+    while start < len(stamps) and not slow:  # threads only hinder each other where the system answers at once
+        began = time.monotonic()
+        found += changed(start)
+        start, slow = start + _PART, time.monotonic() - began > _PART * _SLOW_S
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        return [name for names in pool.map(changed, range(0, len(stamps), _PART)) for name in names]
+        return found + [name for names in pool.map(changed, range(start, len(stamps), _PART)) for name in names]
 
 
 def _some(location: Path, names: Sequence[str]) -> str:
