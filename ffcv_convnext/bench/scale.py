@@ -23,12 +23,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ffcv_convnext.bench.compare import format_facts
 from ffcv_convnext.bench.scale_conversion import ConversionScale, measure_conversion, measure_join
+from ffcv_convnext.bench.scale_ranks import RanksRow, format_ranks, measure_ranks
+from ffcv_convnext.bench.scale_runs import RunsRow, format_runs, measure_runs
 from ffcv_convnext.data.beton import Manifest, tables_digest
 from ffcv_convnext.data.beton.layout import ALLOCATION, FIELD, FIELD_TYPES, HEADER, RAW, VERSION
 from ffcv_convnext.errors import Failure
@@ -41,6 +43,7 @@ SIDE = 192  # pixels of an image; raw, about as large as a JPEG of 500 pixels
 PAGE_BYTES = 8 << 20
 RANKS = 8
 BATCH = 64
+VAL_IMAGES = 1000
 _TIMEOUT_S = 600.0
 
 _CHILD = """
@@ -102,16 +105,21 @@ class Scale:
     facts: dict[str, Any]
     rows: list[Row]
     conversion: ConversionScale = field(default_factory=lambda: ConversionScale([], []))
+    runs: list[RunsRow] = field(default_factory=list)
+    ranks: list[RanksRow] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Return all figures as JSON."""
-        rows = [asdict(row) for row in self.rows]
-        return json.dumps({"facts": self.facts, "rows": rows, **self.conversion.to_rows()}, indent=2)
+        named: dict[str, list[Any]] = {"rows": self.rows, "runs": self.runs, "ranks": self.ranks}
+        rows = {name: [asdict(row) for row in each] for name, each in named.items()}
+        return json.dumps({"facts": self.facts, **rows, **self.conversion.to_rows()}, indent=2)
 
     def format(self) -> str:
         """Return a Markdown table for each stage with the facts above them."""
         parts = [self._loading()] if self.rows else []
         parts += [self.conversion.format()] if self.conversion.steps else []
+        parts += [format_runs(self.runs)] if self.runs else []
+        parts += [format_ranks(self.ranks)] if self.ranks else []
         return "\n\n".join([format_facts("scale", self.facts), *parts])
 
     def _loading(self) -> str:
@@ -136,13 +144,20 @@ class Scale:
         return [*cells, format_bytes(row.share)]
 
 
-def write_generated(folder: Path, num_images: int) -> Path:
-    """Write train.beton with `num_images` black images that take no room, and its manifest; return it.
+def classes_of(num_images: int) -> int:
+    """Return how many classes a generated file has."""
+    return NUM_CLASSES.get(num_images, min(1000, num_images))
 
-    Labels are random, so that the file counts as shuffled.
+
+def write_generated(
+    folder: Path, num_images: int, split: Literal["train", "val"] = "train", num_classes: int | None = None
+) -> Path:
+    """Write a .beton with `num_images` black images that take no room, and its manifest; return it.
+
+    Labels are random, so that the file counts as shuffled.   num_classes: None: as ImageNet has for this number.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    beton = folder / "train.beton"
+    beton = folder / f"{split}.beton"
     num_bytes = 3 * SIDE * SIDE
     per_page = PAGE_BYTES // num_bytes
     num_pages = -(-num_images // per_page)
@@ -154,7 +169,7 @@ def write_generated(folder: Path, num_images: int) -> Path:
     table_start = HEADER.itemsize + descriptors.nbytes
     pages_start = -(-(table_start + num_images * row_type.itemsize) // PAGE_BYTES) * PAGE_BYTES
     end = pages_start + num_pages * PAGE_BYTES
-    num_classes = NUM_CLASSES.get(num_images, min(1000, num_images))
+    num_classes = num_classes or classes_of(num_images)
     numbers = np.arange(num_images)
     rows = np.zeros(num_images, row_type)
     rows["f0"]["mode"], rows["f0"]["width"], rows["f0"]["height"] = RAW, SIDE, SIDE
@@ -169,7 +184,7 @@ def write_generated(folder: Path, num_images: int) -> Path:
         file.seek(end)
         allocations.tofile(file)
     Manifest(
-        split="train",
+        split=split,
         classes=tuple(f"n{number:08d}" for number in range(num_classes)),
         num_samples=num_images,
         source=str(folder),
@@ -179,7 +194,7 @@ def write_generated(folder: Path, num_images: int) -> Path:
         subsampling="420",
         compress_probability=0.0,
         num_originals=0,
-        shuffled=True,
+        shuffled=split == "train",
         seed=0,
         subset=None,
         shard=None,
@@ -226,6 +241,12 @@ def bench_scale(
                 elif stage in ("convert", "join"):
                     measure = measure_conversion if stage == "convert" else measure_join
                     found.conversion.extend(measure(number, folder, progress))
+                elif stage == "ranks":
+                    write_generated(folder, number)
+                    write_generated(folder, VAL_IMAGES, "val", classes_of(number))
+                    found.ranks.extend(measure_ranks(folder, number, processes, progress))
+    if "runs" in stages:
+        found.runs.extend(measure_runs(progress, work))
     return found
 
 

@@ -1,7 +1,7 @@
 """A measured step of `bench scale`: `python -m ffcv_convnext.bench.scale_steps STEP FOLDER OUT` prints JSON.
 
 Each is a process of its own, so that its memory is its own. `peak` is the most that the process has had for itself
-(anonymous memory, without mapped files), `seconds` leaves out the imports.
+(anonymous memory, without mapped files); `seconds` begins when Python has started.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _WATCH_S = 0.005
 Found = dict[str, Any]
 
 
-def anonymous_bytes() -> int:
-    """Return the memory that this process has for itself."""
-    return _kib("/proc/self/status", "RssAnon:")
+def anonymous_bytes(pid: int | str = "self") -> int:
+    """Return the memory that a process has for itself."""
+    return _bytes(f"/proc/{pid}/status", "RssAnon:")
 
 
-def proportional_bytes() -> int:
-    """Return the memory of this process, where a page that n processes map counts as one n-th."""
-    return _kib("/proc/self/smaps_rollup", "Pss:")
+def proportional_bytes(pid: int | str = "self") -> int:
+    """Return the memory of a process, where a page that n processes map counts as one n-th."""
+    return _bytes(f"/proc/{pid}/smaps_rollup", "Pss:")
 
 
-def _kib(file: str, name: str) -> int:
+def _bytes(file: str, name: str) -> int:
     for line in Path(file).read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) << 10
@@ -144,10 +144,6 @@ STEPS: dict[str, Callable[[Path, Path], Found]] = {
 def main(argv: list[str]) -> int:
     """Do a step and print what was measured, in the last line of stdout."""
     name, folder, out = argv
-    import ffcv_convnext.data.beton.writer
-    import ffcv_convnext.data.check
-    import ffcv_convnext.data.convert  # noqa: F401
-
     peak = 0
 
     def look() -> None:
