@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from support.runs import assert_equal
 
@@ -25,3 +26,13 @@ def test_a_host_copy_keeps_the_versions_of_a_state_dict() -> None:
     copied = HostCopy().take({"model": state})["model"]
     assert copied._metadata == state._metadata
     assert list(copied) == list(state)
+
+
+@pytest.mark.gpu
+def test_a_copy_from_a_gpu_is_page_locked_and_not_changed_by_later_work() -> None:
+    weight = torch.rand(1 << 22, device="cuda")
+    expected = weight.cpu()
+    copied = HostCopy().take({"weight": weight})["weight"]
+    weight.zero_()
+    assert copied.is_pinned()
+    assert torch.equal(copied, expected)
