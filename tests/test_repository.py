@@ -45,6 +45,7 @@ DOORS = {
     *(
         "ladder.statistics",
         "models.kernels",
+        "training.checkpoint",
         "training.distributed",
         "training.engine",
         "training.kernel_choice",

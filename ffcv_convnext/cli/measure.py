@@ -27,6 +27,7 @@ STEP_BENCHMARKS = {
     "augment": "the augmentation of batches, beside timm's for single images",
     "step": "the training step, beside timm's and torchvision's, or every step of the ladder",
     "progressive": "the training time that progressive resizing saves: every image size of a schedule, in turn",
+    "checkpoint": "how long a save holds up training, written by the loop and by the thread",
 }
 
 

@@ -14,6 +14,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -23,7 +24,7 @@ import torch
 
 from ffcv_convnext.errors import Failure, Interrupted
 from ffcv_convnext.files import Form, replacing
-from ffcv_convnext.training.background import Background, Snapshot
+from ffcv_convnext.training.host_copy import HostCopy
 
 log = logging.getLogger(__name__)
 
@@ -101,16 +102,16 @@ def _link(path: Path) -> Path:
 class Checkpoints:
     """The checkpoints of one run folder.
 
-    `save` and `save_best` return once the content is copied; a thread writes it, in the order of the calls. A save
-    waits for the one before it. An error of the thread is raised by the next save, `check` or `wait`.
+    `save` and `save_best` return once the content is copied; a thread writes the copies in the order of the calls. A
+    save waits while the copy before it of the same file is still being written. An error of the thread is raised by the
+    next save of that file, by `check` or by `wait`, once.
     """
 
-    def __init__(self, folder: Path, *, background: bool = True) -> None:
-        """background: False writes before a save returns, without a copy."""
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._background = background
-        self._thread = Background()
-        self._snapshots = {LAST: Snapshot(), BEST: Snapshot(), BEST_EMA: Snapshot()}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writes: dict[str, Future[None]] = {}  # of each file the last one, unless its outcome is known
+        self._copies: dict[str, HostCopy] = {}
 
     def save(self, content: dict[str, Any]) -> Path:
         """Save the newest checkpoint and keep the previous one. Raises Failure on a full disk."""
@@ -119,26 +120,37 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raise Failure if a checkpoint could not be written; does not wait for one that is being written."""
-        self._thread.check()
+        for name in [name for name, write in self._writes.items() if write.done()]:
+            self._finish(name)
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return not all(write.done() for write in self._writes.values())
 
     def wait(self) -> None:
         """Wait until every checkpoint is on disk. Raises Failure if one could not be written."""
-        self._thread.wait()
+        for name in list(self._writes):
+            self._finish(name)
 
     def close(self) -> None:
-        """Wait for the thread when a run ends with another error; logs one of the thread."""
-        try:
-            self.wait()
-        except Failure as error:
-            log.error("%s", error)
+        """Wait for the thread when a run ends with another error; log the errors of the thread."""
+        while self._writes:
+            try:
+                self.wait()
+            except Failure as error:
+                log.error("%s", error)
+        self._thread.shutdown()
 
     def _write(self, name: str, content: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
-        if not self._background:
-            write(content)
-            return
-        self._thread.wait()  # it reads the buffers that the next copy fills
-        copied = self._snapshots[name].take(content)
-        self._thread.start(lambda: write(copied))
+        self._finish(name)  # it reads the memory that the next copy fills
+        copied = self._copies.setdefault(name, HostCopy()).take(content)
+        self._writes[name] = self._thread.submit(write, copied)
+
+    def _finish(self, name: str) -> None:
+        if name in self._writes:
+            wait([self._writes[name]])  # a signal may end the waiting; the write is not forgotten then
+            self._writes.pop(name).result()
 
     def _write_last(self, content: dict[str, Any]) -> None:
         last, previous = self.folder / LAST, self.folder / PREVIOUS

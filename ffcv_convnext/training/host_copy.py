@@ -1,17 +1,15 @@
-"""Copies of a run's state in host memory, and one thread that works on them while training continues."""
+"""Copies of a run's state in host memory, which a thread can write while training continues."""
 
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Snapshot:
+class HostCopy:
     """Host memory for copies of a tree of tensors, used again for the next copy.
 
     Costs as much host memory as the tensors of the tree have; page-locked if they lie on a GPU.
@@ -48,38 +46,3 @@ class Snapshot:
         if isinstance(value, list | tuple):
             return type(value)(self._copy(item, (*path, number), used) for number, item in enumerate(value))
         return copy.deepcopy(value)
-
-
-class Background:
-    """At most one task in a thread. Its error is raised in the caller's thread: by `check`, `wait` or `start`."""
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def start(self, task: Callable[[], None]) -> None:
-        """Run a task; waits for the one before it."""
-        self.wait()
-
-        def work() -> None:
-            try:
-                task()
-            except BaseException as error:  # raised again by the thread that trains
-                self._error = error
-
-        self._thread = threading.Thread(target=work, name="checkpoint")
-        self._thread.start()
-
-    def check(self) -> None:
-        """Raise the error of a task that has ended; does not wait for one that runs."""
-        if self._thread is not None and not self._thread.is_alive():
-            self.wait()
-
-    def wait(self) -> None:
-        """Wait for the running task. Raises its error."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
