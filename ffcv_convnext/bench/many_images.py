@@ -19,6 +19,8 @@ def write_many_images(folder: Path, num_images: int, num_classes: int = 1000, si
     """
     if not 1 <= num_classes <= num_images:
         raise ValueError(f"num_images = {num_images}, num_classes = {num_classes}: expected at least one image a class")
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; name another folder, or remove it")
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for label in range(num_classes):

@@ -1,7 +1,7 @@
 """The unfinished part of a conversion: a hidden, locked folder with a journal, from which --resume continues.
 
-The journal keeps size and time of each source file that was read, about 30 bytes an image, and the list of all source
-files, so that a conversion does not continue with other images than it began with.
+The journal keeps size and time of each source file that was read, with the row of the image about 45 bytes, and the
+list of all source files, so that a conversion does not continue with other images than it began with.
 """
 
 from __future__ import annotations

@@ -82,7 +82,10 @@ class Source(Protocol):
         """Return False if `read` may block forever, e.g. for a named pipe."""
 
     def select(self, indices: Sequence[int] | NDArray[np.int64]) -> Source:
-        """Return a source of these images, in this order."""
+        """Return a source of these images, in this order.
+
+        It goes to workers, which need neither `classes` nor `left_out`: they may be empty.
+        """
 
 
 def names_of(source: Source, order: NDArray[np.int64] | None = None) -> Iterator[str]:
@@ -137,7 +140,7 @@ class ImageFolder:
 
     def select(self, indices: Sequence[int] | NDArray[np.int64]) -> ImageFolder:  # noqa: D102  see Source
         chosen = np.asarray(indices, np.int64)
-        return ImageFolder(self.location, self.classes, self.files.select(chosen), self.labels[chosen], self.left_out)
+        return ImageFolder(self.location, (), self.files.select(chosen), self.labels[chosen])
 
 
 def list_classes(folder: Path) -> tuple[str, ...]:

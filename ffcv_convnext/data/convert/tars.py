@@ -181,11 +181,10 @@ class TarImages:
         chosen = np.asarray(indices, np.int64)
         return TarImages(
             location=self.location,
-            classes=self.classes,
+            classes=(),
             starts=self.starts[chosen],
             sizes=self.sizes[chosen],
             labels=self.labels[chosen],
             names=self.names.select(chosen),
             archive=self.archive,
-            left_out=self.left_out,
         )

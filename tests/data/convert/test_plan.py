@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import tracemalloc
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def test_a_plan_names_the_images_in_the_stored_order(tmp_path: Path) -> None:
     assert task.compress == plan.compress[3:6].tolist()
     assert len({plan.name(index) for index in range(17)}) == 17
     assert 0 < plan.compress.sum() < 17
+
+
+def test_a_task_is_small_for_any_number_of_classes(tmp_path: Path) -> None:
+    source = made_up_source(1000)
+    many = ImageFolder(source.location, tuple(f"n{label:08d}" for label in range(21_841)), source.files, source.labels)
+    options = ConversionOptions(data_path=tmp_path, out_dir=tmp_path, split="train", num_workers=1)
+    [plan] = make_plans({"train": many}, options, lambda _: None)
+    assert len(pickle.dumps(plan.task(slice(0, 32)))) < 32 * 100
+    assert plan.source.classes == many.classes
 
 
 def test_a_plan_takes_a_hundred_bytes_an_image_at_most(tmp_path: Path) -> None:
