@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class StepRow:
     step: str
     seconds: float
     images_per_s: float | None
+    processor_s: float | None  # of the process itself, without its workers
     peak: int | None  # bytes that the process had for itself at most; None: not measured
 
 
@@ -71,7 +72,7 @@ class ConversionScale:
 
     def format(self) -> str:
         """Return Markdown tables. Memory an image: what the process had more than with the fewest images."""
-        header = ["step", "images", "s", "images/s", "memory at most", "bytes an image"]
+        header = ["step", "images", "s", "images/s", "processor s", "memory at most", "bytes an image"]
         order = list(dict.fromkeys(row.step for row in self.steps))
         rows = [
             [
@@ -79,12 +80,13 @@ class ConversionScale:
                 f"{row.num_images:,}",
                 f"{row.seconds:.2f}",
                 format_number(row.images_per_s, ",.0f"),
+                format_number(row.processor_s, ".2f"),
                 "-" if row.peak is None else format_bytes(row.peak),
                 self._per_image(row),
             ]
             for row in sorted(self.steps, key=lambda row: (order.index(row.step), row.num_images))
         ]
-        text = markdown_table(header, rows, "<>>>>>")
+        text = markdown_table(header, rows, "<>>>>>>")
         if self.sizes:
             names = ("beton", "manifest", "file_list", "journal", "source_list")
             files = [
@@ -108,20 +110,20 @@ def measure_conversion(number: int, work: Path, progress: Callable[[str], None])
     """
     folder, out = _make_folder(number, work, progress), work / "out"
     planned = run_step("plan", folder, out)
-    steps = [StepRow(number, "plan", planned["seconds"], number / planned["seconds"], planned["peak"])]
+    steps = [_row(number, "plan", planned)]
     done = _kill_half_way(folder, out, number, planned["identity"])
     progress(f"{number:,} images: killed after {done:,}")
     converted = run_step("convert_all", folder, out)
     if done:
-        steps.append(StepRow(number, "resume, to the first image", converted["begun_s"], None, None))
+        steps.append(StepRow(number, "resume, to the first image", converted["begun_s"], None, None, None))
     rest = (number - done) / (converted["seconds"] - converted["begun_s"])
-    steps.append(StepRow(number, "convert", converted["seconds"], rest, converted["peak"]))
+    steps.append(replace(_row(number, "convert", converted), images_per_s=rest))
     beton = out / "train.beton"
     sizes = [path.stat().st_size for path in (beton, Manifest.path_for(beton), Manifest.files_path_for(beton))]
     for name, text in (("verify", "verify"), ("info", "data info")):
         progress(f"{number:,} images: {text}")
         found = run_step(name, folder, out)
-        steps.append(StepRow(number, text, found["seconds"], number / found["seconds"], found["peak"]))
+        steps.append(_row(number, text, found))
     beton_bytes, manifest, file_list = sizes
     files = SizeRow(number, beton_bytes, manifest, file_list, converted["journal"], converted["sources"])
     return ConversionScale(steps, [files])
@@ -134,8 +136,13 @@ def measure_join(number: int, work: Path, progress: Callable[[str], None]) -> Co
     for name, text in (("convert_shards", f"convert in {NUM_SHARDS} parts"), ("join", f"join of {NUM_SHARDS} parts")):
         progress(f"{number:,} images: {text}")
         found = run_step(name, folder, out)
-        steps.append(StepRow(number, text, found["seconds"], number / found["seconds"], found["peak"]))
+        steps.append(_row(number, text, found))
     return ConversionScale(steps, [])
+
+
+def _row(number: int, step: str, found: dict[str, Any]) -> StepRow:
+    seconds = found["seconds"]
+    return StepRow(number, step, seconds, number / seconds, found["processor_s"], found["peak"])
 
 
 def _make_folder(number: int, work: Path, progress: Callable[[str], None]) -> Path:

@@ -1,7 +1,8 @@
 """A measured step of `bench scale`: `python -m ffcv_convnext.bench.scale_steps STEP FOLDER OUT` prints JSON.
 
 Each is a process of its own, so that its memory is its own. `peak` is the most that the process has had for itself
-(anonymous memory, without mapped files); `seconds` begins when Python has started.
+(anonymous memory, without mapped files); `seconds` begins when Python has started;
+`processor_s` is user and system time of this process, without the workers that it starts.
 """
 
 from __future__ import annotations
@@ -150,11 +151,11 @@ def main(argv: list[str]) -> int:
         nonlocal peak
         peak = max(peak, anonymous_bytes())
 
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     with watching(look):
         found = STEPS[name](Path(folder), Path(out))
-        seconds = time.perf_counter() - started
-    sys.stdout.write(json.dumps({**found, "seconds": seconds, "peak": peak}) + "\n")
+        seconds, worked = time.perf_counter() - started, time.process_time() - worked
+    sys.stdout.write(json.dumps({**found, "seconds": seconds, "processor_s": worked, "peak": peak}) + "\n")
     return 0
 
 

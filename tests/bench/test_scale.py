@@ -58,6 +58,8 @@ def test_pictures_of_a_class_are_one_file_under_many_names(tmp_path: Path, monke
     stats = [(tmp_path / "train" / name).stat() for name in images.files]
     assert len({each.st_ino for each in stats}) == 8, "each class has as many files as its links need"
     assert max(each.st_nlink for each in stats) <= 4
+    with pytest.raises(FileExistsError, match="train exists; name another"):
+        write_many_images(tmp_path / "train", 23, num_classes=3, side=16)
     with pytest.raises(ValueError, match="num_classes = 3"):
         write_many_images(tmp_path / "few", 2, num_classes=3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _BLOCK = 1 << 15  # names
+_FILE_NAMES = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()  # as os.fsdecode, without its overhead
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,15 +42,17 @@ class Names(Sequence[str]):
         return len(self.ends)
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]  # slices: see `select`
-        index = range(len(self))[index]
-        start = int(self.ends[index - 1]) if index else 0
-        return os.fsdecode(self.packed[start : int(self.ends[index])])
+        index += len(self.ends) if index < 0 else 0
+        if index < 0:
+            raise IndexError("index out of range")
+        end = self.ends.item(index)  # IndexError, too
+        return self.packed[self.ends.item(index - 1) if index else 0 : end].decode(*_FILE_NAMES)
 
     def __iter__(self) -> Iterator[str]:
         start = 0
         for block in range(0, len(self), _BLOCK):  # a list of all ends would take 36 bytes a name
             for end in self.ends[block : block + _BLOCK].tolist():
-                yield os.fsdecode(self.packed[start:end])
+                yield self.packed[start:end].decode(*_FILE_NAMES)
                 start = end
 
     def select(self, indices: Sequence[int] | NDArray[np.int64]) -> Names:

@@ -27,6 +27,8 @@ def test_names_come_back_as_they_were(block: int) -> None:  # noqa: ARG001
     assert [packed[index] for index in range(len(packed))] == EXAMPLES
     assert packed[-2] == EXAMPLES[-2]
     with pytest.raises(IndexError):
+        packed[-len(EXAMPLES) - 1]
+    with pytest.raises(IndexError):
         packed[len(EXAMPLES)]
     assert list(pickle.loads(pickle.dumps(packed))) == EXAMPLES
 
