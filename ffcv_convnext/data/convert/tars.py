@@ -177,15 +177,14 @@ class TarImages:
     def is_regular(self, index: int) -> bool:  # noqa: ARG002, D102  see Source
         return self.location.is_file()
 
-    def select(self, indices: Sequence[int]) -> TarImages:  # noqa: D102  see Source
+    def select(self, indices: Sequence[int] | NDArray[np.int64]) -> TarImages:  # noqa: D102  see Source
         chosen = np.asarray(indices, np.int64)
         return TarImages(
             location=self.location,
-            classes=self.classes,
+            classes=(),
             starts=self.starts[chosen],
             sizes=self.sizes[chosen],
             labels=self.labels[chosen],
             names=self.names.select(chosen),
             archive=self.archive,
-            left_out=self.left_out,
         )
