@@ -21,8 +21,9 @@ from ffcv_convnext import __version__
 from ffcv_convnext.data.beton import EncodedImage, Manifest, Page, SkippedFile, Split, encode_file_list, tables_digest
 from ffcv_convnext.data.convert.encode import Encoded, Encoding, Rejected, encode_stamped
 from ffcv_convnext.data.convert.journal import Journal, JournalEntry, open_journal
+from ffcv_convnext.data.convert.open_sources import open_sources
 from ffcv_convnext.data.convert.options import ConversionOptions
-from ffcv_convnext.data.convert.plan import Plan, Say, check_room, make_plans, open_sources
+from ffcv_convnext.data.convert.plan import Plan, Say, check_room, make_plans
 from ffcv_convnext.data.convert.progress import ProgressBar
 from ffcv_convnext.data.convert.source import Source, Stamp
 from ffcv_convnext.data.convert.worker_pool import WorkerDied, Workers
