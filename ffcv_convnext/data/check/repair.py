@@ -17,7 +17,7 @@ from ffcv_convnext.data.beton import CONVERT_AGAIN, JPG, Manifest
 from ffcv_convnext.data.beton.tables import Tables, damaged_pages, find_betons, read_tables
 from ffcv_convnext.data.check.manifests import read_original_files
 from ffcv_convnext.data.convert.encode import Encoding, ImageError, encode_content
-from ffcv_convnext.data.convert.imagenet import reopen
+from ffcv_convnext.data.convert.open_sources import reopen
 from ffcv_convnext.data.convert.source import ImageFolder, Source
 
 
@@ -69,8 +69,8 @@ def _repair_file(beton: Path, num_workers: int) -> list[RepairedPage]:
 
 
 def _open_originals(source: Path, manifest: Manifest, files: list[str]) -> Source:
-    """Return the images of `files` in the folder or archive that the .beton was made from."""
-    return reopen(source, files) if source.is_file() else ImageFolder(source, manifest.classes, files, labels=[])
+    """Return the images of `files` in the folder or the archives that the .beton was made from."""
+    return reopen(manifest, files) or ImageFolder(source, manifest.classes, files, labels=[])
 
 
 def _encode_page(

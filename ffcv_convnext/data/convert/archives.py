@@ -23,7 +23,7 @@ from ffcv_convnext.data.convert.source import Stamp
 _OPEN_ARCHIVES = 128  # in a worker
 
 
-class _Descriptor:
+class Descriptor:
     """A file that stays open until nothing refers to it."""
 
     def __init__(self, path: str) -> None:
@@ -35,9 +35,9 @@ class _Descriptor:
 
 
 @lru_cache(_OPEN_ARCHIVES)
-def _open(path: str, stamp: Stamp) -> _Descriptor:  # noqa: ARG001
+def open_archive(path: str, stamp: Stamp) -> Descriptor:  # noqa: ARG001
     """Return an open archive. stamp: as indexed, so that a new archive of that name is opened again."""
-    return _Descriptor(path)
+    return Descriptor(path)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -66,7 +66,7 @@ class ArchivedImages:
         """Return bytes of the archive of an image. Raises OSError that names the archive."""
         archive = self.archives[self.which[index]]
         try:
-            content = os.pread(_open(archive, self.stamps[self.which[index]]).number, size, start)
+            content = os.pread(open_archive(archive, self.stamps[self.which[index]]).number, size, start)
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror} ({archive})") from None
         if len(content) != size:
@@ -75,7 +75,8 @@ class ArchivedImages:
 
     def archive_of(self, index: int) -> str:
         """Return the path of the archive that holds an image."""
-        return self.archives[self.which[index]]
+        archive: str = self.archives[int(self.which[index])]
+        return archive
 
     def label(self, index: int) -> int:  # noqa: D102  see Source
         return int(self.labels[index])

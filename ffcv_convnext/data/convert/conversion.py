@@ -228,6 +228,7 @@ class _Conversion:
             skipped=tuple(self.skipped),
             extensions=options.further_extensions,
             left_out=plan.source.left_out,
+            label_names=getattr(plan.source, "label_names", ()),
             ffcv_version=version("ffcv"),
             package_version=__version__,
             identity=plan.identity.beton,

@@ -168,8 +168,8 @@ def read_devkit(archive: Path) -> dict[str, str]:
     """
     if not archive.is_file():
         raise FileNotFoundError(
-            f"the classes of the validation images are not known: {archive} does not exist; copy it there, or give "
-            "--val_labels FILE with one `name class` a line"
+            "the classes of the validation images are not known: they have no class folders, and "
+            f"{archive} does not exist; copy it there, or give --val_labels FILE with one `name class` a line"
         )
     try:
         from scipy.io import loadmat
