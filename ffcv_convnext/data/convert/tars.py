@@ -146,7 +146,7 @@ def _walk_headers(descriptor: int, at: int, end: int) -> Iterator[Member]:
     while True:
         offset = at - window_at
         if offset + _BLOCK > len(window):
-            window, window_at, offset = os.pread(descriptor, min(_WINDOW, end - at), at), at, 0
+            window, window_at, offset = os.pread(descriptor, max(min(_WINDOW, end - at), 0), at), at, 0
         header = window[offset : offset + _BLOCK]
         if header == _NO_FILE:
             if long_name is None and long_size is None:

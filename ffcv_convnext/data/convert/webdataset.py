@@ -76,7 +76,7 @@ class Shards:
                 sample.facts = member
             elif end not in extensions:
                 self._index.left_out[end or "without ending"] += 1
-            elif sample.image is not None:
+            elif sample.image is not None and sample.image.name != member.name:  # else `list_members` tells
                 raise ValueError(f"{archive}: {sample.image.name} and {member.name} are images of one sample")
             else:
                 sample.image = member

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +23,19 @@ from support.sources import (
     add_val_tar,
     classes_of,
     make_imagenet,
+    pack,
     write,
 )
 
+from ffcv_convnext import cli
 from ffcv_convnext.data.beton import Manifest, Page
 from ffcv_convnext.data.beton.tables import read_tables
 from ffcv_convnext.data.check import repair_data, verify_data
 from ffcv_convnext.data.convert import ConversionOptions, convert, join_shards
 from ffcv_convnext.data.convert.conversion import _Conversion
+from ffcv_convnext.data.convert.imagenet import DEVKIT
 from ffcv_convnext.data.convert.open_sources import open_sources
+from ffcv_convnext.errors import Failure
 
 Add = Callable[[Path, Path], object]
 
@@ -257,3 +263,263 @@ def test_val_alone_takes_the_classes_of_a_converted_train(folder: Path, expected
     assert_same(out, expected, names=False)
     with pytest.raises(FileNotFoundError, match=r"class list of train is not known.*--classes FILE"):
         open_sources(options_of(tmp_path / "other", tmp_path / "nowhere", split="val"))
+
+
+# --- errors: each is found before any work, and names the file and the member --------------------------------------
+
+
+def shards(root: Path, *samples: list[tuple[str, bytes]]) -> Path:
+    for number, files in enumerate(samples):
+        write(root / f"train-{number}.tar", pack(files))
+    return root
+
+
+def cut(path: Path, keep: int) -> None:
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def shard_cut_off(folder: Path, root: Path) -> None:
+    cut(add_shards(folder, root, "train", "cls", "train-{}.tar")[1], 3000)
+
+
+def parquet_cut_off(folder: Path, root: Path) -> None:
+    cut(add_parquet(folder, root, "train")[1], 5000)
+
+
+def two_labels_of_one_shard(_: Path, root: Path) -> None:
+    shards(root, [("a.jpg", b"x"), ("a.cls", b"0"), ("a.jpg", b"y")])
+
+
+def one_key_in_two_shards(_: Path, root: Path) -> None:
+    shards(root, [("a.jpg", b"x"), ("a.cls", b"0")], [("a.jpg", b"y"), ("a.cls", b"1")])
+
+
+def two_images_of_one_sample(_: Path, root: Path) -> None:
+    shards(root, [("a.jpg", b"x"), ("a.cls", b"0"), ("a.png", b"y")])
+
+
+def sample_without_label(_: Path, root: Path) -> None:
+    shards(root, [("a.jpg", b"x"), ("a.cls", b"0"), ("b.jpg", b"y")])
+
+
+def sample_with_broken_json(_: Path, root: Path) -> None:
+    shards(root, [("a.jpg", b"x"), ("a.json", b'{"label": ')])
+
+
+def sample_with_a_list_as_label(_: Path, root: Path) -> None:
+    shards(root, [("a.jpg", b"x"), ("a.json", b'{"label": [1, 2]}')])
+
+
+def sample_with_negative_label(_: Path, root: Path) -> None:
+    shards(root, [("a.jpg", b"x"), ("a.cls", b"-1")])
+
+
+def sample_with_empty_label(_: Path, root: Path) -> None:
+    shards(root, [("a.jpg", b"x"), ("a.cls", b" \n")])
+
+
+def shards_without_images(_: Path, root: Path) -> None:
+    shards(root, [("a.txt", b"x"), ("a.cls", b"1")])
+
+
+def table(root: Path, rows: list[dict[str, Any]], **options: Any) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), root / "train.parquet", **options)
+
+
+IMAGE = {"bytes": b"x", "path": "a.jpg"}
+
+
+def null_image(_: Path, root: Path) -> None:
+    table(root, [{"image": IMAGE, "label": 0}, {"image": {"bytes": None, "path": "b.jpg"}, "label": 1}])
+
+
+def null_image_without_statistics(_: Path, root: Path) -> None:
+    rows = [{"image": {**IMAGE, "path": f"{i}.jpg"}, "label": 0} for i in range(7)]
+    table(root, [*rows, {"image": None, "label": 1}], write_statistics=False, row_group_size=3)
+
+
+def null_label(_: Path, root: Path) -> None:
+    table(root, [{"image": IMAGE, "label": 0}, {"image": IMAGE, "label": None}])
+
+
+def path_twice(_: Path, root: Path) -> None:
+    table(root, [{"image": IMAGE, "label": 0}, {"image": IMAGE, "label": 0}])
+
+
+def no_label_column(_: Path, root: Path) -> None:
+    table(root, [{"image": IMAGE, "caption": "x"}])
+
+
+def image_as_text(_: Path, root: Path) -> None:
+    table(root, [{"image": 3, "label": 0}])
+
+
+def unread_encoding(_: Path, root: Path) -> None:
+    encoding = {"image.bytes": "DELTA_LENGTH_BYTE_ARRAY"}
+    table(root, [{"image": IMAGE, "label": 0}], use_dictionary=False, column_encoding=encoding)
+
+
+def other_names_in_the_second_file(folder: Path, root: Path) -> None:
+    add_parquet(folder, root, "train", stated=False)
+    (root / "data" / "train-00001-of-00002.parquet").rename(root / "keep")
+    add_parquet(folder, root, "train")
+    (root / "keep").rename(root / "data" / "train-00001-of-00002.parquet")
+
+
+def parquet_file_missing(folder: Path, root: Path) -> None:
+    add_parquet(folder, root, "train", num_files=3)[1].unlink()
+
+
+def line_without_tab(_: Path, root: Path) -> None:
+    write(root / "train.tsv", b"a.jpg\tcat\nb.jpg dog\n")
+
+
+def listed_twice(_: Path, root: Path) -> None:
+    write(root / "a.jpg", b"x")
+    write(root / "train.tsv", b"a.jpg\tcat\n./a.jpg\tdog\n")
+
+
+def listed_but_missing(_: Path, root: Path) -> None:
+    write(root / "train.tsv", b"a.jpg\tcat\n")
+
+
+def empty_list(_: Path, root: Path) -> None:
+    write(root / "train.tsv", b"\n")
+
+
+def ground_truth_for_more(folder: Path, root: Path) -> None:
+    add_folders(folder, root, "train")
+    add_flat_val(folder, root)
+    (root / "val" / "ILSVRC2012_val_00000002.JPEG").unlink()
+
+
+def devkit_damaged(folder: Path, root: Path) -> None:
+    add_folders(folder, root, "train")
+    add_flat_val(folder, root)
+    cut(root / DEVKIT, 200)
+
+
+WRONG: dict[Callable[[Path, Path], None], str] = {
+    shard_cut_off: r"train-1\.tar is cut off or damaged .*member n\d+_\d+\.\w+; copy it again",
+    parquet_cut_off: r"train-00001-of-00002\.parquet is cut off or damaged \(.*\); copy it again",
+    two_labels_of_one_shard: r"train-0\.tar: two members are named a\.jpg; remove one",
+    one_key_in_two_shards: r"train-0\.tar and \S+train-1\.tar both hold a sample a; remove one",
+    two_images_of_one_sample: r"train-0\.tar: a\.jpg and a\.png are images of one sample",
+    sample_without_label: r"train-0\.tar: b\.jpg has no label; expected a member b\.cls, or b\.json with label",
+    sample_with_broken_json: r"train-0\.tar: a\.json is not JSON",
+    sample_with_a_list_as_label: r"train-0\.tar: a\.json: the label \[1, 2\] is no name or number",
+    sample_with_negative_label: r"train-0\.tar: a\.jpg: the label -1 means that there is none",
+    sample_with_empty_label: r"train-0\.tar: a\.jpg: the label '' is empty or has line breaks",
+    shards_without_images: r" has no samples with an image",
+    null_image: r"train\.parquet: row 1: the image is null; remove the row",
+    null_image_without_statistics: r"train\.parquet: row 7: the image is null; remove the row",
+    null_label: r"train\.parquet: row 1: the label is null",
+    path_twice: r"train\.parquet: two members are named a\.jpg; remove one",
+    no_label_column: r"train\.parquet has no column label or labels or cls; it has image, caption: expected",
+    image_as_text: r"train\.parquet: the column image has no binary field `bytes`",
+    unread_encoding: r"train\.parquet: its images have encoding DELTA_LENGTH_BYTE_ARRAY, .*; write the file again",
+    other_names_in_the_second_file: r"00000-of-00002\.parquet and \S+00001-of-00002\.parquet have different class",
+    parquet_file_missing: r"data: 1 of 3 files are missing, e\.g\. train-00001-of-00003\.parquet",
+    line_without_tab: r"train\.tsv, line 2: 'b\.jpg dog'; expected `path<TAB>class`",
+    listed_twice: r"train\.tsv lists a\.jpg twice; remove one line",
+    listed_but_missing: r"train\.tsv: \S+/a\.jpg does not exist; paths are relative to the folder of the list",
+    empty_list: r"train\.tsv lists no images",
+    ground_truth_for_more: r"val has 5 of the 6 images of the ground truth; ILSVRC2012_val_00000002\.JPEG is missing",
+    devkit_damaged: r"ILSVRC2012_devkit_t12\.tar\.gz is not a usable development kit \(.*\); copy it again",
+}
+
+
+@pytest.mark.parametrize("change", list(WRONG))
+def test_what_is_wrong_is_one_line_before_any_work(
+    change: Callable[[Path, Path], None], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "data"
+    change(folder, root)
+    split = "val" if (root / "val").is_dir() else "train"
+    words = ["--data_path", str(root), "--out_dir", str(tmp_path / "out"), "--split", split]
+    assert cli.run_command("write", words) == 2
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert re.search(WRONG[change], stderr), stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("", "names no classes"),
+        ("cat\n\ndog\n", "line 2: '' is no class name"),
+        ("cat\ndog\ncat\n", "line 3: the class cat is line 1 already"),
+        ("cat\ndog\n", "the label 2 is none of the 2 classes of classes = "),
+        ("a\nb\nc\nd\n", "no images of class d"),
+    ],
+)
+def test_a_wrong_file_of_classes(lines: str, words: str, folder: Path, tmp_path: Path) -> None:
+    add_shards(folder, tmp_path, "train", "cls", "train-{}.tar")
+    names = write(tmp_path / "classes.txt", lines.encode())
+    with pytest.raises(ValueError, match=re.escape(words)):
+        open_sources(options_of(tmp_path, tmp_path / "out", split="train", classes=names))
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "words"),
+    [
+        ("train-{0..1}.tar", {}, "names the images of one split; add --split train or --split val"),
+        ("train-{0..4}.tar", {"split": "train"}, "2 of 5 files are missing: "),
+        ("train-{2..1}.tar", {"split": "train"}, "expected a range that increases"),
+        ("train-{x}.tar", {"split": "train"}, "expected a range or a list in braces"),
+        ("none-*.tar", {"split": "train"}, "no file matches"),
+        ("", {"split": "train", "val_labels": Path("x")}, "only a flat val folder and ILSVRC2012_img_val.tar need it"),
+        (
+            "",
+            {"split": "train", "source": "parquet"},
+            "source = parquet requires .* is of the form webdataset",
+        ),
+        ("", {"split": "val"}, "val does not exist"),
+    ],
+)
+def test_a_path_that_names_no_images(
+    path: str, settings: dict[str, Any], words: str, folder: Path, tmp_path: Path
+) -> None:
+    add_shards(folder, tmp_path, "train", "cls", "train-{}.tar")
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        open_sources(options_of(tmp_path / path, tmp_path / "out", **settings))
+
+
+def test_classes_of_folders_are_their_names(folder: Path, tmp_path: Path) -> None:
+    names = class_file(folder, tmp_path / "classes.txt")
+    with pytest.raises(ValueError, match="only webdataset, parquet and list need it"):
+        open_sources(options_of(folder, tmp_path / "out", classes=names))
+
+
+@pytest.mark.parametrize(("module", "extra"), [("pyarrow", "parquet"), ("scipy", "imagenet")])
+def test_a_missing_package_is_named(
+    module: str, extra: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_flat_val(folder, tmp_path)
+    add_parquet(folder, tmp_path, "train")
+    for name in [module, *(name for name in sys.modules if name.startswith(f"{module}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=rf"install it with: pip install 'ffcv-convnext\[{extra}\]'"):
+        open_sources(options_of(tmp_path, tmp_path / "out"))
+
+
+def test_an_image_that_cannot_be_decoded_is_named_with_its_archive(tmp_path: Path) -> None:
+    shards(tmp_path, [("a.jpg", b"no image"), ("a.cls", b"0")])
+    with pytest.raises(Failure, match=r"0/a\.jpg: not an image in a known format \(in \S+train-0\.tar\); repair"):
+        converted(tmp_path, tmp_path / "out", split="train")
+
+
+def test_a_source_that_is_said_is_taken_before_the_folders(folder: Path, tmp_path: Path) -> None:
+    add_folders(folder, tmp_path, "train")
+    file = add_list(folder, tmp_path, "train")
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    options = options_of(tmp_path, tmp_path / "out", split="train")
+    numbers = [len(open_sources(replace(options, source=kind))["train"]) for kind in ("auto", "folder", "list")]
+    assert numbers == [12, 12, 11]
