@@ -17,7 +17,7 @@ from ffcv_convnext.data.convert.archives import ArchivedImages
 
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 _BLOCK = 512  # bytes: a header, and the unit of sizes
-_WINDOW = 4 * _BLOCK  # read at once: a pax header, its content and the header of its member
+_WINDOW = 8 * _BLOCK  # read at once: headers, and the small members of a WebDataset sample
 _REGULAR, _DIRECTORY, _EMPTY, _LONG_NAME, _PAX = b"0\0", b"5", b"12346", b"L", b"x"
 _NO_FILE = bytes(_BLOCK)
 

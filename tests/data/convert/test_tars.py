@@ -76,14 +76,14 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path, damaged: int)
 
 def test_every_length_of_an_archive_that_is_cut_off(tmp_path: Path) -> None:
     content = pack([("a.jpg", b"x" * 600), ("b.jpg", b"y" * 500)], tarfile.PAX_FORMAT, mtime=1.5)
-    end = len(content.rstrip(b"\0"))
+    end = -(-len(content.rstrip(b"\0")) // 512) * 512
     path = tmp_path / "a.tar"
     for keep in range(8, end + 600, 100):
         path.write_bytes(content[:keep])
         if keep >= end + 512:  # whole but for padding
             assert [member.name for member in list_members(path)] == ["a.jpg", "b.jpg"]
         else:
-            with pytest.raises(ValueError, match="a.tar is cut off or damaged"):
+            with pytest.raises(ValueError, match=r"a\.tar is cut off or damaged"):
                 list(list_members(path))
 
 
