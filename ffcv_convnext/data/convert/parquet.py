@@ -1,17 +1,19 @@
 """Parquet files as Hugging Face's: a column `image` of {bytes, path} and a column of labels.
 
 pyarrow reads whole row groups, 100 to 1,000 images at once, but a conversion reads images in random order. So the index
-has the page of each image (about 1 MB, ten images), and a worker reads and decompresses that page alone.
+has the place of each image inside its page, and a worker reads that part alone (parquet_pages.py). With another
+compression than Snappy it has the page, which a worker decompresses as a whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,7 +25,15 @@ from numpy.typing import NDArray
 from ffcv_convnext.data.convert.archives import ArchivedImages, Index, open_archive
 from ffcv_convnext.data.convert.folders import IMAGE_EXTENSIONS, NO_ENDING, ending
 from ffcv_convnext.data.convert.labels import ClassList, RawLabels, check_every_class_has_images, check_names
-from ffcv_convnext.data.convert.parquet_pages import PageError, list_pages, values_of
+from ffcv_convnext.data.convert.parquet_pages import (
+    PageError,
+    Read,
+    indices_of,
+    list_pages,
+    locate,
+    to_snappy,
+    values_of,
+)
 from ffcv_convnext.data.convert.source import Stamp
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "cls")
@@ -31,29 +41,50 @@ _CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "ZSTD", "BROTLI")
 _HAS_LEVELS = 16  # added to the number of a codec
 _ENCODINGS = {"PLAIN", "PLAIN_DICTIONARY", "RLE_DICTIONARY", "RLE", "BIT_PACKED"}  # the last two: of levels
 _PAGES_IN_MEMORY = 8  # in a worker
+_WHOLE_PAGE = -1
+_DAMAGE = (
+    OSError,
+    UnicodeDecodeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+)  # as it arises
 _CLASS_AT_END = re.compile(r"(.+)_(n\d{8})(\.\w+)")
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ParquetImages(ArchivedImages):
-    """Images of parquet files. `starts` are those of pages, `sizes` are positions in a page."""
+    """Images of parquet files. `starts` and `sizes`: of the blocks that hold them; or the page, and the place in it."""
 
-    dictionaries: NDArray[np.int64]  # (N,) start of the dictionary page of each image's row group; -1: none
     codecs: NDArray[np.uint8]  # (N,) compression of each image's page
+    inside: NDArray[
+        np.int64
+    ]  # (N, 3): bytes of the blocks when decompressed, bytes before the image, bytes of the image
+    # ... or _WHOLE_PAGE, position of the row group's dictionary page (-1: none), 0
 
     def read(self, index: int) -> bytes:  # noqa: D102  see Source
-        which = self.which[index]
-        page, dictionary = int(self.starts[index]), int(self.dictionaries[index])
+        archive, stamp = self.archives[self.which[index]], self.stamps[self.which[index]]
+        start, size, codec = int(self.starts[index]), int(self.sizes[index]), int(self.codecs[index])
+        full, skip, length = self.inside[index].tolist()
         try:
-            values = _read_page(self.archives[which], self.stamps[which], page, dictionary, int(self.codecs[index]))
-            return values[int(self.sizes[index])]
-        except (PageError, IndexError) as error:
-            raise OSError(f"{self.archives[which]}: {error or 'its pages have changed'}") from None
+            if full == _WHOLE_PAGE:
+                return _read_page(archive, stamp, start, skip, codec)[size]
+        except (ValueError, IndexError) as error:
+            raise OSError(errno.EIO, f"{archive} is damaged or has changed: {' '.join(str(error).split())}") from None
+        content = self.read_at(index, start, size)
+        if _CODECS[codec % _HAS_LEVELS] != "UNCOMPRESSED":
+            try:
+                content = _decompress("SNAPPY", to_snappy(content, full), full)
+            except (ValueError, OSError):
+                raise OSError(errno.EIO, f"{archive} is damaged or has changed") from None
+        return content[skip : skip + length]
 
     def select(self, indices: Sequence[int]) -> Self:  # noqa: D102  see Source
         chosen = np.asarray(indices, np.int64)
         images = ArchivedImages.select(self, indices)
-        return dataclasses.replace(images, dictionaries=self.dictionaries[chosen], codecs=self.codecs[chosen])
+        return dataclasses.replace(images, inside=self.inside[chosen], codecs=self.codecs[chosen])
 
 
 @lru_cache(_PAGES_IN_MEMORY)
@@ -106,14 +137,14 @@ class ParquetFiles:
         self.raw = RawLabels()
         self.class_names: tuple[str, ...] = ()
         self._index = Index(files)
-        self._dictionaries, self._codecs = array("q"), array("B")
+        self._inside, self._codecs = array("q"), array("B")
         for which, path in enumerate(files):
             if not path.is_file():
                 raise FileNotFoundError(f"{path} does not exist or is no file")
             try:
                 with pyarrow.parquet.ParquetFile(path) as file:
                     self._add(which, path, file, extensions)
-            except (pyarrow.ArrowException, OSError, PageError) as error:
+            except (pyarrow.ArrowException, PageError, *_DAMAGE) as error:
                 reason = " ".join(str(error).split())
                 raise ValueError(f"{path} is cut off or damaged ({reason}); copy it again") from None
         if not len(self._index):
@@ -134,7 +165,7 @@ class ParquetFiles:
             check_every_class_has_images(self.location, labels, found.classes)
         fields, order = self._index.finish(found.classes, labels)
         more: dict[str, Any] = {
-            "dictionaries": np.array(self._dictionaries, np.int64)[order],
+            "inside": np.array(self._inside, np.int64).reshape(-1, 3)[order],
             "codecs": np.array(self._codecs, np.uint8)[order],
         }
         return ParquetImages(location=self.location, label_names=found.label_names, **fields, **more), found
@@ -156,26 +187,23 @@ class ParquetFiles:
                 names = table.column(columns.path_name.partition(".")[0]).combine_chunks().field("path").to_pylist()
             _check_no_nulls(path, file, columns, group, row)
             at = 0
-            for start, dictionary, codec, number in _pages_of(path, file, columns.content, group, read):
-                for position in range(number):
-                    where = (str(path), f"row {row}")
-                    label, name = labels[at], names[at]
-                    if label is None:
-                        raise ValueError(f"{path}: row {row}: the label is null")
-                    file_name, folder = _split_name(name or "")
-                    code = self.raw.code(str(label), where, folder)
-                    name = file_name or f"{path.stem}-{row:07d}"
-                    end = ending(name)
-                    if "\n" in name or "\r" in name:
-                        raise ValueError(f"{path}: row {row}: the file name {name!r} has a line break")
-                    if end != NO_ENDING and not end.endswith(extensions) and columns.path_name and names[at]:
-                        self._index.left_out[end] += 1
-                    else:
-                        self._index.add(name, which, start, position, code)
-                        self._dictionaries.append(dictionary)
-                        self._codecs.append(codec)
-                    at += 1
-                    row += 1
+            for codec, start, size, inside in _places(path, file, columns.content, group, read):
+                label, name = labels[at], names[at]
+                if label is None:
+                    raise ValueError(f"{path}: row {row}: the label is null")
+                file_name, folder = _split_name(name or "")
+                if "\n" in file_name or "\r" in file_name:
+                    raise ValueError(f"{path}: row {row}: the file name {file_name!r} has a line break")
+                code = self.raw.code(str(label), (str(path), f"row {row}"), folder)
+                end = ending(file_name)
+                if file_name and end != NO_ENDING and not end.endswith(extensions):
+                    self._index.left_out[end] += 1
+                else:
+                    self._index.add(file_name or f"{path.stem}-{row:07d}", which, start, size, code)
+                    self._inside.extend(inside)
+                    self._codecs.append(codec)
+                at += 1
+                row += 1
             if at != len(labels):
                 raise PageError(f"row group {group} has pages for {at} of {len(labels)} rows")
 
@@ -191,25 +219,38 @@ def _split_name(name: str) -> tuple[str, str]:
     return file, ""
 
 
-def _pages_of(path: Path, file: Any, column: int, group: int, read: Any) -> list[tuple[int, int, int, int]]:
-    """Return start, start of the dictionary, codec and number of values of the data pages of a row group."""
+def _places(
+    path: Path, file: Any, column: int, group: int, read: Read
+) -> Iterator[tuple[int, int, int, tuple[int, int, int]]]:
+    """Yield codec, start, size and `inside` of each image of a row group, as `ParquetImages` has them."""
     chunk = file.metadata.row_group(group).column(column)
     if chunk.compression not in _CODECS or (other := set(chunk.encodings) - _ENCODINGS):
         what = f"encoding {min(other)}" if chunk.compression in _CODECS else f"compression {chunk.compression}"
         raise ValueError(
             f"{path}: its images have {what}, which cannot be read in place; write the file again with pyarrow"
         )
-    codec = _CODECS.index(chunk.compression)
-    if file.schema.column(column).max_definition_level:
-        codec += _HAS_LEVELS
-    dictionary, pages = -1, []
+    has_levels = file.schema.column(column).max_definition_level > 0
+    codec = _CODECS.index(chunk.compression) + _HAS_LEVELS * has_levels
+    decompress = partial(_decompress, chunk.compression)
     first = chunk.dictionary_page_offset if chunk.dictionary_page_offset else chunk.data_page_offset
+    dictionary, words = -1, None
     for start, page in list_pages(read, min(first, chunk.data_page_offset), chunk.total_compressed_size):
-        if page.is_data:
-            pages.append((start, dictionary, codec, page.num_values))
+        spans = locate(read, page, chunk.compression, decompress, has_levels)
+        compressed = page.is_compressed
+        if not page.is_data:
+            dictionary, words = start, spans
+            continue
+        if spans is None and words is not None:
+            chosen = indices_of(read, start, decompress, has_levels)
+            if chosen and max(chosen) >= len(words):
+                raise PageError(f"the page at byte {start} is damaged")
+            spans, compressed = [words[i] for i in chosen], True
+        if spans is not None:
+            for span in spans:
+                yield codec if compressed else 0, span.start, span.stored, (span.full, span.skip, span.size)
         else:
-            dictionary = start
-    return pages
+            for position in range(page.num_values):
+                yield codec, start, position, (_WHOLE_PAGE, dictionary, 0)
 
 
 def _check_no_nulls(path: Path, file: Any, columns: _Columns, group: int, row: int) -> None:

@@ -1,11 +1,14 @@
-"""Pages of a column of byte strings in a parquet file: where they are, and the values of one of them.
+"""Pages of a column of byte strings in a parquet file: where they are, and where the values are inside them.
 
-The format is Apache Parquet's: pages with headers in Thrift's compact protocol, encodings PLAIN and RLE_DICTIONARY.
+The format is Apache Parquet's: pages with headers in Thrift's compact protocol, encodings PLAIN and RLE_DICTIONARY. A
+page may hold a hundred images, so single values are found and read: in a page without compression, and in one of
+Snappy, whose blocks of 64 kB are compressed each for itself and show their structure without being decompressed.
 """
 
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +21,8 @@ Decompress = Callable[[bytes, int], bytes]  # content, its size afterwards
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3  # PageType
 _PLAIN, _PLAIN_DICTIONARY, _RLE_DICTIONARY = 0, 2, 8  # Encoding
 _HEADER_BYTES = 1 << 10  # most headers are shorter
+_SNAPPY_BLOCK = 1 << 16
+_TAGS = 256  # bytes to read for a tag and those behind it
 _MAX_HEADER_BYTES = 1 << 24
 
 
@@ -78,6 +83,134 @@ def read_header(read: Read, at: int) -> Page:
     return page
 
 
+class Span(NamedTuple):
+    """Where a value lies."""
+
+    start: int  # position in the file of the blocks that hold it
+    stored: int  # bytes of these blocks in the file
+    full: int  # bytes of these blocks when decompressed
+    skip: int  # bytes of them before the value
+    size: int  # bytes of the value
+
+
+def locate(read: Read, page: Page, codec: str, decompress: Decompress, levels: bool) -> list[Span] | None:
+    """Return where the values of a PLAIN page are; None: the whole page has to be decompressed (`values_of`).
+
+    Arguments as of `values_of`. Raises PageError.
+    """
+    if page.encoding != _PLAIN and page.is_data:
+        return None
+    if codec not in ("UNCOMPRESSED", "SNAPPY"):
+        return None
+    try:
+        skipped = page.level_bytes or 0
+        blocks: _Blocks = _Blocks(read, page.start + skipped, page.full_size - skipped)
+        if codec == "SNAPPY" and page.is_compressed:
+            blocks = _SnappyBlocks(read, page.start + skipped, page.size - skipped, decompress)
+        at = 0
+        if page.level_bytes is None and levels:
+            at = 4 + int.from_bytes(blocks.bytes_at(0, 4), "little")
+        spans = []
+        for _ in range(page.num_values):
+            size = int.from_bytes(blocks.bytes_at(at, 4), "little")
+            spans.append(blocks.span(at + 4, size))
+            at += 4 + size
+    except (IndexError, ValueError):
+        return None
+    return spans if at == blocks.size else None
+
+
+class _Blocks:
+    """Values that are not compressed."""
+
+    def __init__(self, read: Read, start: int, size: int) -> None:
+        self.read, self.start, self.size = read, start, size
+
+    def bytes_at(self, at: int, number: int) -> bytes:
+        """Return bytes of the decompressed content. Raises ValueError if they are not there."""
+        content = self.read(self.start + at, number) if at + number <= self.size else b""
+        if len(content) != number:
+            raise ValueError
+        return content
+
+    def span(self, at: int, size: int) -> Span:
+        """Return where a part of the decompressed content is. Raises ValueError if it is not there."""
+        if at + size > self.size:
+            raise ValueError
+        return Span(self.start + at, size, size, 0, size)
+
+
+class _SnappyBlocks(_Blocks):
+    """A Snappy stream: its length, then literals and copies, whose tags have their lengths.
+
+    Its compressor works on blocks of 64 kB one after the other, and no copy reaches into another block.
+    """
+
+    def __init__(self, read: Read, start: int, stored: int, decompress: Decompress) -> None:
+        """Read the tags. Raises ValueError or IndexError for another stream."""
+        self.decompress = decompress
+        size, length = _varint(read(start, 10), 0)
+        super().__init__(read, start, size)
+        self.positions: list[int] = []  # of the blocks in the file, and their end
+        self.literals: list[int] = []  # where each literal begins, decompressed
+        self.ends: list[int] = []
+        self.contents: list[int] = []  # where it begins in the file
+        at, done, end = start + length, 0, start + stored
+        window, window_at = b"", at
+        while at < end:
+            if done % _SNAPPY_BLOCK == 0:
+                self.positions.append(at)
+            offset = at - window_at
+            if offset + 5 > len(window) and window_at + len(window) < end:
+                window, window_at, offset = read(at, min(_TAGS, end - at)), at, 0
+            tag = window[offset]
+            if tag & 3 == 0:
+                number, length = tag >> 2, 1
+                if number >= 60:
+                    length += number - 59
+                    number = int.from_bytes(window[offset + 1 : offset + length], "little")
+                number += 1
+                self.literals.append(done)
+                self.ends.append(done + number)
+                self.contents.append(at + length)
+                at += length + number
+            else:
+                number = 4 + ((tag >> 2) & 7) if tag & 3 == 1 else (tag >> 2) + 1
+                at += (2, 3, 5)[(tag & 3) - 1]
+            if done // _SNAPPY_BLOCK != (done + number - 1) // _SNAPPY_BLOCK:
+                raise ValueError
+            done += number
+        if at != end or done != size:
+            raise ValueError
+        self.positions.append(end)
+
+    def bytes_at(self, at: int, number: int) -> bytes:
+        found = bisect_right(self.literals, at) - 1
+        if found >= 0 and at + number <= self.ends[found]:
+            return self.read(self.contents[found] + at - self.literals[found], number)
+        start, stored, full, skip, _ = self.span(at, number)
+        return self.decompress(to_snappy(self.read(start, stored), full), full)[skip : skip + number]
+
+    def span(self, at: int, size: int) -> Span:
+        if at + size > self.size:
+            raise ValueError
+        first, last = at // _SNAPPY_BLOCK, max(at + size - 1, at) // _SNAPPY_BLOCK
+        last = min(last, len(self.positions) - 2)
+        start = self.positions[first]
+        full = min((last + 1) * _SNAPPY_BLOCK, self.size) - first * _SNAPPY_BLOCK
+        return Span(start, self.positions[last + 1] - start, full, at - first * _SNAPPY_BLOCK, size)
+
+
+def to_snappy(blocks: bytes, full_size: int) -> bytes:
+    """Return blocks of a Snappy stream as a stream: behind their decompressed size."""
+    size = bytearray()
+    while full_size >= 0x80:
+        size.append(full_size & 0x7F | 0x80)
+        full_size >>= 7
+    size.append(full_size)
+    return bytes(size) + blocks
+
+
 def list_pages(read: Read, start: int, size: int) -> Iterator[tuple[int, Page]]:
     """Yield position and header of each page of a column chunk. Raises PageError."""
     at = start
@@ -95,6 +228,32 @@ def values_of(read: Read, at: int, dictionary: list[bytes] | None, decompress: D
     dictionary: values of the dictionary page; None: there is none.   levels: values are optional, so that a data page
     has definition levels.
     """
+    page, content, skipped = _content(read, at, decompress, levels)
+    try:
+        if page.encoding == _PLAIN or not page.is_data:
+            return _plain(content, skipped, page.num_values)
+        if page.encoding in (_PLAIN_DICTIONARY, _RLE_DICTIONARY) and dictionary is not None:
+            return [dictionary[i] for i in _indices(content, skipped, page.num_values).tolist()]
+    except (struct.error, IndexError, ValueError):
+        raise PageError(f"the page at byte {at} is damaged, or has nulls") from None
+    raise PageError(f"the page at byte {at} has encoding {page.encoding}; only PLAIN and RLE_DICTIONARY can be read")
+
+
+def indices_of(read: Read, at: int, decompress: Decompress, levels: bool) -> list[int]:
+    """Return the indices into the dictionary that the page at `at` holds. Arguments and errors as of `values_of`."""
+    page, content, skipped = _content(read, at, decompress, levels)
+    if page.encoding not in (_PLAIN_DICTIONARY, _RLE_DICTIONARY):
+        raise PageError(
+            f"the page at byte {at} has encoding {page.encoding}; only PLAIN and RLE_DICTIONARY can be read"
+        )
+    try:
+        return [int(index) for index in _indices(content, skipped, page.num_values)]
+    except (IndexError, ValueError):
+        raise PageError(f"the page at byte {at} is damaged, or has nulls") from None
+
+
+def _content(read: Read, at: int, decompress: Decompress, levels: bool) -> tuple[Page, bytes, int]:
+    """Return header and decompressed content of a page, and the bytes of its levels. Raises PageError."""
     page = read_header(read, at)
     content = read(page.start, page.size)
     if len(content) != page.size:
@@ -105,16 +264,9 @@ def values_of(read: Read, at: int, dictionary: list[bytes] | None, decompress: D
             content = content[:skipped] + decompress(content[skipped:], page.full_size - skipped)
         except (ValueError, OSError) as error:
             raise PageError(f"the page at byte {at} is damaged ({' '.join(str(error).split())})") from None
-    try:
-        if page.level_bytes is None:
-            skipped = 4 + struct.unpack_from("<i", content)[0] if levels else 0
-        if page.encoding == _PLAIN or not page.is_data:
-            return _plain(content, skipped, page.num_values)
-        if page.encoding in (_PLAIN_DICTIONARY, _RLE_DICTIONARY) and dictionary is not None:
-            return [dictionary[i] for i in _indices(content, skipped, page.num_values).tolist()]
-    except (struct.error, IndexError, ValueError):
-        raise PageError(f"the page at byte {at} is damaged, or has nulls") from None
-    raise PageError(f"the page at byte {at} has encoding {page.encoding}; only PLAIN and RLE_DICTIONARY can be read")
+    if page.level_bytes is None and levels:
+        skipped = 4 + int.from_bytes(content[:4], "little")
+    return page, content, skipped
 
 
 def _plain(content: bytes, at: int, number: int) -> list[bytes]:
