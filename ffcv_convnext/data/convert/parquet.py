@@ -42,15 +42,8 @@ _HAS_LEVELS = 16  # added to the number of a codec
 _ENCODINGS = {"PLAIN", "PLAIN_DICTIONARY", "RLE_DICTIONARY", "RLE", "BIT_PACKED"}  # the last two: of levels
 _PAGES_IN_MEMORY = 8  # in a worker
 _WHOLE_PAGE = -1
-_DAMAGE = (
-    OSError,
-    UnicodeDecodeError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    OverflowError,
-    MemoryError,
-)  # as it arises
+# What pyarrow and this file raise for a damaged file, beside pyarrow's own exceptions.
+_DAMAGE = (OSError, UnicodeDecodeError, LookupError, TypeError, AttributeError, OverflowError, MemoryError)
 _CLASS_AT_END = re.compile(r"(.+)_(n\d{8})(\.\w+)")
 
 
@@ -255,7 +248,10 @@ def _places(
 
 def _check_no_nulls(path: Path, file: Any, columns: _Columns, group: int, row: int) -> None:
     """Raise ValueError for a null image. row: the first of the row group."""
-    statistics = file.metadata.row_group(group).column(columns.content).statistics
+    chunk = file.metadata.row_group(group).column(columns.content)
+    if chunk.physical_type != "BYTE_ARRAY":
+        raise PageError(f"row group {group} has other columns")  # its statistics would end the process
+    statistics = chunk.statistics
     if statistics is not None and statistics.has_null_count and not statistics.null_count:
         return
     column = file.read_row_group(group, columns=[columns.content_name]).column(0).combine_chunks()
