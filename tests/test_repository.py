@@ -58,6 +58,7 @@ HOMES = {
     "ffcv": ("data.beton", "bench.stock_ffcv"),
     "numba": ("data",),
     "cv2": ("data",),
+    "pyarrow": ("data",),
     "submitit": ("cluster",),
     "matplotlib": ("report",),
     "triton": ("models.kernels", "augment.kernels", "training.kernels", "bench.gpu_code"),
