@@ -31,7 +31,7 @@ from ffcv_convnext import cli
 from ffcv_convnext.data.beton import Manifest, Page
 from ffcv_convnext.data.beton.tables import read_tables
 from ffcv_convnext.data.check import repair_data, verify_data
-from ffcv_convnext.data.convert import ConversionOptions, convert, join_shards
+from ffcv_convnext.data.convert import ConversionOptions, Source, convert, join_shards
 from ffcv_convnext.data.convert.conversion import _Conversion
 from ffcv_convnext.data.convert.imagenet import DEVKIT
 from ffcv_convnext.data.convert.open_sources import open_sources
@@ -103,6 +103,18 @@ def assert_same(out: Path, expected: Path, *, names: bool = True) -> None:
     assert (out / "val.beton").exists()
 
 
+def assert_same_images(found: dict[Any, Source], folder: Path, *, names: bool = True) -> None:
+    """The same images in the same order with the same labels, so that a conversion writes the same bytes."""
+    expected = open_sources(options_of(folder, folder))
+    for split, source in found.items():
+        images, wanted = (
+            [(each.label(i), each.name(i) if names else "", each.read(i)) for i in range(len(each))]
+            for each in (source, expected[split])
+        )
+        assert images == wanted
+        assert not names or source.classes == expected[split].classes
+
+
 def class_file(folder: Path, path: Path) -> Path:
     return write(path, "".join(f"{name}\n" for name in classes_of(folder)).encode())
 
@@ -125,35 +137,47 @@ def test_integers_get_their_names_from_a_file(form: str, folder: Path, expected:
 
 
 @pytest.mark.parametrize("form", WITH_FILE)
-def test_integers_without_names_are_classes(form: str, folder: Path, expected: Path, tmp_path: Path) -> None:
+def test_integers_without_names_are_classes(form: str, folder: Path, tmp_path: Path) -> None:
     """The order of the images is that of the folders, too, since both are sorted by label."""
     WITH_FILE[form](folder, tmp_path / "data")
-    out = converted(tmp_path / "data", tmp_path / "out")
-    assert_same(out, expected, names=False)
-    assert Manifest.check(out / "val.beton").classes == ("0", "1", "2")
+    found = open_sources(options_of(tmp_path / "data", tmp_path / "out"))
+    assert_same_images(found, folder, names=False)
+    assert found["val"].classes == ("0", "1", "2")
+
+
+def test_integers_are_padded_so_that_names_are_in_their_order(tmp_path: Path) -> None:
+    shards(tmp_path, [file for i in (2, 0, 10) for file in ((f"{i}.jpg", b"x"), (f"{i}.cls", b"%d" % i))])
+    source = open_sources(options_of(tmp_path, tmp_path / "out", split="train"))["train"]
+    assert source.classes == ("00", "02", "10")
+    assert [source.name(i) for i in range(3)] == ["00/0.jpg", "02/2.jpg", "10/10.jpg"]
 
 
 @pytest.mark.parametrize("train", OF_TRAIN)
 @pytest.mark.parametrize("val", OF_VAL)
-def test_train_and_val_may_have_different_forms(
-    train: str, val: str, folder: Path, expected: Path, tmp_path: Path
-) -> None:
+def test_train_and_val_may_have_different_forms(train: str, val: str, folder: Path, tmp_path: Path) -> None:
     OF_TRAIN[train](folder, tmp_path / "data")
     OF_VAL[val](folder, tmp_path / "data")
-    assert_same(converted(tmp_path / "data", tmp_path / "out"), expected)
+    assert_same_images(dict(open_sources(options_of(tmp_path / "data", tmp_path / "out"))), folder)
 
 
-def test_a_pattern_names_the_files_of_one_split(folder: Path, expected: Path, tmp_path: Path) -> None:
-    for split in BOTH:
-        add_shards(folder, tmp_path, split, "json", f"{split}-{{:06d}}.tar")
-        add_parquet(folder, tmp_path, split)
-    out = tmp_path / "out"
-    converted(tmp_path / "train-{000000..000002}.tar", out, split="train")
-    converted(tmp_path / "val-*.tar", out, split="val")
-    assert_same(out, expected)
-    converted(tmp_path / "data" / "train-0000{0,1}-of-00002.parquet", tmp_path / "b", split="train")
-    converted(tmp_path / "data" / "validation-{00000..00001}-of-00002.parquet", tmp_path / "b", split="val")
-    assert_same(tmp_path / "b", expected)
+@pytest.mark.parametrize(
+    ("split", "pattern"),
+    [
+        ("train", "train-{000000..000002}.tar"),
+        ("val", "val-*.tar"),
+        ("train", "data/train-0000{0,1}-of-00002.parquet"),
+        ("val", "data/validation-{00000..00001}-of-00002.parquet"),
+        ("val", "val.tsv"),
+    ],
+)
+def test_a_pattern_names_the_files_of_one_split(split: Any, pattern: str, folder: Path, tmp_path: Path) -> None:
+    add_shards(folder, tmp_path, split, "json", f"{split}-{{:06d}}.tar")
+    add_parquet(folder, tmp_path, split)
+    add_list(folder, tmp_path, split)
+    classes = class_file(folder, tmp_path / "classes.txt")
+    found = open_sources(options_of(tmp_path / pattern, tmp_path / "out", split=split, classes=classes))
+    assert list(found) == [split]
+    assert_same_images(dict(found), folder)
 
 
 @pytest.mark.parametrize(
@@ -166,10 +190,10 @@ def test_a_pattern_names_the_files_of_one_split(folder: Path, expected: Path, tm
         {"compression": "snappy", "write_statistics": False},
     ],
 )
-def test_pages_of_every_kind_are_read(options: dict[str, Any], folder: Path, expected: Path, tmp_path: Path) -> None:
+def test_pages_of_every_kind_are_read(options: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     for split in BOTH:
         add_parquet(folder, tmp_path / "data", split, **options)
-    assert_same(converted(tmp_path / "data", tmp_path / "out"), expected)
+    assert_same_images(dict(open_sources(options_of(tmp_path / "data", tmp_path / "out"))), folder)
 
 
 # --- what other commands do with them ----------------------------------------------------------------------------
