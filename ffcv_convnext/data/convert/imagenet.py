@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ffcv_convnext.data.convert.archives import Index
+from ffcv_convnext.data.convert.archives import Index, in_threads
 from ffcv_convnext.data.convert.folders import IMAGE_EXTENSIONS, ending
 from ffcv_convnext.data.convert.names import Names
 from ffcv_convnext.data.convert.source import Stamp
@@ -29,8 +29,9 @@ def open_train(archive: Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) ->
     """
     index = Index([archive])
     inner = sorted(_class_archives(archive), key=lambda each: each[0])
-    for label, (name, member) in enumerate(inner):
-        _add_class(index, 0, label, name, list_members(archive, inside=member), extensions)
+    read = in_threads(lambda each: list(list_members(archive, inside=each[1])), inner)
+    for label, ((name, member), members) in enumerate(zip(inner, read, strict=True)):
+        _add_class(index, 0, label, name, members, extensions)
         if not index.labels or index.labels[-1] != label:
             raise ValueError(f"{archive}/{member.name} has no images; copy the archive again")
     fields, _ = index.finish([name for name, _ in inner])
@@ -48,11 +49,12 @@ def open_class_archives(
     archives = sorted(folder.glob("*.tar"), key=lambda archive: archive.stem)
     known = {name: label for label, name in enumerate(classes or [archive.stem for archive in archives])}
     index = Index(archives)
-    for which, archive in enumerate(archives):
-        if (label := known.get(archive.stem)) is None:
-            raise ValueError(f"{archive} is named after none of the {len(known)} classes of train; rename or remove it")
+    if other := [archive for archive in archives if archive.stem not in known]:
+        raise ValueError(f"{other[0]} is named after none of the {len(known)} classes of train; rename or remove it")
+    read = in_threads(lambda archive: list(list_members(archive)), archives)
+    for which, (archive, members) in enumerate(zip(archives, read, strict=True)):
         before = len(index)
-        _add_class(index, which, label, archive.stem, list_members(archive), extensions)
+        _add_class(index, which, known[archive.stem], archive.stem, members, extensions)
         if len(index) == before:
             raise ValueError(f"{archive} has no images; copy it again, or remove it")
     fields, _ = index.finish(list(known))

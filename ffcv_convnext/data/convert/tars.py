@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import tarfile
 import zlib
 from array import array
@@ -18,8 +19,10 @@ from ffcv_convnext.data.convert.archives import ArchivedImages
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 _BLOCK = 512  # bytes: a header, and the unit of sizes
 _WINDOW = 8 * _BLOCK  # read at once: headers, and the small members of a WebDataset sample
-_REGULAR, _DIRECTORY, _EMPTY, _LONG_NAME, _PAX = b"0\0", b"5", b"12346", b"L", b"x"
+_REGULAR, _WITHOUT_CONTENT, _LONG_NAME, _PAX = b"0\0", b"123456", ord("L"), ord("x")  # links, devices, folders
+_ENCODING = sys.getfilesystemencoding()
 _NO_FILE = bytes(_BLOCK)
+_MAX_NAME = 1 << 20  # bytes of a long name or a pax header
 
 
 class Member(NamedTuple):
@@ -154,13 +157,14 @@ def _walk_headers(descriptor: int, at: int, end: int) -> Iterator[Member]:
             raise _Unusual(begin)
         try:
             size = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
-            # Adler-32 begins with the sum of all bytes, of which those of the field itself count as spaces.
-            stated = int(header[148:156].strip(b"\0 "), 8) - 8 * 32 + sum(header[148:156]) + 1
+            stated = int(header[148:156].strip(b"\0 "), 8)
         except ValueError:
             raise _Unusual(begin) from None
-        if len(header) < _BLOCK or (zlib.adler32(header) & 0xFFFF) != stated % 65521:
+        # The sum of all bytes, those of the field itself as spaces. Adler-32 has 1 + the sum in its low half.
+        total = zlib.adler32(header[156:], zlib.adler32(header[:148])) & 0xFFFF
+        if len(header) < _BLOCK or total != (stated - 8 * 32 + 1) % 65521 or size < 0:
             raise _Unusual(begin)
-        kind = header[156:157]
+        kind = header[156]
         at += _BLOCK
         if kind in _REGULAR:
             name = long_name or header[:100].partition(b"\0")[0]
@@ -169,20 +173,23 @@ def _walk_headers(descriptor: int, at: int, end: int) -> Iterator[Member]:
                     raise _Unusual(begin)
                 name = header[345:500].partition(b"\0")[0] + b"/" + name
             size = size if long_size is None else long_size
-            if at + size > end or name.endswith(b"/"):
+            if size < 0 or at + size > end or name.endswith(b"/"):
                 raise _Unusual(begin)
-            yield Member(os.fsdecode(name), at, size)
+            yield Member(name.decode(_ENCODING, "surrogateescape"), at, size)
+            at += -(-size // _BLOCK) * _BLOCK
+        elif size > _MAX_NAME:
+            raise _Unusual(begin)
         elif kind == _LONG_NAME:
             long_name = os.pread(descriptor, size, at).partition(b"\0")[0]
         elif kind == _PAX:
             content = window[at - window_at :][:size] if at + size <= window_at + len(window) else b""
             name, long_size = _read_pax(content or os.pread(descriptor, size, at), begin)
             long_name = name or long_name
-        elif kind not in _EMPTY and kind != _DIRECTORY:
+        elif kind not in _WITHOUT_CONTENT:
             raise _Unusual(begin)
-        if kind in _REGULAR or kind in (_LONG_NAME, _PAX):
+        if kind in (_LONG_NAME, _PAX):
             at += -(-size // _BLOCK) * _BLOCK
-        if kind not in (_LONG_NAME, _PAX):
+        else:
             begin, long_name, long_size = at, None, None
 
 

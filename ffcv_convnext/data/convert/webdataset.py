@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 from array import array
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ffcv_convnext.data.convert.archives import Index
+from ffcv_convnext.data.convert.archives import Index, in_threads
 from ffcv_convnext.data.convert.folders import IMAGE_EXTENSIONS
 from ffcv_convnext.data.convert.labels import ClassList, RawLabels, check_every_class_has_images
 from ffcv_convnext.data.convert.tars import Member, TarImages, list_members
@@ -20,12 +21,25 @@ from ffcv_convnext.data.convert.tars import Member, TarImages, list_members
 _LABEL_KEYS = ("label", "class", "cls")
 
 
-@dataclass(slots=True)
 class _Sample:
+    """The members of a sample that count."""
+
+    __slots__ = ("facts", "image", "text")
+
+    def __init__(self) -> None:
+        self.image: Member | None = None
+        self.text: Member | None = None  # .cls
+        self.facts: Member | None = None  # .json
+
+
+class _Found(NamedTuple):
+    """A sample with an image and a label."""
+
     key: str
-    image: Member | None = None
-    text: Member | None = None  # .cls
-    facts: Member | None = None  # .json
+    image: Member
+    file: str  # name of the original file
+    label: str
+    folder: str  # of the original file, '' if it is not known
 
 
 class Shards:
@@ -43,8 +57,13 @@ class Shards:
         self.raw = RawLabels()
         self._index = Index(archives)
         self._keys = array("q")  # hash of each
-        for which, archive in enumerate(archives):
-            self._add(which, archive, extensions)
+        read = partial(_read_shard, extensions=extensions)
+        for which, (samples, left_out) in enumerate(in_threads(read, archives)):
+            self._index.left_out += left_out
+            for key, image, file, text, folder in samples:
+                code = self.raw.code(text, (self._index.archives[which], image.name), folder)
+                self._index.add(file, which, image.start, image.size, code)
+                self._keys.append(hash(key))
         if not len(self._index):
             raise ValueError(f"{location} has no samples with an image ({', '.join(extensions)})")
         self._check_keys(archives, extensions)
@@ -63,57 +82,6 @@ class Shards:
         fields, _ = self._index.finish(found.classes, labels)
         return TarImages(location=self.location, label_names=found.label_names, **fields), found
 
-    def _add(self, which: int, archive: Path, extensions: tuple[str, ...]) -> None:
-        samples: dict[str, _Sample] = {}
-        for member in list_members(archive):
-            key, end = split_key(member.name)
-            sample = samples.get(key)
-            if sample is None:
-                sample = samples[key] = _Sample(key)
-            if end == ".cls":
-                sample.text = member
-            elif end == ".json":
-                sample.facts = member
-            elif end not in extensions:
-                self._index.left_out[end or "without ending"] += 1
-            elif sample.image is not None and sample.image.name != member.name:  # else `list_members` tells
-                raise ValueError(f"{archive}: {sample.image.name} and {member.name} are images of one sample")
-            else:
-                sample.image = member
-        with open(archive, "rb") as file:
-            for sample in samples.values():
-                if sample.image is not None:
-                    self._add_sample(which, archive, file.fileno(), sample, sample.image)
-
-    def _add_sample(self, which: int, archive: Path, descriptor: int, sample: _Sample, image: Member) -> None:
-        facts: dict[str, Any] = {}
-        label: Any = None
-        if sample.facts is not None:
-            facts = _read_facts(archive, descriptor, sample.facts)
-            label = next((facts[key] for key in _LABEL_KEYS if facts.get(key) is not None), None)
-        if sample.text is not None:
-            label = os.pread(descriptor, sample.text.size, sample.text.start).decode("utf-8", "replace").strip()
-        if label is None:
-            raise ValueError(
-                f"{archive}: {image.name} has no label; expected a member {sample.key}.cls, or {sample.key}.json with "
-                f"{', '.join(_LABEL_KEYS[:-1])} or {_LABEL_KEYS[-1]}"
-            )
-        if isinstance(label, bool) or not isinstance(label, str | int):
-            raise ValueError(
-                f"{archive}: {sample.facts and sample.facts.name}: the label {label!r} is no name or number"
-            )
-        name = facts.get("filename")
-        if isinstance(name, str) and name:
-            above, _, file = name.rpartition("/")
-            folder = above.rpartition("/")[2]
-        else:
-            file, folder = image.name.removeprefix("./"), ""
-        if "\n" in file or "\r" in file:
-            raise ValueError(f"{archive}: {image.name}: the file name {file!r} has a line break")
-        code = self.raw.code(str(label), (self._index.archives[which], image.name), folder)
-        self._index.add(file, which, image.start, image.size, code)
-        self._keys.append(hash(sample.key))
-
     def _check_keys(self, archives: Sequence[Path], extensions: tuple[str, ...]) -> None:
         in_order = np.sort(np.frombuffer(self._keys, np.int64))
         double = set(in_order[1:][in_order[1:] == in_order[:-1]].tolist())
@@ -128,6 +96,62 @@ class Shards:
                     if key in first:
                         raise ValueError(f"{first[key]} and {archive} both hold a sample {key}; remove one")
                     first[key] = archive
+
+
+def _read_shard(archive: Path, extensions: tuple[str, ...]) -> tuple[list[_Found], Counter[str]]:
+    """Return the samples of a shard, and the number of other members by ending."""
+    samples: dict[str, _Sample] = {}
+    left_out: Counter[str] = Counter()
+    for member in list_members(archive):
+        key, end = split_key(member.name)
+        sample = samples.get(key)
+        if sample is None:
+            sample = samples[key] = _Sample()
+        if end == ".cls":
+            sample.text = member
+        elif end == ".json":
+            sample.facts = member
+        elif end not in extensions:
+            left_out[end or "without ending"] += 1
+        elif sample.image is not None and sample.image.name != member.name:  # else `list_members` tells
+            raise ValueError(f"{archive}: {sample.image.name} and {member.name} are images of one sample")
+        else:
+            sample.image = member
+    with open(archive, "rb") as file:
+        number = file.fileno()
+        found = [
+            _read_sample(archive, number, key, sample.image, sample)
+            for key, sample in samples.items()
+            if sample.image is not None
+        ]
+    return found, left_out
+
+
+def _read_sample(archive: Path, descriptor: int, key: str, image: Member, sample: _Sample) -> _Found:
+    facts: dict[str, Any] = {}
+    label: Any = None
+    if sample.facts is not None:
+        facts = _read_facts(archive, descriptor, sample.facts)
+    if sample.text is None:
+        label = next((facts[key] for key in _LABEL_KEYS if facts.get(key) is not None), None)
+    else:
+        label = os.pread(descriptor, sample.text.size, sample.text.start).decode("utf-8", "replace").strip()
+    if label is None:
+        raise ValueError(
+            f"{archive}: {image.name} has no label; expected a member {key}.cls, or {key}.json with "
+            f"{', '.join(_LABEL_KEYS[:-1])} or {_LABEL_KEYS[-1]}"
+        )
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise ValueError(f"{archive}: {key}.json: the label {label!r} is no name or number")
+    name = facts.get("filename")
+    if isinstance(name, str) and name:
+        above, _, file = name.rpartition("/")
+        folder = above.rpartition("/")[2]
+    else:
+        file, folder = image.name.removeprefix("./"), ""
+    if "\n" in file or "\r" in file:
+        raise ValueError(f"{archive}: {image.name}: the file name {file!r} has a line break")
+    return _Found(key, image, file, str(label), folder)
 
 
 def split_key(name: str) -> tuple[str, str]:
