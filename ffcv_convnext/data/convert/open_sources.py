@@ -228,17 +228,25 @@ def _find(options: ConversionOptions, split: Split) -> Place:
     if options.source in ("auto", "folder"):
         if (root / split).is_dir():
             return Place("folder", root / split)  # `scan` tells what it lacks
-        raise FileNotFoundError(explain_missing_split(root, split))
+        other: Split = "val" if split == "train" else "train"
+        there = next(_candidates(root, other), None)
+        if there is None or there.form == "folder":
+            raise FileNotFoundError(explain_missing_split(root, split))
+        raise FileNotFoundError(
+            f"{root} has images of {other} ({there.location}), but none of {split}: no class folders in "
+            f"{root / split}, no {TRAIN if split == 'train' else VAL}, no shards, parquet files or list named after {split}; "
+            f"copy them there, or choose --split {other}"
+        )
     expected = {
         "imagenet_tars": f"{TRAIN if split == 'train' else VAL}",
         "webdataset": f"{split}/*.tar or NAME-{split}-NUMBER.tar",
         "parquet": f"{split}/*.parquet, {split}-*.parquet or data/{split}-*.parquet",
         "list": f"{split}.tsv",
     }[options.source]
-    other = next(_candidates(root, split), None)
-    there = f"; {other.location} is of the form {other.kind}" if other else ""
+    found = next(_candidates(root, split), None)
+    hint = f"; {found.location} is of the form {found.kind}" if found else ""
     raise FileNotFoundError(
-        f"{root} has no {expected}, as source = {options.source} requires for {split}{there}; copy it there, or choose "
+        f"{root} has no {expected}, as source = {options.source} requires for {split}{hint}; copy it there, or choose "
         "another --source or --split"
     )
 

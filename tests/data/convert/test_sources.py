@@ -505,7 +505,11 @@ def test_a_wrong_file_of_classes(lines: str, words: str, folder: Path, tmp_path:
             {"split": "train", "source": "parquet"},
             "source = parquet requires .* is of the form webdataset",
         ),
-        ("", {"split": "val"}, "val does not exist"),
+        (
+            "",
+            {"split": "val"},
+            r"has images of train \(.*\), but none of val: .* choose --split train",
+        ),
     ],
 )
 def test_a_path_that_names_no_images(
