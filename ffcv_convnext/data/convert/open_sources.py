@@ -234,8 +234,8 @@ def _find(options: ConversionOptions, split: Split) -> Place:
             raise FileNotFoundError(explain_missing_split(root, split))
         raise FileNotFoundError(
             f"{root} has images of {other} ({there.location}), but none of {split}: no class folders in "
-            f"{root / split}, no {TRAIN if split == 'train' else VAL}, no shards, parquet files or list named after {split}; "
-            f"copy them there, or choose --split {other}"
+            f"{root / split}, no {TRAIN if split == 'train' else VAL}, no shards, parquet files or list named after "
+            f"{split}; copy them there, or choose --split {other}"
         )
     expected = {
         "imagenet_tars": f"{TRAIN if split == 'train' else VAL}",
