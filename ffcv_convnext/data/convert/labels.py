@@ -54,7 +54,7 @@ class RawLabels:
         """
         texts = list(self.codes)
         if train is None:
-            train = _from_names(stated) if stated else self._derive(texts)
+            train = sort_names(stated) if stated else self._derive(texts)
         labels = {name: label for label, name in enumerate(train.classes)}
         by_number = {str(number): labels.get(name, -1) for number, name in enumerate(train.label_names)}
         if not by_number and all(name.isascii() and name.isdigit() for name in train.classes):
@@ -86,7 +86,8 @@ class RawLabels:
         return ClassList(tuple(sorted(filter(None, names))), tuple(names))
 
 
-def _from_names(names: Sequence[str]) -> ClassList:
+def sort_names(names: Sequence[str]) -> ClassList:
+    """Return the classes of names that stand in the order of integer labels."""
     return ClassList(tuple(sorted(names)), tuple(names))
 
 

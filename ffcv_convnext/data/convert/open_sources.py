@@ -30,7 +30,7 @@ from ffcv_convnext.data.convert.imagenet import (
     read_val_labels,
 )
 from ffcv_convnext.data.convert.imagenet import reopen as reopen_archive
-from ffcv_convnext.data.convert.labels import ClassList, read_class_names
+from ffcv_convnext.data.convert.labels import ClassList, read_class_names, sort_names
 from ffcv_convnext.data.convert.listing import ImageList, ListedImages, open_flat
 from ffcv_convnext.data.convert.names import Names
 from ffcv_convnext.data.convert.options import ConversionOptions, SourceKind
@@ -100,7 +100,7 @@ def _classes_of_train(
     if place is not None and place.form not in _LABELLED:
         return ClassList(_list_classes(place))
     if stated:
-        return ClassList(tuple(sorted(stated)), tuple(stated))
+        return sort_names(stated)
     if "train" in places:
         return None
     if recorded.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import sys
@@ -33,7 +34,7 @@ from ffcv_convnext.data.beton.tables import read_tables
 from ffcv_convnext.data.check import repair_data, verify_data
 from ffcv_convnext.data.convert import ConversionOptions, Source, convert, join_shards
 from ffcv_convnext.data.convert.conversion import _Conversion
-from ffcv_convnext.data.convert.imagenet import DEVKIT
+from ffcv_convnext.data.convert.imagenet import DEVKIT, VAL
 from ffcv_convnext.data.convert.open_sources import open_sources
 from ffcv_convnext.errors import Failure
 
@@ -143,6 +144,31 @@ def test_integers_without_names_are_classes(form: str, folder: Path, tmp_path: P
     found = open_sources(options_of(tmp_path / "data", tmp_path / "out"))
     assert_same_images(found, folder, names=False)
     assert found["val"].classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("form", ["shards", "parquet", "parquet with a schema", "list"])
+def test_names_that_are_not_sorted_give_the_labels_of_folders(form: str, tmp_path: Path) -> None:
+    """Integer 0 is the owl, which is the last class."""
+    labels = {"a.jpg": 0, "b.jpg": 2, "c.jpg": 1}
+    if form == "shards":
+        shards(tmp_path, [file for name, i in labels.items() for file in ((name, b"x"), (f"{name[0]}.cls", b"%d" % i))])
+    elif form.startswith("parquet"):
+        stated = {"lab": {"_type": "ClassLabel", "names": ["owl", "cat", "dog"]}, "img": {"_type": "Image"}}
+        column, label, features = ("img", "lab", stated) if "schema" in form else ("image", "label", {})
+        rows = [{column: {"bytes": b"x", "path": name}, label: i} for name, i in labels.items()]
+        table(tmp_path, rows, features)
+    else:
+        write(tmp_path / "train.tsv", "".join(f"{name}\t{label}\n" for name, label in labels.items()).encode())
+        for name in labels:
+            write(tmp_path / name, b"x")
+    names = write(tmp_path / "classes.txt", b"owl\ncat\ndog\n") if "schema" not in form else None
+    source = open_sources(options_of(tmp_path, tmp_path / "out", split="train", classes=names))["train"]
+    assert source.classes == ("cat", "dog", "owl")
+    assert [(source.name(i).rpartition("/")[2], source.label(i)) for i in range(3)] == [
+        ("c.jpg", 0),
+        ("b.jpg", 1),
+        ("a.jpg", 2),
+    ]
 
 
 def test_integers_are_padded_so_that_names_are_in_their_order(tmp_path: Path) -> None:
@@ -346,12 +372,13 @@ def shards_without_images(_: Path, root: Path) -> None:
     shards(root, [("a.txt", b"x"), ("a.cls", b"1")])
 
 
-def table(root: Path, rows: list[dict[str, Any]], **options: Any) -> None:
+def table(root: Path, rows: list[dict[str, Any]], features: dict[str, Any] | None = None, **options: Any) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     root.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), root / "train.parquet", **options)
+    about = {"huggingface": json.dumps({"info": {"features": features}})} if features else None
+    pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(about), root / "train.parquet", **options)
 
 
 IMAGE = {"bytes": b"x", "path": "a.jpg"}
@@ -421,6 +448,12 @@ def ground_truth_for_more(folder: Path, root: Path) -> None:
     (root / "val" / "ILSVRC2012_val_00000002.JPEG").unlink()
 
 
+def val_tar_without_an_image(folder: Path, root: Path) -> None:
+    add_train_tar(folder, root)
+    add_val_tar(folder, root)
+    write(root / VAL, pack([("ILSVRC2012_val_00000001.JPEG", b"x")]))
+
+
 def devkit_damaged(folder: Path, root: Path) -> None:
     add_folders(folder, root, "train")
     add_flat_val(folder, root)
@@ -453,6 +486,7 @@ WRONG: dict[Callable[[Path, Path], None], str] = {
     listed_but_missing: r"train\.tsv: \S+/a\.jpg does not exist; paths are relative to the folder of the list",
     empty_list: r"train\.tsv lists no images",
     ground_truth_for_more: r"val has 5 of the 6 images of the ground truth; ILSVRC2012_val_00000002\.JPEG is missing",
+    val_tar_without_an_image: r"val\.tar has 1 of the 6 images of the ground truth; ILSVRC2012_val_0+2\.JPEG is",
     devkit_damaged: r"ILSVRC2012_devkit_t12\.tar\.gz is not a usable development kit \(.*\); copy it again",
 }
 
@@ -463,7 +497,7 @@ def test_what_is_wrong_is_one_line_before_any_work(
 ) -> None:
     root = tmp_path / "data"
     change(folder, root)
-    split = "val" if (root / "val").is_dir() else "train"
+    split = "val" if (root / DEVKIT).exists() else "train"
     words = ["--data_path", str(root), "--out_dir", str(tmp_path / "out"), "--split", split]
     assert cli.run_command("write", words) == 2
     stdout, stderr = capsys.readouterr()
