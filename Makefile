@@ -58,6 +58,7 @@ test: lint types  ## lint, types, and the tests that need neither a GPU nor Slur
 test-lowest:  ## the same tests with the oldest versions that pyproject.toml allows, in .venv-lowest
 	@bash scripts/setup.sh lowest
 	.venv-lowest/bin/python -m pytest $(ON_ALL_CORES) -m "not gpu and not slurm and not slow"
+	.venv-lowest/bin/python -m pytest tests/bench/test_gpu_code.py::test_no_kernel_of_convnext_tiny_spills
 
 gpu: | setup  ## try everything that needs a GPU, in nine minutes; ARGS="--device cpu" tries it without one
 	$(PYTHON_IN_VENV) -m ffcv_convnext.cli bench gpu $(ARGS)

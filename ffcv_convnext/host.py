@@ -218,6 +218,46 @@ def evict(path: Path) -> None:
         raise OSError(f"{path} stays in memory: cannot measure cold reads on this file system")
 
 
+# --- File systems -----------------------------------------------------------------------------------------
+
+_IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
+_ON_NETWORK = (
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "glusterfs",
+    "afs",
+    "9p",
+    "wekafs",
+    "panfs",
+)
+
+
+def file_system(path: Path, root: Path = _ROOT) -> str:
+    """Return the type of a path's file system: ext4, tmpfs, nfs4, ..., or unknown."""
+    lines = (_read(root / "proc/self/mounts") or "").splitlines()
+    mounts = [(mount.replace("\\040", " "), kind) for _, mount, kind, *_ in map(str.split, lines)]
+    place = path.resolve()
+    holding = [(len(mount), i, kind) for i, (mount, kind) in enumerate(mounts) if place.is_relative_to(mount)]
+    return max(holding, default=(0, 0, "unknown"))[2]
+
+
+def is_in_memory(path: Path, root: Path = _ROOT) -> bool:
+    """Return whether a path's file system keeps its files in memory."""
+    return file_system(path, root) in _IN_MEMORY
+
+
+def is_on_network(path: Path, root: Path = _ROOT) -> bool:
+    """Return whether a path's file system is known to be shared over a network."""
+    kind = file_system(path, root)
+    return kind in _ON_NETWORK or kind.startswith("fuse.sshfs")
+
+
 # --- Caches -----------------------------------------------------------------------------------------------
 
 

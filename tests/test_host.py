@@ -18,8 +18,11 @@ from ffcv_convnext.host import (
     available_memory,
     describe_need,
     evict,
+    file_system,
     format_cores,
     instruction_sets,
+    is_in_memory,
+    is_on_network,
     machine_id,
     near_cores,
     num_bytes_in_memory,
@@ -269,3 +272,28 @@ def test_a_file_that_stays_in_memory_is_an_error() -> None:
             evict(path)
     finally:
         path.unlink()
+
+
+# --- File systems -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "in_memory", "on_network"),
+    [
+        ("/home/data", "ext4", False, False),
+        ("/shm/x", "tmpfs", True, False),
+        ("/nfs/a b/c", "nfs4", False, True),
+        ("/shmother", "ext4", False, False),
+        ("/lustre", "lustre", False, True),
+    ],
+)
+def test_the_file_system_of_a_path_is_that_of_its_deepest_mount(
+    path: str, kind: str, in_memory: bool, on_network: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    mounts = "a / ext4 rw 0 0\nb /shm tmpfs rw 0 0\nc /nfs ext4 rw 0 0\n"
+    mounts += "d /nfs/a\\040b nfs4 rw 0 0\ne /lustre lustre rw 0 0\n"
+    (tmp_path / "proc/self/mounts").write_text(mounts)
+    assert file_system(Path(path), tmp_path) == kind
+    assert is_in_memory(Path(path), tmp_path) == in_memory
+    assert is_on_network(Path(path), tmp_path) == on_network

@@ -40,11 +40,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Files that other folders may import, beside a folder's `__init__.py`.
 DOORS = {
     *("data.beton", "data.beton.layout", "data.beton.tables", "data.beton.ffcv_import"),
-    *("data.codec", "data.convert", "data.load", "data.check"),
+    *("data.codec", "data.codec.resample", "data.convert", "data.load", "data.check"),
     *("bench.gpu", "bench.gpu_code", "bench.scale", "bench.synthetic_data", "bench.timing"),
     *(
         "ladder.statistics",
         "models.kernels",
+        "training.checkpoint",
         "training.distributed",
         "training.engine",
         "training.kernel_choice",
@@ -57,6 +58,7 @@ DOORS = {
 HOMES = {
     "ffcv": ("data.beton", "bench.stock_ffcv"),
     "numba": ("data",),
+    "llvmlite": ("data",),
     "cv2": ("data",),
     "pyarrow": ("data",),
     "submitit": ("cluster",),
@@ -188,7 +190,7 @@ def test_ffcv_is_imported_behind_its_guard_only() -> None:
 
 
 def test_every_module_imports_with_the_minimal_dependencies() -> None:
-    """Only files inside data/ (FFCV, numba, OpenCV) and of kernels (Triton) need an optional package to load."""
+    """Only files inside data/ (FFCV, numba, llvmlite, OpenCV) and of kernels (Triton) need an optional package."""
     everything = module_imports()
     needy: set[str] = set()
     while True:
@@ -196,7 +198,8 @@ def test_every_module_imports_with_the_minimal_dependencies() -> None:
             name
             for name, imports in everything.items()
             if any(
-                each.at_load and each.target.partition(".")[0] in ("ffcv", "numba", "cv2", "triton") for each in imports
+                each.at_load and each.target.partition(".")[0] in ("ffcv", "numba", "llvmlite", "cv2", "triton")
+                for each in imports
             )
             or any(each.at_load and target in needy for each, target in ours(imports, everything))
             or name.rpartition(".")[0] in needy  # a folder's `__init__.py` is imported before its files
@@ -206,7 +209,7 @@ def test_every_module_imports_with_the_minimal_dependencies() -> None:
         needy |= more
     allowed = ("data.", "models.kernels.", "augment.kernels.", "training.kernels.", "bench.stock_ffcv")
     assert all(name.startswith(allowed) for name in needy), (
-        f"{sorted(needy)}: files in data/ and of kernels alone may need FFCV, numba, OpenCV, Triton to load"
+        f"{sorted(needy)}: files in data/ and of kernels alone may need FFCV, numba, llvmlite, OpenCV, Triton to load"
     )
     names = [f"{PACKAGE}.{name}".rstrip(".") for name in everything if name not in needy]
     program = (

@@ -38,7 +38,11 @@ def bench_folder(name: str, options: FolderOptions) -> Result:
 
 
 def bench_training(name: str, options: StepOptions) -> Result:
-    """Run the benchmark 'augment', 'step' or 'progressive'."""
+    """Run the benchmark 'augment', 'step', 'progressive' or 'checkpoint'."""
+    if name == "checkpoint":
+        from ffcv_convnext.bench.checkpoint import bench_checkpoint
+
+        return bench_checkpoint(options)
     if name == "progressive":
         from ffcv_convnext.bench.progressive import bench_progressive
 

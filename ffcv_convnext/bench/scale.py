@@ -1,10 +1,13 @@
-"""`bench scale`: how start, order and memory grow with the number of images, from 10 thousand to 14 million.
+"""`bench scale`: how time and memory grow with the number of images, from 10 thousand to 14 million.
 
-The files are generated: whole tables and a whole manifest, but pages that are holes in a sparse file. Such an image is
-raw and black, so everything but JPEG decoding runs as on a real file; a terabyte of addresses takes no room. Each row
-is a process of its own that opens the file, takes the first batch of an epoch and one in mid-epoch, and lists the
-order of an epoch for one of eight ranks. Memory is what the process has for itself (anonymous pages; the mapped
-tables are shared by all processes of a machine), also for each image more than in the file with the fewest.
+Stage `load`, the loader: the files are generated: whole tables and a whole manifest, but pages that are holes in a
+sparse file. Such an image is raw and black, so everything but JPEG decoding runs as on a real file; a terabyte of
+addresses takes no room. Each row is a process of its own that opens the file, takes the first batch of an epoch and one
+in mid-epoch, and lists the order of an epoch for one of eight ranks. Memory is what the process has for itself
+(anonymous pages; the mapped tables are shared by all processes of a machine), also for each image more than in the file
+with the fewest.
+
+The other stages: scale_conversion.py (convert, join), scale_runs.py (runs) and scale_ranks.py (ranks).
 """
 
 from __future__ import annotations
@@ -16,15 +19,18 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ffcv_convnext.bench.compare import format_facts
+from ffcv_convnext.bench.scale_conversion import ConversionScale, measure_conversion, measure_join
+from ffcv_convnext.bench.scale_ranks import RanksRow, format_ranks, measure_ranks
+from ffcv_convnext.bench.scale_runs import RunsRow, format_runs, measure_runs
 from ffcv_convnext.data.beton import Manifest, tables_digest
 from ffcv_convnext.data.beton.layout import ALLOCATION, FIELD, FIELD_TYPES, HEADER, RAW, VERSION
 from ffcv_convnext.errors import Failure
@@ -37,13 +43,14 @@ SIDE = 192  # pixels of an image; raw, about as large as a JPEG of 500 pixels
 PAGE_BYTES = 8 << 20
 RANKS = 8
 BATCH = 64
+VAL_IMAGES = 1000
 _TIMEOUT_S = 600.0
 
 _CHILD = """
 import json, sys, threading, time
 from pathlib import Path
 import torch
-from ffcv_convnext.bench.scale import anonymous_bytes, proportional_bytes
+from ffcv_convnext.bench.scale_steps import anonymous_bytes, proportional_bytes
 from ffcv_convnext.config import DataConfig
 from ffcv_convnext.data.load import TrainLoader
 peak, done = [0], threading.Event()
@@ -97,17 +104,28 @@ class Scale:
 
     facts: dict[str, Any]
     rows: list[Row]
+    conversion: ConversionScale = field(default_factory=lambda: ConversionScale([], []))
+    runs: list[RunsRow] = field(default_factory=list)
+    ranks: list[RanksRow] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Return all figures as JSON."""
-        return json.dumps(asdict(self), indent=2)
+        named: dict[str, list[Any]] = {"rows": self.rows, "runs": self.runs, "ranks": self.ranks}
+        rows = {name: [asdict(row) for row in each] for name, each in named.items()}
+        return json.dumps({"facts": self.facts, **rows, **self.conversion.to_rows()}, indent=2)
 
     def format(self) -> str:
-        """Return a Markdown table with the facts above it."""
+        """Return a Markdown table for each stage with the facts above them."""
+        parts = [self._loading()] if self.rows else []
+        parts += [self.conversion.format()] if self.conversion.steps else []
+        parts += [format_runs(self.runs)] if self.runs else []
+        parts += [format_ranks(self.ranks)] if self.ranks else []
+        return "\n\n".join([format_facts("scale", self.facts), *parts])
+
+    def _loading(self) -> str:
         header = ["images", "order", "processes", "first batch s", "in mid-epoch s", "order of an epoch s"]
         header += ["memory a process", "bytes an image", "at most", "bytes an image", "with its share"]
-        table = markdown_table(header, [self._cells(row) for row in self.rows], "><>>>>>>>>>")
-        return f"{format_facts('scale', self.facts)}\n\n{table}"
+        return markdown_table(header, [self._cells(row) for row in self.rows], "><>>>>>>>>>")
 
     def _cells(self, row: Row) -> list[str]:
         least = min((r for r in self.rows if r.order == row.order), key=lambda r: r.num_images)
@@ -126,29 +144,20 @@ class Scale:
         return [*cells, format_bytes(row.share)]
 
 
-def anonymous_bytes() -> int:
-    """Return the memory that this process has for itself."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) << 10
-    raise Failure("/proc/self/status has no RssAnon: this benchmark needs Linux")
+def classes_of(num_images: int) -> int:
+    """Return how many classes a generated file has."""
+    return NUM_CLASSES.get(num_images, min(1000, num_images))
 
 
-def proportional_bytes() -> int:
-    """Return the memory of this process, where a page that n processes map counts as one n-th."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) << 10
-    raise Failure("/proc/self/smaps_rollup has no Pss: this benchmark needs Linux 4.14 or newer")
+def write_generated(
+    folder: Path, num_images: int, split: Literal["train", "val"] = "train", num_classes: int | None = None
+) -> Path:
+    """Write a .beton with `num_images` black images that take no room, and its manifest; return it.
 
-
-def write_generated(folder: Path, num_images: int) -> Path:
-    """Write train.beton with `num_images` black images that take no room, and its manifest; return it.
-
-    Labels are random, so that the file counts as shuffled.
+    Labels are random, so that the file counts as shuffled.   num_classes: None: as ImageNet has for this number.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    beton = folder / "train.beton"
+    beton = folder / f"{split}.beton"
     num_bytes = 3 * SIDE * SIDE
     per_page = PAGE_BYTES // num_bytes
     num_pages = -(-num_images // per_page)
@@ -160,7 +169,7 @@ def write_generated(folder: Path, num_images: int) -> Path:
     table_start = HEADER.itemsize + descriptors.nbytes
     pages_start = -(-(table_start + num_images * row_type.itemsize) // PAGE_BYTES) * PAGE_BYTES
     end = pages_start + num_pages * PAGE_BYTES
-    num_classes = NUM_CLASSES.get(num_images, min(1000, num_images))
+    num_classes = num_classes or classes_of(num_images)
     numbers = np.arange(num_images)
     rows = np.zeros(num_images, row_type)
     rows["f0"]["mode"], rows["f0"]["width"], rows["f0"]["height"] = RAW, SIDE, SIDE
@@ -175,7 +184,7 @@ def write_generated(folder: Path, num_images: int) -> Path:
         file.seek(end)
         allocations.tofile(file)
     Manifest(
-        split="train",
+        split=split,
         classes=tuple(f"n{number:08d}" for number in range(num_classes)),
         num_samples=num_images,
         source=str(folder),
@@ -185,7 +194,7 @@ def write_generated(folder: Path, num_images: int) -> Path:
         subsampling="420",
         compress_probability=0.0,
         num_originals=0,
-        shuffled=True,
+        shuffled=split == "train",
         seed=0,
         subset=None,
         shard=None,
@@ -203,28 +212,54 @@ def write_generated(folder: Path, num_images: int) -> Path:
 
 
 def bench_scale(
-    counts: Sequence[int], progress: Callable[[str], None], work: Path | None = None, processes: int = RANKS
+    counts: Sequence[int],
+    progress: Callable[[str], None],
+    work: Path | None = None,
+    processes: int = RANKS,
+    stages: Sequence[str] = ("load",),
 ) -> Scale:
-    """Measure each number of images, in both orders; the largest also with several processes at the same time.
+    """Measure each number of images in each of the stages load, convert, join, runs and ranks.
 
-    work: a folder on a file system with sparse files, for about 60 bytes an image; None: a temporary one.
+    work: a folder on a file system with sparse files, for about 60 bytes an image to load, or 2 kB an image to convert;
+    None: a temporary one.   processes: that load the largest file at the same time; also the ranks that train.
     Raises Failure if a row cannot be measured.
     """
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="bench-scale-", dir=work) as temporary:
-        for number in sorted(counts):
-            folder = Path(temporary) / str(number)
-            beton = write_generated(folder, number)
-            progress(f"{number:,} images, {format_bytes(beton.stat().st_size)} of addresses")
-            for order in ("random", "quasi_random"):
-                _measure(folder, order)  # compiles, and reads the tables into memory
-                rows.append(Row(number, order, **_measure(folder, order)))
-            if number == max(counts) and processes > 1:
-                progress(f"{processes} processes at the same time")
-                rows.append(_together(folder, number, processes))
-            beton.unlink()
-    facts = {"processor": processor_name(), "cores": len(os.sched_getaffinity(0)), "ranks": RANKS, "batch": BATCH}
-    return Scale(facts, rows)
+    facts = {
+        "processor": processor_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "ranks": RANKS,
+        "batch": BATCH,
+        "load of the machine before": round(os.getloadavg()[0], 1),
+    }
+    found = Scale(facts, [])
+    for number in sorted(counts):
+        for stage in stages:
+            with tempfile.TemporaryDirectory(prefix="bench-scale-", dir=work) as temporary:
+                folder = Path(temporary) / str(number)
+                if stage == "load":
+                    found.rows.extend(_load(folder, number, progress, processes if number == max(counts) else 1))
+                elif stage in ("convert", "join"):
+                    measure = measure_conversion if stage == "convert" else measure_join
+                    found.conversion.extend(measure(number, folder, progress))
+                elif stage == "ranks":
+                    write_generated(folder, number)
+                    write_generated(folder, VAL_IMAGES, "val", classes_of(number))
+                    found.ranks.extend(measure_ranks(folder, number, processes, progress))
+    if "runs" in stages:
+        found.runs.extend(measure_runs(progress, work))
+    return found
+
+
+def _load(folder: Path, number: int, progress: Callable[[str], None], processes: int) -> Iterator[Row]:
+    """Yield the rows of one generated file."""
+    beton = write_generated(folder, number)
+    progress(f"{number:,} images, {format_bytes(beton.stat().st_size)} of addresses")
+    for order in ("random", "quasi_random"):
+        _measure(folder, order)  # compiles, and reads the tables into memory
+        yield Row(number, order, **_measure(folder, order))
+    if processes > 1:
+        progress(f"{processes} processes at the same time")
+        yield _together(folder, number, processes)
 
 
 def _together(folder: Path, number: int, processes: int) -> Row:

@@ -21,11 +21,13 @@ FOLDER_BENCHMARKS = {
 }
 GPU_HELP = "everything that needs a GPU, in nine minutes: separate stages, figures as JSON and Markdown"
 GPU_CODE_HELP = "the code of a training step for a GPU that need not be there: bytes, launches, registers, estimates"
-SCALE_HELP = "start, order and memory of the loader for generated files of 10 thousand to 14 million images"
+SCALE_HELP = "time and memory of loading, converting, joining, reporting and training by the number of images"
+SCALE_STAGES = ("load", "convert", "join", "runs", "ranks")
 STEP_BENCHMARKS = {
     "augment": "the augmentation of batches, beside timm's for single images",
     "step": "the training step, beside timm's and torchvision's, or every step of the ladder",
     "progressive": "the training time that progressive resizing saves: every image size of a schedule, in turn",
+    "checkpoint": "how long a save holds up training, written by the loop and by the thread",
 }
 
 
@@ -101,16 +103,32 @@ def _bench_scale(argv: Sequence[str]) -> int:
     flag = parser.add_argument
     flag(
         "--counts",
-        default="10000,100000,1281167,14197122",
         metavar="N,N",
-        help="numbers of images (default %(default)s)",
+        help="numbers of images (default 10000,100000,1281167, and with the stage load alone 14197122)",
+    )
+    flag(
+        "--stages",
+        default="load",
+        metavar="A,B",
+        help="load: generated files of black images, up to 14 million; convert: tiny pictures: plan, conversion with "
+        "a kill and a resume, verify, data info; join: of 4 parts; runs: report and ladder status of 45 runs; ranks: "
+        "training by --processes processes, then by half of them (default load)",
     )
     flag("--processes", type=int, default=8, metavar="N", help="also this many at the same time (default 8; 1: not)")
-    flag("--work", type=Path, metavar="DIR", help="folder for the files, 50 bytes an image (default: a temporary one)")
+    flag(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="folder for the files: 50 bytes an image, to convert 4 kB (default: a temporary one)",
+    )
     flag("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
     options = parser.parse_args(argv)
+    stages = options.stages.split(",")
+    if unknown := [stage for stage in stages if stage not in SCALE_STAGES]:
+        raise ValueError(f"stages = {unknown[0]}: expected some of {', '.join(SCALE_STAGES)}")
+    largest = ",14197122" if stages == ["load"] else ""  # its images are not made one by one
     try:
-        counts = [int(word) for word in options.counts.split(",")]
+        counts = [int(word) for word in (options.counts or f"10000,100000,1281167{largest}").split(",")]
     except ValueError:
         raise ValueError(f"counts = {options.counts}: expected whole numbers such as 10000,1281167") from None
     if min(counts) < 8 * 64:
@@ -122,7 +140,7 @@ def _bench_scale(argv: Sequence[str]) -> int:
     check_json(options.json)
     from ffcv_convnext.bench.scale import bench_scale
 
-    found = bench_scale(counts, _progress, options.work, options.processes)
+    found = bench_scale(counts, _progress, options.work, options.processes, stages)
     print(found.format())
     if options.json:
         write_atomically(options.json, (found.to_json() + "\n").encode())

@@ -23,6 +23,7 @@ from ffcv_convnext.cluster.submissions import LOCAL, Submission, read_submission
 from ffcv_convnext.config import Config
 from ffcv_convnext.errors import Failure, complain
 from ffcv_convnext.formatting import format_count
+from ffcv_convnext.host import file_system, is_in_memory
 from ffcv_convnext.run_folder import check_same_config, lock_holder, read_facts, read_scores, read_starts
 from ffcv_convnext.snapshot import source_commit, take_snapshot
 from ffcv_convnext.training import run_config
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 CODE = "code"  # in job_dir: snapshots
-MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 ERROR = re.compile(r"error: |slurmstepd: |[\w.]*(Error|Exception|Failure)\b")
 PATHS = ("data_path", "output_dir", "resume", "finetune")
 
@@ -100,24 +100,13 @@ def check_job_dir(folder: Path) -> str | None:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"job_dir = {folder}: {nearest} is not a writable folder; choose another")
-    kind = _file_system(nearest.resolve())
-    if kind in MEMORY or Path("/tmp") in (nearest.resolve(), *nearest.resolve().parents):
+    kind = file_system(nearest)
+    if is_in_memory(nearest) or Path("/tmp") in (nearest.resolve(), *nearest.resolve().parents):
         return (
             f"warning: job_dir = {folder} seems to be local to this machine ({kind}); every node must see it, "
             "otherwise the job fails at once"
         )
     return None
-
-
-def _file_system(path: Path) -> str:
-    """Return the type of a path's file system: ext4, tmpfs, nfs4, ..., or unknown."""
-    try:
-        lines = Path("/proc/self/mounts").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    mounts = [(mount.replace("\\040", " "), kind) for _, mount, kind, *_ in map(str.split, lines)]
-    holding = [(len(mount), i, kind) for i, (mount, kind) in enumerate(mounts) if path.is_relative_to(mount)]
-    return max(holding, default=(0, 0, "unknown"))[2]
 
 
 def submit_run(config: Config, cluster: ClusterConfig, *, command: Sequence[str], dry_run: bool, say: Say) -> int:

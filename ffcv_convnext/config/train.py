@@ -45,6 +45,16 @@ class DataConfig:
     data_path: Path | None = setting(
         None, "folder with train.beton, val.beton and their manifests, made by write_ffcv_dataset.py", free=True
     )
+    stage_to: str | None = setting(
+        None,
+        "folder on each node, also $VARIABLE, to copy the data to once and train from; auto: SLURM_TMPDIR or TMPDIR on "
+        "a local disk, or memory (/dev/shm), or no copy if they have no room; none: train from data_path",
+        free=True,
+        example="/local/scratch",
+    )
+    stage_evict: bool = setting(
+        False, "with stage_to: if there is no room, remove older copies of this package that nothing uses", free=True
+    )
     batch_size: int = setting(128, "images in a micro-batch: what one device processes at a time", minimum=1)
     update_freq: int = setting(
         1,
@@ -151,6 +161,11 @@ class DataConfig:
             self.global_batch is None or self.global_batch % self.batch_size == 0,
             f"global_batch = {self.global_batch}: expected a multiple of batch_size = {self.batch_size}",
         )
+        _require(
+            self.stage_to is None or self.stage_to == "auto" or self.stage_to[0] in "/$~",
+            f"stage_to = {self.stage_to}: expected a folder that begins with /, ~ or a variable ($TMPDIR), or auto",
+        )
+        _require(self.stage_to is not None or not self.stage_evict, "stage_evict = true needs --stage_to DIR")
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             _require(low <= high, f"{name} = {low},{high}: expected min,max with min <= max")

@@ -9,6 +9,7 @@ from ffcv_convnext.doctor.predict import (
     File,
     Machine,
     Node,
+    Place,
     Prediction,
     Rates,
     format_rate,
@@ -17,10 +18,21 @@ from ffcv_convnext.doctor.predict import (
 )
 
 
-def advise(rates: Rates, machine: Machine, file: File, config: Config, node: Node, prediction: Prediction) -> list[str]:
-    """Return the advice, the most important first."""
+def advise(
+    rates: Rates,
+    machine: Machine,
+    file: File,
+    config: Config,
+    node: Node,
+    prediction: Prediction,
+    place: Place | None = None,
+) -> list[str]:
+    """Return the advice, the most important first. place: of stage_to, if it was measured."""
     groups: dict[str, list[str]] = {
-        "storage": list(_about_storage(rates, machine, file, config, prediction)),
+        "storage": [
+            *_about_storage(rates, machine, file, config, prediction),
+            *_about_place(rates, file, config, node, prediction, place),
+        ],
         "decode": list(_about_decoding(rates, machine, file, config, node, prediction)),
         "device": list(_about_device(rates, machine, config, node, prediction)),
     }
@@ -56,6 +68,50 @@ def _about_storage(rates: Rates, machine: Machine, file: File, config: Config, p
                 f"images/s) instead of {needed:,.0f}. The file ({size}) fits in {memory}: read it sequentially first, "
                 f"in {in_order:,.1f} minutes: --data_cache ram, or cat {file.path} > /dev/null"
             )
+
+
+def _about_place(
+    rates: Rates, file: File, config: Config, node: Node, prediction: Prediction, place: Place | None
+) -> Iterator[str]:
+    """Compare training from the copy of stage_to, with the time of the copy, with training from the original."""
+    name = f"stage_to = {place.folder if place else config.data.stage_to}"
+    if place is not None and (place.problem is not None or place.write is None):
+        yield place.problem or f"{name} was not measured"
+        return
+    if rates.storage is None or rates.storage_in_order is None:
+        if place is not None:
+            yield f"{name}: no comparison, because the original stays in memory here and its reads were not measured"
+        return
+    wanted = _without_storage(prediction, node)
+    slow_epochs = 1 if prediction.fits_in_memory else config.schedule.epochs
+    num = slow_epochs * file.num_samples_of_run / 60  # images of these epochs, a minute's share
+    write = rates.storage_in_order if place is None else place.write or 0.0
+    copying = file.gigabytes * 1e9 / (min(rates.storage_in_order, write) * file.image_bytes) / 60
+    here = num / min(rates.storage, wanted)
+    there = copying + num / min((place and place.at_random) or wanted, wanted)
+    if place is None:
+        if here - there >= 1:
+            yield (
+                "--stage_to DIR copies the file once to a disk or into the memory of each node (auto chooses one); add "
+                "it to this command to measure both places"
+            )
+        return
+    reads = "are from memory" if place.in_memory else f"give {format_rate(place.at_random)} images/s"
+    which = "the first epoch takes" if slow_epochs == 1 else f"{slow_epochs} epochs take"
+    yield (
+        f"{name}: the copy takes {copying:,.1f} minutes; random reads {reads} there, {format_rate(rates.storage)} in "
+        f"data_path. With the copy {which} {there:,.1f} minutes, without it {here:,.1f}: "
+        + ("use it" if here - there >= 1 else "it does not pay here")
+    )
+
+
+def _without_storage(prediction: Prediction, node: Node) -> float:
+    """Return the images/s of the known stages after storage."""
+    stages = [rate for name, rate in prediction.stages.items() if name != "storage" and rate is not None]
+    if not node.gpus:
+        return serial_rate(*stages)
+    host = [prediction.stages["decode"], prediction.stages["transfer"], prediction.device]
+    return min(rate for rate in host if rate is not None)
 
 
 def _about_decoding(

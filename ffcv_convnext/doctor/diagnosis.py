@@ -20,7 +20,8 @@ from ffcv_convnext.data.convert import ConversionOptions, convert
 from ffcv_convnext.doctor.advice import advise
 from ffcv_convnext.doctor.cold_read import ColdFile, StorageRate
 from ffcv_convnext.doctor.measure import StepTimer, StepTimes, transfer_images_per_s
-from ffcv_convnext.doctor.predict import File, Machine, Node, Prediction, Rates, predict, predict_whole
+from ffcv_convnext.doctor.place import measure_place
+from ffcv_convnext.doctor.predict import File, Machine, Node, Place, Prediction, Rates, predict, predict_whole
 from ffcv_convnext.host import available_cores, available_memory, processor_name
 from ffcv_convnext.rng import permutation
 from ffcv_convnext.training.distributed import Processes
@@ -74,6 +75,7 @@ class Diagnosis:
     storage: StorageRate | None  # random reads; None: synthetic images in a temporary file
     storage_in_order: StorageRate | None
     step: StepTimes
+    place: Place | None = None  # of stage_to
 
     @property
     def transfer_gigabytes_per_s(self) -> float | None:
@@ -100,6 +102,7 @@ class Diagnosis:
                 "at_random": self.storage and self.storage.to_dict(),
                 "in_order": self.storage_in_order and self.storage_in_order.to_dict(),
             },
+            "stage_to": self.place and asdict(self.place),
             "transfer_gigabytes_per_s": self.transfer_gigabytes_per_s,
             "step": asdict(self.step),
             "prediction": {_PREDICTION_KEYS.get(name, name): value for name, value in prediction.items()},
@@ -134,10 +137,13 @@ def diagnose(
     num_readers = min(max(1, node.gpus) * config.data.num_workers, MAX_READERS)
     with _training_file(config, progress) as (beton, own):
         file, num_classes = _describe(beton, own, config)
-        storage = in_order = None
+        storage = in_order = place = None
         if own:
             progress("storage: reading samples that are not in memory")
             storage, in_order = _read_cold(beton, seconds, num_readers)
+        if own and config.data.stage_to is not None:
+            progress("stage_to: writing there, and reading again")
+            place = measure_place(config, _lengths(beton), seconds, num_readers)
         progress(f"decode: 1 worker, then {here}")
         one, every, bilinear = _decode(beton, config, seconds, here)
         step_timer = StepTimer(config, device, num_classes=num_classes)
@@ -176,12 +182,13 @@ def diagnose(
         file=file,
         rates=rates,
         prediction=prediction,
-        advice=tuple(advise(rates, machine, file, config, node, prediction)),
+        advice=tuple(advise(rates, machine, file, config, node, prediction, place)),
         num_parameters=step_timer.num_parameters,
         num_readers=num_readers,
         storage=storage,
         storage_in_order=in_order,
         step=step,
+        place=place,
     )
 
 
@@ -257,6 +264,15 @@ def _read_cold(beton: Path, seconds: float, num_readers: int) -> tuple[StorageRa
     parts = [(int(tables.addresses[i]), int(tables.addresses[i] + tables.lengths[i])) for i in order]
     with ColdFile(beton) as file:
         return file.at_random(parts, seconds, num_readers=num_readers), file.in_order(seconds / 2)
+
+
+def _lengths(beton: Path) -> list[int]:
+    """Return the bytes of stored images, in a random order."""
+    from ffcv_convnext.data.beton.tables import read_tables
+
+    tables = read_tables(beton)
+    order = permutation(len(tables), 0, 0)[:MAX_COLD]
+    return [int(length) for length in tables.lengths[order[tables.in_pages[order]]]]
 
 
 def _images(found: StorageRate | None, image_bytes: float) -> float | None:

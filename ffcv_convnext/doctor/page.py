@@ -74,7 +74,7 @@ def _heading(found: Diagnosis) -> list[str]:
 
 
 def _table(found: Diagnosis) -> str:
-    rows = [*_storage_rows(found), _decode_row(found), *_device_rows(found), _whole_row(found)]
+    rows = [*_storage_rows(found), *_place_rows(found), _decode_row(found), *_device_rows(found), _whole_row(found)]
     return markdown_table(("stage", "images/s here", "measured", _node(found), ""), rows, "<><><")
 
 
@@ -96,6 +96,21 @@ def _storage_rows(found: Diagnosis) -> Iterator[Cells]:
         else:
             text = f"{measured.megabytes_per_s:,.0f} MB/s cold, {how}, {measured.megabytes:,.0f} MB read"
             yield name, format_rate(rate), text, scaled, remark if scaled else ""
+
+
+def _place_rows(found: Diagnosis) -> Iterator[Cells]:
+    place = found.place
+    if place is None:
+        return
+    if place.problem is not None:
+        yield "stage_to", "-", "no copy: see below", "", ""
+        return
+    yield "stage_to, write", format_rate(place.write), f"{place.write_megabytes_per_s:,.0f} MB/s, one writer", "", ""
+    if place.at_random_megabytes_per_s is None:
+        text = "in memory" if place.in_memory else "stays in memory: not measured"
+    else:
+        text = f"{place.at_random_megabytes_per_s:,.0f} MB/s cold, {format_count(found.num_readers, 'reader')}"
+    yield "stage_to, at random", format_rate(place.at_random), text, "", ""
 
 
 def _decode_row(found: Diagnosis) -> Cells:

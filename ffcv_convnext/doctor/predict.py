@@ -65,6 +65,19 @@ class File:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where stage_to would copy the data. Rates in images/s; None: not measured."""
+
+    folder: str
+    in_memory: bool
+    write: float | None = None
+    write_megabytes_per_s: float | None = None  # 1e6 bytes
+    at_random: float | None = None  # cold; None in memory, where reads do not wait
+    at_random_megabytes_per_s: float | None = None
+    problem: str | None = None  # why the data cannot be copied there
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """The machine to predict."""
 

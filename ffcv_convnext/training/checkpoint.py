@@ -2,7 +2,8 @@
 
 A file is written under a temporary name, flushed to disk, then renamed; the previous one stays as
 `checkpoint-previous.pth` until the next save. Reading verifies the checksums that torch.save stores: if the newest file
-is truncated or damaged, the previous one is used.
+is truncated or damaged, the previous one is used. The training loop waits for a copy in host memory only; a thread
+writes it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -20,6 +24,7 @@ import torch
 
 from ffcv_convnext.errors import Failure, Interrupted
 from ffcv_convnext.files import Form, replacing
+from ffcv_convnext.training.host_copy import HostCopy
 
 log = logging.getLogger(__name__)
 
@@ -95,20 +100,65 @@ def _link(path: Path) -> Path:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder.
+
+    `save` and `save_best` return once the content is copied; a thread writes the copies in the order of the calls. A
+    save waits while the copy before it of the same file is still being written. An error of the thread is raised by the
+    next save of that file, by `check` or by `wait`, once.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writes: dict[str, Future[None]] = {}  # of each file the last one, unless its outcome is known
+        self._copies: dict[str, HostCopy] = {}
 
     def save(self, content: dict[str, Any]) -> Path:
-        """Save the newest checkpoint and keep the previous one."""
+        """Save the newest checkpoint and keep the previous one. Raises Failure on a full disk."""
+        self._write(LAST, content, self._write_last)
+        return self.folder / LAST
+
+    def check(self) -> None:
+        """Raise Failure if a checkpoint could not be written; does not wait for one that is being written."""
+        for name in [name for name, write in self._writes.items() if write.done()]:
+            self._finish(name)
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return not all(write.done() for write in self._writes.values())
+
+    def wait(self) -> None:
+        """Wait until every checkpoint is on disk. Raises Failure if one could not be written."""
+        for name in list(self._writes):
+            self._finish(name)
+
+    def close(self) -> None:
+        """Wait for the thread when a run ends with another error; log the errors of the thread."""
+        while self._writes:
+            try:
+                self.wait()
+            except Failure as error:
+                log.error("%s", error)
+        self._thread.shutdown()
+
+    def _write(self, name: str, content: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
+        self._finish(name)  # it reads the memory that the next copy fills
+        copied = self._copies.setdefault(name, HostCopy()).take(content)
+        self._writes[name] = self._thread.submit(write, copied)
+
+    def _finish(self, name: str) -> None:
+        if name in self._writes:
+            wait([self._writes[name]])  # a signal may end the waiting; the write is not forgotten then
+            self._writes.pop(name).result()
+
+    def _write_last(self, content: dict[str, Any]) -> None:
         last, previous = self.folder / LAST, self.folder / PREVIOUS
         new = self.folder / ".checkpoint-next.pth"
         write_checkpoint(new, content)
         if last.exists():
             os.replace(_link(last), previous)  # a complete `last` exists at every moment
         os.replace(new, last)
-        return last
 
     def clear(self) -> None:
         """Remove the folder's checkpoints."""
@@ -117,7 +167,7 @@ class Checkpoints:
 
     def save_best(self, name: str, content: dict[str, Any]) -> Path:
         """Save the checkpoint of the best epoch."""
-        write_checkpoint(self.folder / name, content)
+        self._write(name, content, partial(write_checkpoint, self.folder / name))
         return self.folder / name
 
     def newest(self, *, map_location: torch.device | str = "cpu") -> tuple[Path, dict[str, Any]] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ffcv_convnext.errors import Failure
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # of a collective, and to meet the other processes
+COPYING = timedelta(hours=24)  # to meet them while a node may still copy its data
+_ATTEMPT = timedelta(seconds=5)  # of one connection
+_LINE_S = 60.0  # between lines about processes that are missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +60,10 @@ class Processes:
         """Whether this process has rank 0, which writes the run folder."""
         return self.rank == 0
 
-    def join(self) -> None:
+    def join(self, patience: timedelta = TIMEOUT) -> None:
         """Join the process group. Gloo reduces CPU tensors: a flag never waits for the device.
+
+        patience: how long to wait for the other processes, which may still copy their data.
 
         NCCL is told this process's device: it connects here, not in the first step, and never guesses a device by rank.
         """
@@ -63,7 +73,50 @@ class Processes:
         if self.world > 1:
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
             device_id = self.device if on_gpu else None
-            dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device_id)
+            if patience == TIMEOUT:
+                dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
+                return
+            store = self._meet(patience)
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=self.rank,
+                world_size=self.world,
+                timeout=TIMEOUT,
+                device_id=device_id,
+            )
+
+    def _meet(self, patience: timedelta) -> Any:
+        """Wait until all processes are here, and return the store of the process group.
+
+        torch's own waiting can last as long, but not be ended by a signal: Python's handlers run between its calls.
+        """
+        deadline = time.monotonic() + patience.total_seconds()
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        serves = self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
+        while True:
+            try:
+                opened = dist.TCPStore(  # type: ignore[attr-defined]  # torch declares no types
+                    address, port, is_master=serves, timeout=_ATTEMPT, wait_for_workers=False, multi_tenant=True
+                )
+                break
+            except dist.DistNetworkError:
+                if serves or time.monotonic() > deadline:
+                    raise
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start_{start}", opened)  # type: ignore[attr-defined]
+        store.set(f"here/{self.rank}", "")
+        next_line = time.monotonic() + 1
+        while missing := [rank for rank in range(self.world) if not store.check([f"here/{rank}"])]:
+            if time.monotonic() > deadline:
+                raise Failure(f"rank {missing[0]} did not come within {patience}; see its log")
+            if time.monotonic() > next_line:
+                next_line += _LINE_S
+                ranks = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+                log.info("waiting for rank %s, which may still copy data", ranks)
+            time.sleep(0.2)
+        store.set_timeout(TIMEOUT)
+        return store
 
     def leave(self) -> None:
         """Leave the process group, if this process has joined it."""

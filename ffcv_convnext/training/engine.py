@@ -190,6 +190,7 @@ def fit(run: Run) -> dict[str, float]:
                 if stopping or (config.save_ckpt_steps and state.step % config.save_ckpt_steps == 0):
                     save(run)
                 if stopping:
+                    wait_for_checkpoints(run)
                     raise Interrupted(stop.message(state.step))
             train_s, data_wait_s = time.perf_counter() - epoch_started, loader.wait_s - waited
             num_bad = loader.num_replaced - replaced
@@ -218,6 +219,8 @@ def fit(run: Run) -> dict[str, float]:
             stopping = processes.any(stop.requested)
             if finished or stopping or state.epoch % config.save_ckpt_freq == 0:
                 save(run)
+            if finished or stopping:
+                wait_for_checkpoints(run)
             if stopping and not finished:
                 raise Interrupted(stop.message(state.step))
     return scores or evaluate_candidates(run)  # no scores if the run ended between its last checkpoint and `done`
@@ -324,6 +327,7 @@ def compile_sizes(learner: Learner) -> None:
 def log_point(run: Run, epoch: int, throughput: Throughput, images: int) -> None:
     """Fetch the losses since the last log point (the host waits here), check and log them."""
     flush_losses(run)
+    run.checkpoints.check()
     tracker, schedules, step = run.learner.tracker, run.learner.schedules, run.learner.state.step
     loss, tracker.interval = tracker.interval.value, LossMean()
     run.log.train(
@@ -423,9 +427,9 @@ def check_weights(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Save the current state as the newest checkpoint: rank 0 writes, the others wait.
+    """Save the current state as the newest checkpoint: rank 0 copies it, and a thread of rank 0 writes the copy.
 
-    Raises Failure instead of saving weights that are not finite.
+    Raises Failure instead of saving weights that are not finite, or if the checkpoint before could not be written.
     """
     flush_losses(run)
     check_weights(run)
@@ -433,6 +437,11 @@ def save(run: Run) -> None:
     if run.learner.processes.is_main:
         run.log.flush()  # so that the trackers hold everything before the checkpoint
         run.checkpoints.save(content)
+
+
+def wait_for_checkpoints(run: Run) -> None:
+    """Wait, on every process, until rank 0 has its checkpoints on disk. Raises Failure if one could not be written."""
+    run.checkpoints.wait()
     run.learner.processes.barrier()
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ffcv_convnext.formatting import markdown_table
 from ffcv_convnext.models import load_pretrained, read_weights_file
 from ffcv_convnext.training.affinity import bind_threads
 from ffcv_convnext.training.checkpoint import Checkpoints
-from ffcv_convnext.training.distributed import Processes
+from ffcv_convnext.training.distributed import COPYING, TIMEOUT, Processes
 from ffcv_convnext.training.engine import evaluate_network
 from ffcv_convnext.training.kernel_choice import choose_kernels
 from ffcv_convnext.training.lost_ranks import ending
@@ -32,6 +33,7 @@ from ffcv_convnext.training.run import (
     build_network,
     build_val_loader,
     check_same_network,
+    staged_data,
     start_processes,
 )
 from ffcv_convnext.training.runlog import setup_logging
@@ -65,14 +67,15 @@ def evaluate_only(config: Config) -> dict[int, dict[str, float]]:
     path, content = _weights_to_evaluate(config)
     results: dict[int, dict[str, float]] = {}
     rows: list[list[Any]] = []
-    with ending(processes, folder=None):
-        processes.join()
+    evaluated = replace(config, data=replace(config.data, data_path=config.run.eval_data_path or config.data.data_path))
+    with ending(processes, folder=None), staged_data(evaluated, processes, splits=("val",)) as (data, copy):
+        processes.join(patience=COPYING if copy is not None else TIMEOUT)  # another node may still copy
         if config.run.affinity == "auto":
             bind_threads(processes)  # before the loaders start threads
         num_classes = count_classes(config.model, classes.num_trained)
         networks = list(_networks(config, path, content, num_classes, processes))
         for size in config.run.test_sizes or (config.data.test_size,):
-            at_size = config.replace(test_input_size=size, data_path=config.run.eval_data_path or config.data.data_path)
+            at_size = config.replace(test_input_size=size, data_path=data.data_path)
             scores: dict[str, float] = {}
             with closing(build_val_loader(at_size, processes)) as loader:
                 for suffix, network in networks:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,15 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from ffcv_convnext.augment import Normalisation, TrainAugment
-from ffcv_convnext.config import IMAGENET_MEAN, IMAGENET_STD, Config, differences, format_value, timm_images
+from ffcv_convnext.config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Config,
+    DataConfig,
+    differences,
+    format_value,
+    timm_images,
+)
 from ffcv_convnext.files import complaint, remove_leftovers
 from ffcv_convnext.models import build_model, load_pretrained, use_triton
 from ffcv_convnext.rng import Stream, step_seed
@@ -28,7 +37,7 @@ from ffcv_convnext.training.affinity import bind_threads
 from ffcv_convnext.training.checkpoint import STATE, Checkpoints, read_checkpoint
 from ffcv_convnext.training.compile_cache import keep_compiled, places
 from ffcv_convnext.training.cuda_graphs import GraphedPasses, uses_cuda_graphs
-from ffcv_convnext.training.distributed import Processes, data_parallel
+from ffcv_convnext.training.distributed import COPYING, TIMEOUT, Processes, data_parallel
 from ffcv_convnext.training.engine import (
     Learner,
     Run,
@@ -49,7 +58,8 @@ from ffcv_convnext.training.runlog import RunLog, setup_logging
 from ffcv_convnext.training.schedule import build_schedules
 
 if TYPE_CHECKING:  # needs ffcv, which is imported when a run is built
-    from ffcv_convnext.data.load import EvalLoader, TrainLoader
+    from ffcv_convnext.data.beton import Split
+    from ffcv_convnext.data.load import EvalLoader, Staged, TrainLoader
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +87,14 @@ def train(config: Config) -> dict[str, Any]:
         if finished is not None and config.run.auto_resume:
             log.info("%s is finished: %s. Nothing to do; choose another output_dir to train again", folder, finished)
             return finished
-        processes.join()
+        data, copy = resources.enter_context(staged_data(config, processes))
+        processes.join(patience=COPYING if copy is not None else TIMEOUT)  # another node may still copy
         cores = bind_threads(processes) if config.run.affinity == "auto" else None  # before the loaders start threads
-        train_loader, val_loader = resources.enter_context(_loaders(config, processes))
-        run = build_run(config, processes, train_loader, val_loader, start={"affinity": cores})
+        train_loader, val_loader = resources.enter_context(_loaders(config, data, processes))
+        start = {"affinity": cores, "staged": copy and copy.facts()}
+        run = build_run(config, processes, train_loader, val_loader, start=start)
         resources.callback(run.log.close)
+        resources.callback(run.checkpoints.close)  # before the folder's lock is released
         _resume(run)
         train_loader.prepare()
         val_loader.prepare()
@@ -103,11 +116,25 @@ def start_processes(config: Config) -> Processes:
 
 
 @contextmanager
-def _loaders(config: Config, processes: Processes) -> Iterator[tuple[TrainLoader, EvalLoader]]:
+def staged_data(
+    config: Config, processes: Processes, *, splits: Sequence[Split] = ("train", "val")
+) -> Iterator[tuple[DataConfig, Staged | None]]:
+    """Yield the data's config, with the folder of a copy on this node if stage_to is set; see `stage_data`."""
+    if config.data.stage_to is None:
+        yield config.data, None
+        return
+    from ffcv_convnext.data.load import stage_data
+
+    with stage_data(config.data, splits, local_rank=processes.local_rank) as found:
+        yield found
+
+
+@contextmanager
+def _loaders(config: Config, data: DataConfig, processes: Processes) -> Iterator[tuple[TrainLoader, EvalLoader]]:
     from ffcv_convnext.data.load import TrainLoader
 
     train_loader = TrainLoader(
-        config.data,
+        data,
         processes.device,
         seed=config.run.seed,
         rank=processes.rank,
@@ -115,7 +142,7 @@ def _loaders(config: Config, processes: Processes) -> Iterator[tuple[TrainLoader
         local_rank=processes.local_rank,
         num_local=processes.num_local,
     )
-    with closing(train_loader), closing(build_val_loader(config, processes)) as val_loader:
+    with closing(train_loader), closing(build_val_loader(replace(config, data=data), processes)) as val_loader:
         check_same_classes(train_loader.manifest, val_loader.manifest, config.data.data_path)
         yield train_loader, val_loader
 

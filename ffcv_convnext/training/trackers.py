@@ -26,7 +26,7 @@ STEP_TAGS = {
 }
 SCHEDULE = ("train_size", "micro_batch")
 NOT_SHOWN = ("step", "epoch", "lr", "n_parameters")  # of an epoch: the axis, shown step by step, or always the same
-NOT_COMPARED = ("output_dir", "resume", "data_path", "eval_data_path")  # where a run lies, not what it does
+NOT_COMPARED = ("output_dir", "resume", "data_path", "stage_to", "eval_data_path")  # where a run lies, not what it does
 
 
 def epoch_tag(key: str) -> str:

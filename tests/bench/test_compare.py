@@ -193,10 +193,13 @@ def test_bench_convert_measures_both_writers_on_a_part_of_a_folder(
     folder = image_folder(tmp_path / "data", 30, data_path=None, photographs=None, originals=True)
     arguments = ["convert", "--num_images", "20", "--data_path", str(folder), "--peers", "ours"]
     result = consistent(capsys, arguments, tmp_path / "figures.json")
-    assert [row["name"] for row in result["rows"]][:2] == ["stock FFCV", "ours"]
+    assert [row["name"] for row in result["rows"]][:3] == ["stock FFCV", "ours", "ours (from a tar)"]
     assert result["facts"]["images"] == 20
+    assert result["facts"]["our resize ms"] > 0
+    assert result["facts"]["Pillow's resize ms"] > 0
     sizes = result["columns"]["file MB"]
     assert sizes["ours"] == pytest.approx(sizes["stock FFCV"], rel=0.5)
+    assert sizes["ours (from a tar)"] == sizes["ours"]
 
 
 def test_rows_are_chosen_by_the_beginning_of_their_names() -> None:

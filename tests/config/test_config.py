@@ -34,6 +34,8 @@ RAMP = ("min_res", "max_res", "start_ramp", "end_ramp")  # all four or none
 # One accepted value for each setting, other than its default, in the words of a command line.
 OTHER_WORDS: dict[str, str] = {
     "data_path": "/data/beton",
+    "stage_to": "/local/scratch",
+    "stage_evict": "true",
     "batch_size": "64",
     "update_freq": "4",
     "global_batch": "512",
@@ -159,6 +161,7 @@ NEEDED: dict[str, dict[str, str]] = {
     "model_key": {"finetune": "/runs/b/checkpoint-best.pth"},
     "model_prefix": {"finetune": "/runs/b/checkpoint-best.pth"},
     **{name: {"eval": "true"} for name in ("test_sizes", "tta", "eval_data_path", "eval_csv")},
+    "stage_evict": {"stage_to": "/local/scratch"},
     "res_batch": {name: OTHER_WORDS[name] for name in RAMP},
     **{name: {other: OTHER_WORDS[other] for other in RAMP if other != name} for name in RAMP},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import mmap
 import os
@@ -21,8 +22,19 @@ from ffcv_convnext.doctor import diagnosis as doctor
 from ffcv_convnext.doctor.advice import advise
 from ffcv_convnext.doctor.cold_read import ColdFile, StorageRate, _spread
 from ffcv_convnext.doctor.measure import StepTimer, StepTimes
-from ffcv_convnext.doctor.predict import File, Machine, Node, Prediction, Rates, predict, predict_whole, serial_rate
-from ffcv_convnext.host import PAGE
+from ffcv_convnext.doctor.place import measure_place
+from ffcv_convnext.doctor.predict import (
+    File,
+    Machine,
+    Node,
+    Place,
+    Prediction,
+    Rates,
+    predict,
+    predict_whole,
+    serial_rate,
+)
+from ffcv_convnext.host import PAGE, is_in_memory
 
 MACHINE = Machine(
     processor="a processor", cores=16, device="a GPU", cuda=True, memory_room_gb=100.0, load=0.2, torch="2",
@@ -184,6 +196,47 @@ def test_a_file_with_a_slow_first_epoch_can_be_read_sequentially_first() -> None
     text = advice(rates=replace(RATES, storage=500.0))
     assert "43 minutes with random reads (500 images/s) instead of 1" in text
     assert "in 0.4 minutes: --data_cache ram, or cat train.beton > /dev/null" in text
+
+
+PLACE = Place(folder="/scratch", in_memory=False, write=30_000.0, at_random=40_000.0)
+LARGE = replace(MACHINE, memory_room_gb=60.0)
+
+
+def advised(place: Place, **changes: Any) -> str:
+    given = inputs(**changes)
+    (text,) = (each for each in advise(**given, prediction=predict(**given), place=place) if "stage_to" in each)
+    return text
+
+
+def test_slow_storage_is_a_reason_to_measure_a_copy_on_the_node() -> None:
+    assert "--stage_to DIR copies the file once" in advice(machine=LARGE)
+    assert "--stage_to DIR copies the file once" in advice(rates=replace(RATES, storage=500.0))
+    assert "--stage_to" not in advice()
+
+
+def test_a_copy_that_saves_more_than_it_takes_is_advised() -> None:
+    text = advised(PLACE, machine=LARGE, rates=replace(RATES, storage=2_000.0))
+    copying = 65e9 / (30_000 * 50_000) / 60
+    there = copying + 300 * 1_281_167 / (8 * DEVICE) / 60
+    assert f"the copy takes {copying:.1f} minutes; random reads give 40,000 images/s there, 2,000 in data_path" in text
+    assert text.endswith("use it")
+    assert f"300 epochs take {there:,.1f} minutes, without it {300 * 1_281_167 / 2_000 / 60:,.1f}: use it" in text
+    fits = advised(PLACE, rates=replace(RATES, storage=500.0))
+    assert "the first epoch takes 1.7 minutes, without it 42.7: use it" in fits
+
+
+def test_a_copy_that_saves_nothing_is_not_advised() -> None:
+    assert advised(PLACE).endswith("it does not pay here")
+    slower = replace(PLACE, at_random=1_000.0)
+    assert advised(slower, machine=LARGE, rates=replace(RATES, storage=2_000.0)).endswith("it does not pay here")
+
+
+def test_a_place_without_room_or_an_original_in_memory_has_a_reason_instead_of_rates() -> None:
+    assert advised(Place(folder="/scratch", in_memory=False, problem="stage_to = /scratch: no room")).endswith("room")
+    text = advised(PLACE, rates=replace(RATES, storage=None))
+    assert text == (
+        "stage_to = /scratch: no comparison, because the original stays in memory here and its reads were not measured"
+    )
 
 
 def test_settings_for_another_global_batch_are_named() -> None:
@@ -366,6 +419,27 @@ def test_batches_have_the_given_size_even_if_the_file_is_small(small_settings: d
 
 def flags(settings: dict[str, Any]) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def test_the_place_of_a_copy_is_written_and_read_and_left_as_it_was(
+    small_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config.from_flat({**small_settings, "stage_to": str(tmp_path)})
+    place = measure_place(config, [50_000, 20_000], 0.1, num_readers=2)
+    assert place.folder == str(tmp_path)
+    assert place.write is not None
+    assert place.write_megabytes_per_s == pytest.approx(place.write * 35_000 / 1e6)
+    assert place.in_memory == is_in_memory(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    staging = importlib.import_module("ffcv_convnext.data.load.staging")
+    monkeypatch.setattr(staging, "room_in", lambda _: (1000, "there"))
+    full = measure_place(config, [50_000], 0.1, num_readers=2)
+    assert full.write is None
+    assert f"{tmp_path} has no room: train.beton and val.beton need" in str(full.problem)
+    found = diagnosis()
+    assert "stage_to, write" in format_page(replace(found, place=place))
+    assert "no copy: see below" in format_page(replace(found, place=full))
+    assert json.loads(replace(found, place=full).to_json())["stage_to"]["write"] is None
 
 
 @pytest.mark.usefixtures("one_thread")

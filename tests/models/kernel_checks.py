@@ -16,14 +16,13 @@ from torch.library import opcheck
 
 from ffcv_convnext.config import ModelConfig
 from ffcv_convnext.models import ResNet, count_gmacs, use_triton
-from ffcv_convnext.models.kernels import TWINS, depthwise, fuse_blocks, launch, norm, residual, twins
+from ffcv_convnext.models.kernels import TWINS, depthwise, fuse_blocks, launch, norm, twins
 from ffcv_convnext.models.kernels.fused_branch import FusedBranch
 
 PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # a kernel and its twin
     "depthwise_conv2d": (depthwise.depthwise_conv2d, twins.depthwise_conv2d),
     "depthwise_normalise": (norm.depthwise_normalise, twins.depthwise_normalise),
     "depthwise_layer_norm": (norm.depthwise_layer_norm, twins.depthwise_layer_norm),
-    "add_branch": (residual.add_branch, twins.add_branch),
 }
 
 
@@ -210,23 +209,13 @@ def test_programs_that_take_several_tiles_add_them(kernel: int, stride: int, mon
     assert torch.equal(alone[0], norm.depthwise_normalise(*args))
 
 
-@pytest.mark.parametrize("gamma", [True, False], ids=["gamma", "plain"])
-@pytest.mark.parametrize("keep", [True, False], ids=["keep", "all"])
-def test_the_residual_sum(gamma: bool, keep: bool) -> None:
-    factors = torch.tensor([1.25, 0.0, 1.25], device=DEVICE) if keep else None
-    check("add_branch", [normal(3, 40, 5, 6), normal(3, 40, 5, 6), normal(40) if gamma else None, factors], fixed=3)
-
-
 def test_autocast_and_promotion_give_the_twins_types() -> None:
     x, weight, bias, gain, offset = normal(2, 8, 7, 7), normal(8, 1, 3, 3), normal(8), normal(8), normal(8)
     for operations in (TRITON, TWINS):
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             y = operations.depthwise_layer_norm(x, weight, bias, 1, gain, offset, 1e-6)
             assert operations.depthwise_conv2d(x, weight, bias, 1).dtype == torch.bfloat16
-            assert operations.add_branch(y, y, None, None).dtype == torch.bfloat16
         assert y.dtype == torch.bfloat16
-        assert operations.add_branch(x, y, gain, None).dtype == torch.float32
-        assert operations.add_branch(y, y, gain, None).dtype == torch.float32
 
 
 @pytest.mark.slow
@@ -271,7 +260,7 @@ def test_other_memory_formats_are_copied_and_other_types_refused() -> None:
 def test_the_operators_are_registered_as_pytorch_asks() -> None:
     x, weight, vector = normal(1, 8, 4, 4), normal(8, 1, 3, 3), normal(8)
     g, rstd = normal(1, 8, 2, 2), torch.rand(1, 2, 2, device=DEVICE)
-    half, keep = torch.bfloat16, torch.ones(1, device=DEVICE)
+    half = torch.bfloat16
     learned = [t.clone().requires_grad_() for t in (x, weight, vector)]
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     for operator, args in [
@@ -281,9 +270,6 @@ def test_the_operators_are_registered_as_pytorch_asks() -> None:
         (OPS.depthwise_weight_gradient, (x, g, 2, 3, torch.float32)),
         (OPS.depthwise_normalised, (*learned[:3], 2, 1e-6, half)),
         (OPS.normalised_gradient, (g, g.to(half), rstd)),
-        (OPS.add_branch, (learned[0], x.to(half).requires_grad_(), learned[2], keep)),
-        (OPS.branch_gradient, (x, x.to(half), vector, keep)),
-        (OPS.branch_gradient, (x, x.to(half), None, None)),
     ]:
         opcheck(operator, args, test_utils=utilities)
 

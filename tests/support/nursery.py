@@ -24,7 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-Moment = tuple[str, int]  # a function's full name, and which call of it, counted from 1
+Moment = tuple[str, int] | tuple[str, int, float]
+"""A function's full name, which call of it, counted from 1, and maybe the seconds for which that call waits."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Nursery:
 
 def strike_at(moments: list[Moment], numbers: list[int]) -> None:
     """Wrap the first moment's function: its n-th call waits for the next moment, sends the signals, or raises."""
-    (target, call), *later = moments
+    (target, call, *delay), *later = moments
     owner_name, _, name = target.rpartition(".")
     owner = pkgutil.resolve_name(owner_name)
     original = getattr(owner, name)
@@ -151,6 +152,7 @@ def strike_at(moments: list[Moment], numbers: list[int]) -> None:
             setattr(owner, name, original)
             if later:
                 strike_at(later, numbers)
+                time.sleep(*delay or [0])
             else:
                 for number in numbers:
                     os.kill(os.getpid(), number)

@@ -6,6 +6,7 @@ import argparse
 import os
 import pickle
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,6 +120,7 @@ def test_the_newest_complete_checkpoint_wins(tmp_path: Path, caplog: pytest.LogC
     assert checkpoints.newest() is None
     for step in (1, 2, 3):
         checkpoints.save(content(step))
+    checkpoints.wait()
     newest = checkpoints.newest()
     assert newest is not None
     assert (newest[0].name, newest[1]["step"]) == (LAST, 3)
@@ -140,6 +142,7 @@ def test_a_save_that_ends_between_its_renames_loses_at_most_itself(
 ) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(content(1))
+    checkpoints.wait()
     calls = []
 
     def replace(*names: Any) -> None:
@@ -151,12 +154,14 @@ def test_a_save_that_ends_between_its_renames_loses_at_most_itself(
     original = os.replace
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
+        checkpoints.save(content(2))
         with pytest.raises(KeyboardInterrupt):
-            checkpoints.save(content(2))
+            checkpoints.wait()
     newest = checkpoints.newest()
     assert newest is not None
     assert newest[1]["step"] == 1
     checkpoints.save(content(3))
+    checkpoints.wait()
     newest = checkpoints.newest()
     assert newest is not None
     assert newest[1]["step"] == 3
@@ -180,3 +185,36 @@ def test_a_signal_while_a_checkpoint_is_read_is_not_taken_for_damage(
     monkeypatch.setattr(torch, "load", interrupted)
     with pytest.raises(Interrupted):
         Checkpoints(tmp_path).newest()
+
+
+def test_later_steps_do_not_change_what_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released, original = threading.Event(), torch.save
+
+    def slow(*arguments: Any) -> None:
+        assert released.wait(30)
+        original(*arguments)
+
+    monkeypatch.setattr(torch, "save", slow)
+    checkpoints, state = Checkpoints(tmp_path), content(1)
+    checkpoints.save(state)
+    state["model"]["weight"].zero_()
+    state["best"]["test_acc1"] = 99.0
+    assert not (tmp_path / LAST).exists(), "save returned before the file was written"
+    released.set()
+    checkpoints.wait()
+    assert_equal(read_checkpoint(tmp_path / LAST), content(1))
+
+
+def test_a_full_disk_in_the_thread_is_raised_by_the_next_save_or_wait(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(content(1))
+    checkpoints.wait()
+    with largest_file(4096):
+        checkpoints.save(content(2))
+        with pytest.raises(Failure, match=r"could not write .*make room"):
+            checkpoints.save(content(3))
+        checkpoints.save(content(4))
+        with pytest.raises(Failure, match=r"could not write .*make room"):
+            checkpoints.wait()
+    checkpoints.wait()  # an error is raised once
+    assert_equal(read_checkpoint(tmp_path / LAST), content(1))

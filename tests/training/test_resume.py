@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support import REPOSITORY
-from support.nursery import Nursery
+from support.nursery import Moment, Nursery
 from support.runs import assert_equal, assert_same_run, log_without_timings, send_at_step, train_here
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -180,9 +180,10 @@ def test_without_auto_resume_a_folder_restarts(folder: Path, settings: dict[str,
 TRAIN_STEP, SAVE_BEST = "ffcv_convnext.training.engine.train_step", "ffcv_convnext.training.engine.save_best"
 EVALUATE, SAVE = "ffcv_convnext.training.engine.evaluate", "ffcv_convnext.training.checkpoint.Checkpoints.save"
 LOG_DONE = "ffcv_convnext.training.runlog.RunLog.done"
-KILLS = {
+KILLS: dict[str, list[Moment]] = {
     "before anything is saved": [(TRAIN_STEP, 2)],
     "while the first checkpoint is written": [("torch.save", 1)],
+    "two steps later than the second save, whose thread has written nothing": [("torch.save", 2, 30), (TRAIN_STEP, 2)],
     "after checkpoint-last became the previous one": [("torch.save", 2), ("os.replace", 3)],
     "when a checkpoint is written but not renamed": [("torch.save", 2), ("os.fsync", 1)],
     "while evaluating": [(EVALUATE, 1)],

@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 VERSION = 2  # of the format
 HEADER = np.dtype(
@@ -38,14 +39,15 @@ _ROWS = 1 << 16  # of a table that are read at once
 CONVERT_AGAIN = "convert it again with write_ffcv_dataset.py --overwrite"
 
 Row = tuple[int, int, int, int, int]  # of a sample: mode, width, height, label, bytes
+ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("label", "<i8"), ("size", "<u4")])  # a Row
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Page:
     """A page that was written."""
 
     crc32: int  # of its bytes, including the unused ones at its end
-    rows: list[Row]
+    rows: NDArray[Any]  # (samples,) ROW
 
 
 class EncodedImage(NamedTuple):

@@ -11,18 +11,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ffcv_convnext.data.beton.layout import CONVERT_AGAIN, check_header, table_sizes, tables_digest
 from ffcv_convnext.data.codec.turbojpeg import Subsampling
-from ffcv_convnext.files import write_atomically
+from ffcv_convnext.files import replacing, write_atomically
 
 Split = Literal["train", "val"]
 FORMAT = 2
+_BLOCK = 1 << 14  # lines of a list of files
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +168,8 @@ class Manifest:
             )
         return manifest
 
-    def original_files(self, beton: Path) -> list[str] | None:
-        """Return the samples' original files, in sample order and relative to `source`.
+    def file_list(self, beton: Path) -> bytes | None:
+        """Return the samples' original files, a line each, in sample order and relative to `source`.
 
         None if the list is missing or belongs to another .beton.
         """
@@ -175,14 +177,42 @@ class Manifest:
             content = self.files_path_for(beton).read_bytes()
         except OSError:
             return None
-        if hashlib.sha256(content).hexdigest() != self.files_sha256:
-            return None
-        return [os.fsdecode(line) for line in content.split(b"\n")[:-1]]
+        return content if hashlib.sha256(content).hexdigest() == self.files_sha256 else None
+
+    def original_files(self, beton: Path) -> list[str] | None:
+        """Return the samples' original files, or None as `file_list`. Takes 100 bytes a sample."""
+        content = self.file_list(beton)
+        return None if content is None else [os.fsdecode(line) for line in content.split(b"\n")[:-1]]
 
     def original_file(self, beton: Path, sample: int) -> Path | None:
         """Return the original file of a sample, or None if it is unknown. Reads the whole list."""
-        files = self.original_files(beton)
-        return None if files is None or not 0 <= sample < len(files) else Path(self.source) / files[sample]
+        found = self.select_original_files(beton, (sample,))
+        return Path(self.source) / found[sample] if sample in found else None
+
+    def select_original_files(self, beton: Path, samples: Collection[int]) -> dict[int, str]:
+        """Return the original files of some samples, where known. Reads the whole list; keeps only these in memory."""
+        digest, found = hashlib.sha256(), {}
+        try:
+            with open(self.files_path_for(beton), "rb") as file:
+                for number, line in enumerate(file):
+                    digest.update(line)
+                    if number in samples:
+                        found[number] = os.fsdecode(line.removesuffix(b"\n"))
+        except OSError:
+            return {}
+        return found if digest.hexdigest() == self.files_sha256 else {}
+
+    def count_original_files(self, beton: Path) -> int | None:
+        """Return the number of lines of the list of original files, or None as `file_list`."""
+        digest, number = hashlib.sha256(), 0
+        try:
+            with open(self.files_path_for(beton), "rb") as file:
+                while part := file.read(1 << 20):
+                    digest.update(part)
+                    number += part.count(b"\n")
+        except OSError:
+            return None
+        return number if digest.hexdigest() == self.files_sha256 else None
 
 
 def _is_of_type(value: Any, kind: Any) -> bool:
@@ -204,6 +234,18 @@ def _is_of_type(value: Any, kind: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
-def encode_file_list(files: Sequence[str]) -> bytes:
-    """Return the content of a .files.txt. Names that are not UTF-8 keep their bytes."""
-    return b"".join(os.fsencode(file) + b"\n" for file in files)
+def encode_file_list(files: Iterable[str]) -> Iterator[bytes]:
+    """Yield the content of a .files.txt in parts. Names that are not UTF-8 keep their bytes."""
+    left = iter(files)
+    while block := list(islice(left, _BLOCK)):
+        yield os.fsencode("\n".join([*block, ""]))
+
+
+def write_file_list(path: Path, parts: Iterable[bytes]) -> str:
+    """Write a .files.txt atomically and return its SHA-256.   parts: its content, in order."""
+    digest = hashlib.sha256()
+    with replacing(path) as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+    return digest.hexdigest()

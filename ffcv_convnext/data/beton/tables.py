@@ -9,11 +9,11 @@ from __future__ import annotations
 import mmap
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,8 @@ from ffcv_convnext.data.beton.layout import (
 
 UNKNOWN = -1  # as a length or an owner: the allocation table has no entry for the sample's address
 SPLITS = ("train", "val")
+ROWS = 1 << 16  # of a table that are handled at once, which bounds the memory
+_PAGES = 16  # pages for a thread
 
 
 class UnreadableTables(ValueError):
@@ -49,9 +51,9 @@ class Tables:
     pages_start: int  # where the sample table ends; pages begin here or later
     pages_end: int  # where the allocation table begins
     num_allocations: int  # whole entries of that table
-    modes: NDArray[np.int64]  # (n,) JPG, RAW or an unknown number
-    widths: NDArray[np.int64]  # (n,) pixels
-    heights: NDArray[np.int64]
+    modes: NDArray[np.uint8]  # (n,) JPG, RAW or an unknown number
+    widths: NDArray[np.int32]  # (n,) pixels
+    heights: NDArray[np.int32]
     labels: NDArray[np.int64] | None  # (n,); None: the file has no integer field
     addresses: NDArray[np.int64]  # (n,) first byte of the stored image
     lengths: NDArray[np.int64]  # (n,) bytes of the stored image, or UNKNOWN
@@ -66,6 +68,13 @@ class Tables:
         inside = (self.addresses >= self.pages_start) & (self.addresses <= self.pages_end)
         inside &= (self.lengths > 0) & (self.lengths <= self.pages_end - self.addresses)
         return inside & (self.lengths <= self.page_size)
+
+    def in_order_of_file(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return ascending `samples` by their addresses."""
+        addresses = self.addresses if len(samples) == len(self) else self.addresses[samples]
+        if _ascend(addresses):  # as our own writer leaves them
+            return samples
+        return samples[np.argsort(addresses, kind="stable")]
 
     def page_start(self, page: int, num_pages: int) -> int:
         """Return the address of a page (from 0) in a file of `num_pages` pages.
@@ -100,9 +109,39 @@ class RawTables:
     allocations: NDArray[Any]  # (m,) ALLOCATION, whole entries, read-only
 
 
+class _Places(NamedTuple):
+    """Where the tables of a .beton are."""
+
+    num_bytes: int  # of the file
+    fields: tuple[str, ...]
+    page_size: int
+    row_type: np.dtype[Any]
+    start: int  # of the sample table
+    num_samples: int
+    pages_start: int
+    pages_end: int
+    num_allocations: int
+    image: str
+    label: str | None
+
+
 def read_raw_tables(beton: Path, *, mapped: bool = False) -> RawTables:
     """Read or map the tables of a .beton. Raises UnreadableTables if the file has no usable header or no images."""
-    take = _map if mapped else _read
+    places, take = _find_tables(beton), _map if mapped else _read
+    return RawTables(
+        num_bytes=places.num_bytes,
+        fields=places.fields,
+        page_size=places.page_size,
+        pages_start=places.pages_start,
+        pages_end=places.pages_end,
+        rows=take(beton, places.row_type, places.num_samples, places.start),
+        image=places.image,
+        label=places.label,
+        allocations=take(beton, ALLOCATION, places.num_allocations, places.pages_end),
+    )
+
+
+def _find_tables(beton: Path) -> _Places:
     num_bytes = beton.stat().st_size
     if num_bytes < HEADER.itemsize:
         raise UnreadableTables(f"{beton} has {num_bytes} bytes, less than a header: not an FFCV file; {CONVERT_AGAIN}")
@@ -120,24 +159,39 @@ def read_raw_tables(beton: Path, *, mapped: bool = False) -> RawTables:
             f"{beton}: a table of {num_samples} samples and pages of {header['page_size']} bytes do not fit into the "
             f"file ({num_bytes} bytes): truncated or a damaged header; copy it again, or {CONVERT_AGAIN}"
         )
-    rows = take(beton, row_type, num_samples, start)
     image, label = (next((f"f{i}" for i in range(len(names)) if row_type[i] == kind), None) for kind in (IMAGE, LABEL))
     if image is None:
         raise UnreadableTables(
             f"{beton} has no images, only {', '.join(names)}; write image, label with write_ffcv_dataset.py"
         )
-    room = max(0, num_bytes - pages_end) // ALLOCATION.itemsize
-    return RawTables(
+    return _Places(
         num_bytes=num_bytes,
         fields=names,
         page_size=int(header["page_size"]),
+        row_type=row_type,
+        start=start,
+        num_samples=num_samples,
         pages_start=pages_start,
         pages_end=pages_end,
-        rows=rows,
+        num_allocations=max(0, num_bytes - pages_end) // ALLOCATION.itemsize,
         image=image,
         label=label,
-        allocations=take(beton, ALLOCATION, room, pages_end),
     )
+
+
+def _ascend(values: NDArray[np.int64], steps: int = 0) -> bool:
+    """Return whether each value is the one before it plus `steps`, or larger."""
+    parts = (values[start : start + ROWS + 1] for start in range(0, len(values), ROWS))
+    return not any((part[1:] < part[:-1] + steps).any() for part in parts)
+
+
+def _blocks(beton: Path, row_type: np.dtype[Any], num_rows: int, start: int) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """Yield the rows of a table in parts, each with its place in the table."""
+    with open(beton, "rb") as file:
+        file.seek(start)
+        for first in range(0, num_rows, ROWS):
+            number = min(ROWS, num_rows - first)
+            yield slice(first, first + number), np.fromfile(file, row_type, number)
 
 
 def _read(beton: Path, row_type: np.dtype[Any], num_rows: int, start: int) -> NDArray[Any]:
@@ -160,37 +214,69 @@ def _map(beton: Path, row_type: np.dtype[Any], num_rows: int, start: int) -> NDA
 
 
 def read_tables(beton: Path) -> Tables:
-    """Read the tables of a .beton.
+    """Read the tables of a .beton; takes 41 bytes a sample.
 
     Samples that are missing in a truncated allocation table have the length UNKNOWN.   Raises UnreadableTables, a
     ValueError of one line, if the file has no usable header or no images.
     """
-    raw = read_raw_tables(beton)
-    images = raw.rows[raw.image]
-    table = raw.allocations[np.argsort(raw.allocations["ptr"], kind="stable")]
-    wanted = images["data_ptr"]
-    entries = np.searchsorted(table["ptr"], wanted)
-    lengths, owners = np.full((2, len(images)), UNKNOWN)
-    known = entries < len(table)
-    known[known] = table["ptr"][entries[known]] == wanted[known]
-    entries = entries[known]
-    lengths[known], owners[known] = (np.minimum(table[name][entries], 1 << 62) for name in ("size", "sample_id"))
+    places = _find_tables(beton)
+    number = places.num_samples
+    modes, widths, heights = np.empty(number, np.uint8), np.empty(number, np.int32), np.empty(number, np.int32)
+    addresses = np.empty(number, np.int64)
+    labels = None if places.label is None else np.empty(number, np.int64)
+    for part, rows in _blocks(beton, places.row_type, number, places.start):
+        images = rows[places.image]
+        modes[part], widths[part], heights[part] = images["mode"], images["width"], images["height"]
+        addresses[part] = images["data_ptr"].view(np.int64)  # from 2**63 on negative: outside the file in either case
+        if labels is not None:
+            labels[part] = rows[places.label]
+    lengths, owners = _read_allocations(beton, places, addresses)
     return Tables(
         path=beton,
-        num_bytes=raw.num_bytes,
-        fields=raw.fields,
-        page_size=raw.page_size,
-        pages_start=raw.pages_start,
-        pages_end=min(raw.pages_end, raw.num_bytes),
-        num_allocations=len(table),
-        modes=images["mode"].astype(np.int64),
-        widths=images["width"].astype(np.int64),
-        heights=images["height"].astype(np.int64),
-        labels=None if raw.label is None else raw.rows[raw.label].astype(np.int64),
-        addresses=wanted.astype(np.int64),  # values from 2**63 on become negative: outside the file in either case
+        num_bytes=places.num_bytes,
+        fields=places.fields,
+        page_size=places.page_size,
+        pages_start=places.pages_start,
+        pages_end=min(places.pages_end, places.num_bytes),
+        num_allocations=places.num_allocations,
+        modes=modes,
+        widths=widths,
+        heights=heights,
+        labels=labels,
+        addresses=addresses,
         lengths=lengths,
         owners=owners,
     )
+
+
+def _read_allocations(
+    beton: Path, places: _Places, addresses: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return length and owner of the data at each address."""
+    number = places.num_samples
+    lengths, owners = np.full(number, UNKNOWN), np.full(number, UNKNOWN)
+
+    def store(part: Any, rows: NDArray[Any]) -> None:
+        lengths[part], owners[part] = (np.minimum(rows[name], 1 << 62) for name in ("size", "sample_id"))
+
+    if places.num_allocations == number:
+        for part, rows in _blocks(beton, ALLOCATION, number, places.pages_end):
+            if not np.array_equal(rows["ptr"].view(np.int64), addresses[part]):
+                break
+            store(part, rows)
+        else:  # sample i is allocation i, as our own writer leaves them
+            if _ascend(addresses, steps=1):
+                return lengths, owners
+    table = _read(beton, ALLOCATION, places.num_allocations, places.pages_end)
+    table = table[np.argsort(table["ptr"], kind="stable")]
+    lengths[:], owners[:] = UNKNOWN, UNKNOWN
+    for start in range(0, number, ROWS):
+        wanted = addresses[start : start + ROWS].view(np.uint64)
+        entries = np.searchsorted(table["ptr"], wanted)
+        known = entries < len(table)
+        known[known] = table["ptr"][entries[known]] == wanted[known]
+        store(start + np.flatnonzero(known), table[entries[known]])
+    return lengths, owners
 
 
 def _fields(beton: Path, num_fields: int, num_bytes: int) -> tuple[tuple[str, ...], np.dtype[Any], int]:
@@ -233,9 +319,11 @@ def damaged_pages(tables: Tables, page_crc32: Sequence[int], num_workers: int = 
     def crc32(page: int) -> int:
         return zlib.crc32(os.pread(file.fileno(), tables.page_size, tables.page_start(page, num_pages)))
 
+    def damaged(first: int) -> list[int]:
+        return [page for page in range(first, min(first + _PAGES, num_pages)) if crc32(page) != page_crc32[page]]
+
     with open(tables.path, "rb") as file, ThreadPoolExecutor(num_workers, thread_name_prefix="verify") as pool:
-        found = list(pool.map(crc32, range(num_pages)))
-    return [page for page, (actual, expected) in enumerate(zip(found, page_crc32, strict=True)) if actual != expected]
+        return [page for pages in pool.map(damaged, range(0, num_pages, _PAGES)) for page in pages]
 
 
 def find_betons(path: Path) -> list[Path]:

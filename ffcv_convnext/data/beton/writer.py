@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ffcv_convnext.data.beton.ffcv_import import importing_ffcv
-from ffcv_convnext.data.beton.layout import ALLOCATION, FIELD, HEADER, MODES, VERSION, EncodedImage, Page, Row
+from ffcv_convnext.data.beton.layout import ALLOCATION, FIELD, HEADER, MODES, ROW, VERSION, EncodedImage, Page, Row
 
 with importing_ffcv():
     from ffcv.fields import IntField, RGBImageField
@@ -92,7 +92,7 @@ class BetonWriter:
             def finish_page() -> None:
                 nonlocal page, used, rows
                 _write_at(file.fileno(), page, self._page_start(len(self.pages)))
-                self.pages.append(Page(zlib.crc32(page), rows))
+                self.pages.append(Page(zlib.crc32(page), np.array(rows, ROW)))
                 page, used, rows = bytearray(self.page_size), 0, []
                 on_page(self.pages[-1])
 
@@ -115,24 +115,27 @@ class BetonWriter:
 
     def _write_tables(self, descriptor: int) -> int:
         """Write everything but the pages, the header last; return the number of samples."""
-        number = sum(len(page.rows) for page in self.pages)
-        table, allocations = np.zeros(number, self.row_type), np.zeros(number, ALLOCATION)
-        images, labels = (table[name] for name in self.row_type.names or ())
-        sample = 0
-        for index, page in enumerate(self.pages):
-            address = self._page_start(index)
-            for mode, width, height, label, size in page.rows:
-                images[sample], labels[sample] = (mode, width, height, address), label
-                allocations[sample] = sample, address, size
-                address += size
-                sample += 1
         end = self._page_start(len(self.pages))
         os.truncate(descriptor, end)  # an earlier, longer attempt may have written more
-        _write_at(descriptor, allocations.tobytes(), end)
-        _write_at(descriptor, self.descriptors.tobytes() + table.tobytes(), HEADER.itemsize)
-        header = np.array([(VERSION, len(self.descriptors), self.page_size, number, end)], HEADER)
+        _write_at(descriptor, self.descriptors.tobytes(), HEADER.itemsize)
+        sample = 0
+        for index, page in enumerate(self.pages):
+            number = len(page.rows)
+            table, allocations = np.zeros(number, self.row_type), np.zeros(number, ALLOCATION)
+            images, labels = (table[name] for name in self.row_type.names or ())
+            for name in ("mode", "width", "height"):
+                images[name] = page.rows[name]
+            labels[:] = page.rows["label"]
+            allocations["sample_id"] = np.arange(sample, sample + number)
+            allocations["size"] = page.rows["size"]
+            ends = np.cumsum(allocations["size"], dtype=np.uint64)
+            images["data_ptr"] = allocations["ptr"] = ends - allocations["size"] + np.uint64(self._page_start(index))
+            _write_at(descriptor, allocations.tobytes(), end + sample * ALLOCATION.itemsize)
+            _write_at(descriptor, table.tobytes(), self.table_start + sample * self.row_type.itemsize)
+            sample += number
+        header = np.array([(VERSION, len(self.descriptors), self.page_size, sample, end)], HEADER)
         _write_at(descriptor, header.tobytes(), 0)
-        return number
+        return sample
 
 
 def _write_at(descriptor: int, content: bytes | bytearray, address: int) -> None:

@@ -39,7 +39,7 @@ class Spread:
     max: int
 
     @classmethod
-    def of(cls, values: NDArray[np.int64]) -> Spread:
+    def of(cls, values: NDArray[np.int64] | NDArray[np.int32]) -> Spread:
         """Compute them. values: at least one."""
         return cls(int(values.min()), float(np.median(values)), float(values.mean()), int(values.max()))
 
@@ -254,7 +254,7 @@ def _classes(tables: Tables, manifest: Manifest | None, remarks: list[str]) -> t
     return manifest.classes, tuple(counts.tolist())
 
 
-def _bins(sides: NDArray[np.int64]) -> list[Bin]:
+def _bins(sides: NDArray[np.int32]) -> list[Bin]:
     """Return bars of one round width from the shortest to the longest side."""
     shortest, longest = int(sides.min()), int(sides.max())
     round_widths = (n * 10**power for power in range(5) for n in (1, 2, 5))

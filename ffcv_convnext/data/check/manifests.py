@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ffcv_convnext.data.beton import CONVERT_AGAIN, Manifest
+from ffcv_convnext.data.convert.names import Names
 
 
 def read_manifest(beton: Path) -> tuple[Manifest | None, list[str]]:
@@ -18,17 +19,29 @@ def read_manifest(beton: Path) -> tuple[Manifest | None, list[str]]:
     return manifest, []
 
 
-def read_original_files(beton: Path, manifest: Manifest) -> tuple[list[str], list[str]]:
+def check_original_files(beton: Path, manifest: Manifest) -> list[str]:
+    """Return what is wrong with the list of original files."""
+    return _problems(beton, manifest, manifest.count_original_files(beton))
+
+
+def read_original_files(beton: Path, manifest: Manifest) -> tuple[Names, list[str]]:
     """Return the original file of each sample, or no files, and what is wrong with the list."""
+    content = manifest.file_list(beton)
+    files = None if content is None else Names.of_lines(content)
+    problems = _problems(beton, manifest, None if files is None else len(files))
+    return Names.of([]) if problems or files is None else files, problems
+
+
+def _problems(beton: Path, manifest: Manifest, number: int | None) -> list[str]:
+    """Return what is wrong with a list of `number` files; None: it is missing or damaged."""
     path = Manifest.files_path_for(beton)
-    files = manifest.original_files(beton)
-    if files is None:
+    if number is None:
         differs = "differs from the manifest's hash: damaged, or of another conversion"
         wrong = differs if path.is_file() else "is missing"
-        return [], [f"the list of original files {path.name} {wrong}; copy it again"]
-    if len(files) != manifest.num_samples:
-        return [], [
-            f"the list of original files {path.name} has {len(files)} lines, but the manifest states "
+        return [f"the list of original files {path.name} {wrong}; copy it again"]
+    if number != manifest.num_samples:
+        return [
+            f"the list of original files {path.name} has {number} lines, but the manifest states "
             f"{manifest.num_samples} samples; {CONVERT_AGAIN}"
         ]
-    return files, []
+    return []

@@ -17,6 +17,7 @@ from ffcv_convnext.data.beton import CONVERT_AGAIN, JPG, Manifest
 from ffcv_convnext.data.beton.tables import Tables, damaged_pages, find_betons, read_tables
 from ffcv_convnext.data.check.manifests import read_original_files
 from ffcv_convnext.data.convert.encode import Encoding, ImageError, encode_content
+from ffcv_convnext.data.convert.names import Names
 from ffcv_convnext.data.convert.open_sources import reopen
 from ffcv_convnext.data.convert.source import ImageFolder, Source
 
@@ -68,9 +69,12 @@ def _repair_file(beton: Path, num_workers: int) -> list[RepairedPage]:
     return repaired
 
 
-def _open_originals(source: Path, manifest: Manifest, files: list[str]) -> Source:
+def _open_originals(source: Path, manifest: Manifest, files: Names) -> Source:
     """Return the images of `files` in the folder or the archives that the .beton was made from."""
-    return reopen(manifest, files) or ImageFolder(source, manifest.classes, files, labels=[])
+    again = reopen(manifest, files)
+    if again is not None:
+        return again
+    return ImageFolder(source, manifest.classes, files, labels=np.zeros(len(files), np.int32))
 
 
 def _encode_page(

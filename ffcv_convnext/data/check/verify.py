@@ -10,10 +10,11 @@ import json
 import os
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from ffcv_convnext.data.beton import CONVERT_AGAIN, JPG, RAW, Manifest
 from ffcv_convnext.data.beton.tables import (
+    ROWS,
     Tables,
     UnreadableTables,
     damaged_pages,
@@ -28,7 +30,7 @@ from ffcv_convnext.data.beton.tables import (
     read_tables,
     shown,
 )
-from ffcv_convnext.data.check.manifests import read_manifest, read_original_files
+from ffcv_convnext.data.check.manifests import check_original_files, read_manifest
 from ffcv_convnext.data.codec.crop import HEIGHT, WIDTH, read_layout
 from ffcv_convnext.data.codec.decode import NO_JPEG, OK, OUTSIDE_FILE, REASONS, UNKNOWN_MODE, addresses, decode_jpeg
 from ffcv_convnext.data.convert.progress import ProgressBar
@@ -36,6 +38,7 @@ from ffcv_convnext.formatting import format_bytes, format_count, markdown_table
 
 NUM_SHOWN = 20  # bad samples of a file in the text; the JSON has all
 _CHUNK = 32  # images per task of a thread
+_AHEAD = 8  # tasks a thread that wait: bounds the memory
 _FIELDS = ("image", "label")
 
 Reasons = dict[int, list[str]]  # sample -> what is wrong with it
@@ -157,11 +160,10 @@ def _verify_file(beton: Path, num_workers: int) -> tuple[FileCheck, Manifest | N
     if not beton.is_file():
         return check, manifest
     check.num_bytes = beton.stat().st_size
-    files: list[str] = []
     if manifest:
         check.source = manifest.source
-        files, problems = read_original_files(beton, manifest)
-        check.problems += problems
+        no_files = check_original_files(beton, manifest)
+        check.problems += no_files
     try:
         tables = read_tables(beton)
     except UnreadableTables as error:
@@ -176,9 +178,9 @@ def _verify_file(beton: Path, num_workers: int) -> tuple[FileCheck, Manifest | N
     if manifest:
         check.problems += _page_problems(tables, manifest, num_workers)
     check.seconds = time.perf_counter() - started
+    files = manifest.select_original_files(beton, reasons) if manifest and reasons and not no_files else {}
     for sample, found in sorted(reasons.items()):
-        file = files[sample] if sample < len(files) else None
-        check.bad_samples.append(BadSample(sample, file, "; ".join(found)))
+        check.bad_samples.append(BadSample(sample, files.get(sample), "; ".join(found)))
     return check, manifest
 
 
@@ -213,55 +215,83 @@ def _page_problems(tables: Tables, manifest: Manifest, num_workers: int) -> list
 
 def _check_rows(tables: Tables, manifest: Manifest | None, reasons: Reasons) -> None:
     """Check each row of the sample table; only bad rows cost a Python loop."""
+    located = tables.in_pages
+    num_classes = len(manifest.classes) if manifest else None
+    for start in range(0, len(tables), ROWS):
+        located[start : start + ROWS] = _check_part(tables, start, located[start : start + ROWS], num_classes, reasons)
+    _check_overlaps(tables, tables.in_order_of_file(np.flatnonzero(located)), reasons)
+
+
+def _check_part(
+    tables: Tables, start: int, inside: NDArray[np.bool_], num_classes: int | None, reasons: Reasons
+) -> NDArray[np.bool_]:
+    """Check the samples from `start` on, and return whose data is located.
+
+    inside: (samples of this part,) whether the data lies in the pages.   num_classes: None if it is not known.
+    """
+    part = slice(start, start + len(inside))
+    modes, widths, heights = tables.modes[part], tables.widths[part], tables.heights[part]
+    lengths, addresses, owners = tables.lengths[part], tables.addresses[part], tables.owners[part]
 
     def bad(where: NDArray[np.bool_], reason: Callable[[int], str]) -> None:
-        for sample in np.flatnonzero(where).tolist():
-            reasons[sample].append(reason(sample))
+        for row in np.flatnonzero(where).tolist():
+            reasons[start + row].append(reason(row))
 
-    widths, heights, labels, modes = tables.widths, tables.heights, tables.labels, tables.modes
     bad((widths == 0) | (heights == 0), lambda i: f"the sample table states {widths[i]} x {heights[i]} pixels")
     bad((modes != JPG) & (modes != RAW), lambda _: REASONS[UNKNOWN_MODE])
-    if labels is not None:
-        num_classes = len(manifest.classes) if manifest else 1 << 62
-        bad(
-            (labels < 0) | (labels >= num_classes),
-            lambda i: f"its label {labels[i]} is not among the {f'{num_classes} ' if manifest else ''}classes",
-        )
-    known = tables.lengths >= 0
+    if tables.labels is not None:
+        labels = tables.labels[part]
+        wrong = (labels < 0) | (labels >= (1 << 62 if num_classes is None else num_classes))
+        among = "" if num_classes is None else f"{num_classes} "
+        bad(wrong, lambda i: f"its label {labels[i]} is not among the {among}classes")
+    known = lengths >= 0
     bad(~known, lambda _: "its address is not in the allocation table")
     bad(
-        known & ~tables.in_pages,
-        lambda i: f"its data ({tables.lengths[i]} bytes at {tables.addresses[i]}) is not inside a page of the file",
+        known & ~inside,
+        lambda i: f"its data ({lengths[i]} bytes at {addresses[i]}) is not inside a page of the file",
     )
-    bad(
-        known & (tables.owners != np.arange(len(tables))),
-        lambda i: f"the allocation table assigns its data to sample {tables.owners[i]}",
-    )
-    located = np.flatnonzero(tables.in_pages & (tables.owners == np.arange(len(tables))))  # the others are already bad
-    if not len(located):
-        return
-    order = located[np.argsort(tables.addresses[located], kind="stable")]
-    ends = tables.addresses[order] + tables.lengths[order]
-    furthest = np.maximum.accumulate(ends)  # end of all data up to each sample
-    whose = np.maximum.accumulate(np.where(ends == furthest, np.arange(len(order)), 0))
-    for k in (np.flatnonzero(tables.addresses[order[1:]] < furthest[:-1]) + 1).tolist():
-        reasons[int(order[k])].append(f"its data overlaps that of sample {order[whose[k - 1]]}")
+    mine = owners == np.arange(start, start + len(inside))
+    bad(known & ~mine, lambda i: f"the allocation table assigns its data to sample {owners[i]}")
+    located: NDArray[np.bool_] = inside & mine  # the others are already bad
+    return located
+
+
+def _check_overlaps(tables: Tables, order: NDArray[np.int64], reasons: Reasons) -> None:
+    """Find data that overlaps that of an earlier sample. order: samples by their addresses."""
+    furthest, owner = 0, -1  # end of all data so far, and the sample that it belongs to
+    for start in range(0, len(order), ROWS):
+        samples = order[start : start + ROWS]
+        begins = tables.addresses[samples]
+        ends = begins + tables.lengths[samples]
+        reached = np.maximum.accumulate(np.concatenate([[furthest], ends]))  # before each sample, and after the last
+        numbers = np.arange(1, len(samples) + 1)
+        latest = np.maximum.accumulate(np.where(ends == reached[1:], numbers, 0))  # in this part, from 1; 0: before it
+        owners = np.where(latest > 0, samples[latest - 1], owner)
+        before = np.concatenate([[owner], owners[:-1]])
+        for k in np.flatnonzero(begins < reached[:-1]).tolist():
+            reasons[int(samples[k])].append(f"its data overlaps that of sample {before[k]}")
+        furthest, owner = int(reached[-1]), int(owners[-1])
 
 
 def _decode_all(tables: Tables, num_workers: int, reasons: Reasons) -> int:
     """Decode each sample whose data is located, in the order of the file; return their number."""
     usable = tables.in_pages & (tables.widths > 0) & (tables.heights > 0)
     usable &= (tables.modes == JPG) | (tables.modes == RAW)
-    samples = np.flatnonzero(usable)
-    samples = samples[np.argsort(tables.addresses[samples], kind="stable")]
-    chunks = [samples[start : start + _CHUNK].tolist() for start in range(0, len(samples), _CHUNK)]
+    samples = tables.in_order_of_file(np.flatnonzero(usable))
+    chunks = (samples[start : start + _CHUNK].tolist() for start in range(0, len(samples), _CHUNK))
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="verify")
     name = f"{tables.path.parent.name}/{tables.path.name}"
+    waiting: deque[tuple[list[int], Future[list[str]]]] = deque()
     with open(tables.path, "rb", buffering=0) as file, ProgressBar(len(samples), name) as progress:
         try:
             decode = _Decoder(tables, file.fileno())
-            for chunk, answers in zip(chunks, pool.map(decode, chunks), strict=True):
-                for sample, reason in zip(chunk, answers, strict=True):
+            while True:
+                more = islice(chunks, _AHEAD * num_workers - len(waiting))
+                waiting.extend((chunk, pool.submit(decode, chunk)) for chunk in more)
+                if not waiting:
+                    break
+                chunk, answers = waiting.popleft()
+                for sample, reason in zip(chunk, answers.result(), strict=True):
                     if reason:
                         reasons[sample].append(reason)
                 progress.add(len(chunk))

@@ -10,18 +10,13 @@ that contain the address of a C function, which differs between processes; they 
 
 from __future__ import annotations
 
-import atexit
-import hashlib
 import logging
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import llvmlite
 import numba
 import numpy as np
 from llvmlite import ir
@@ -31,24 +26,9 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from ffcv_convnext import rng
-from ffcv_convnext.host import cache_folder
+from ffcv_convnext.data.codec.machine_code import code_folder
 
 log = logging.getLogger(__name__)
-
-
-def _cache_folder() -> str:
-    """Return the cache folder: below numba's cache folder if one is set, otherwise below the user's.
-
-    If neither is writable, a temporary folder that is removed when the process ends.
-    """
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
-    for source in sorted([*Path(__file__).parents[1].rglob("*.py"), Path(rng.__file__)]):
-        digest.update(source.read_bytes())
-    if (folder := cache_folder(digest.hexdigest()[:16], numba.config.CACHE_DIR)) is not None:
-        return str(folder)
-    private = tempfile.mkdtemp(prefix="ffcv_convnext-")  # private: the cache contains pickles
-    atexit.register(shutil.rmtree, private, ignore_errors=True)
-    return private
 
 
 class Locator(caching.UserProvidedCacheLocator):  # type: ignore[misc]  # numba is untyped
@@ -63,7 +43,7 @@ class Locator(caching.UserProvidedCacheLocator):  # type: ignore[misc]  # numba 
         return str(super().get_suitable_cache_subpath(py_file))
 
 
-numba.config.CACHE_DIR = _cache_folder()
+numba.config.CACHE_DIR = str(code_folder())
 numba.config.CACHE_LOCATOR_CLASSES = f"{__name__}.{Locator.__name__}"
 
 Bytes = NDArray[np.uint8]

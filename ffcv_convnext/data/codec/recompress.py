@@ -8,7 +8,6 @@ one by one if the image is too large, and encoded.
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
 
 from ffcv_convnext.data.codec.turbojpeg import (
     REDUCTIONS,
@@ -21,6 +20,7 @@ from ffcv_convnext.data.codec.turbojpeg import (
     read_header,
 )
 
+_MAX_PIXELS = 89_478_485  # above it Pillow warns of a decompression bomb, or refuses
 _GAP = 1.2  # decode at 1.2 times the final size or more; costs 0.4 dB on average against full size
 
 
@@ -60,7 +60,7 @@ def reencode(
     reports an error or a warning: then the caller reads it with Pillow.
     """
     header = read_header(jpeg)
-    if header is None or header.width * header.height > (Image.MAX_IMAGE_PIXELS or 0):
+    if header is None or header.width * header.height > _MAX_PIXELS:
         return None
     width, height = shrunk_size(header.width, header.height, max_resolution)
     longest, wanted_longest = max(header.width, header.height), max(width, height)
@@ -103,16 +103,17 @@ def _resize(plane: Plane, covered: tuple[float, float], wanted: tuple[float, flo
 
         small = cv2.resize(plane, size, interpolation=cv2.INTER_AREA)
     else:
-        limits = (0, 0, min(box[0], needed[0]), min(box[1], needed[1]))
+        from ffcv_convnext.data.codec.resample import resample  # imported late: large images only
+
         enlarging = min(scale) < 1  # chroma: decoders enlarge it with the triangle filter
-        kind = Image.Resampling.BILINEAR if enlarging else Image.Resampling.BICUBIC
-        small = np.asarray(Image.fromarray(plane).resize(size, kind, limits))
+        extent = min(box[0], needed[0]), min(box[1], needed[1])
+        small = resample(plane, size, "bilinear" if enlarging else "bicubic", extent)
     return np.ascontiguousarray(small, dtype=np.uint8)
 
 
 def _extend(plane: Plane, size: tuple[int, int]) -> Plane:
-    """Repeat a plane's last column and row up to `size` (width, height)."""
+    """Repeat a plane's last column and row up to `size` (width, height); a plane of this size is returned as it is."""
     height, width = plane.shape
     if (width, height) == size:
-        return np.ascontiguousarray(plane)
+        return plane
     return np.pad(plane, ((0, size[1] - height), (0, size[0] - width)), mode="edge")

@@ -8,8 +8,9 @@ encoded again and the AC codes are copied, bit for bit:
     difference AC | difference AC | difference AC | difference AC ...                    the original
     difference AC | difference AC | 1s RST0 | DC AC | difference AC | 1s RST1 ...       what is stored
 
-Any decoder gives the same pixels for both. Source of the format: ITU-T T.81, Annexes B, C, F and K. Imports neither
-ffcv nor torch, because the worker processes of a conversion import this file.
+Any decoder gives the same pixels for both. Source of the format: ITU-T T.81, Annexes B, C, F and K. The loops over the
+codes are in restart_kernels.py. Imports neither ffcv, torch nor numba, because the worker processes of a conversion
+import this file.
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ from __future__ import annotations
 import ctypes
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_convnext.data.codec.jit import Bytes, Ints, jit
+from ffcv_convnext.data.codec.machine_code import Array, Functions, Kind
 from ffcv_convnext.data.codec.recompress import restart_interval
 from ffcv_convnext.data.codec.turbojpeg import MAX_JPEG_SIDE, library
 
 _MAX_PIXELS = 178_956_970  # Pillow's limit: a short file that claims more is a decompression bomb
 
-_TEM, _RST0, _RST7, _EOI, _SOS = 0x01, 0xD0, 0xD7, 0xD9, 0xDA
+_TEM, RST0, RST7, EOI, _SOS = 0x01, 0xD0, 0xD7, 0xD9, 0xDA
 _DHT, _DQT, _DRI, _APP0, _APP14 = 0xC4, 0xDB, 0xDD, 0xE0, 0xEE
 _BASELINE, _PROGRESSIVE = (0xC0, 0xC1), (0xC2, 0xCA)  # SOF0, SOF1 use Huffman codes as SOF2 does, SOF10 arithmetic
 _FRAMES = (*_BASELINE, *_PROGRESSIVE, 0xC9)  # SOF9: as SOF1, with arithmetic coding
@@ -54,25 +56,25 @@ _SAMPLINGS = {
 # T.81, Tables K.3 (luminance) and K.4 (chrominance).
 _LUMINANCE = bytes([0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, *range(12)])
 _CHROMINANCE = bytes([0, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, *range(12)])
-_MAX_CATEGORY = 11
-_MAX_DC = (1 << _MAX_CATEGORY) - 1
+MAX_CATEGORY = 11
+MAX_DC = (1 << MAX_CATEGORY) - 1
 
 # A lookup table's entry: the number of bits of the symbol, and from bit 6 on a DC category, or the number of
 # coefficients that an AC symbol advances. The first 512 entries are for codes of up to 9 bits; a 0 there means a longer
 # code, which the entries after them give for 16 bits.
-_SHORT, _SHORT_SIZE = 9, 512
-_TO_SHORT, _TO_LONG = np.uint64(64 - _SHORT), np.uint64(64 - 16)
-_TABLE_SIZE = _SHORT_SIZE + (1 << 16)
-_END_OF_BLOCK, _UNDEFINED = 128, 100
-_PADDING = 512  # bytes after the data: a block of 64 * 31 bits may begin at its last bit
+SHORT, SHORT_SIZE = 9, 512
+TABLE_SIZE = SHORT_SIZE + (1 << 16)
+END_OF_BLOCK, UNDEFINED = 128, 100
+PADDING = 512  # bytes after the data: a block of 64 * 31 bits may begin at its last bit
 
-_OK, _CUT_OFF, _DAMAGED, _DC_RANGE, _MARKERS = range(5)
+OK, CUT_OFF, DAMAGED, DC_RANGE, MARKERS = range(5)
+
 _BAD_HEADER = "its JPEG header is truncated or damaged"
 _REASONS = {
-    _CUT_OFF: "its JPEG data is truncated",
-    _DAMAGED: "its JPEG data is damaged: an undefined code",
-    _DC_RANGE: "its JPEG data is damaged: a DC coefficient beyond 11 bits",
-    _MARKERS: "its JPEG data is damaged: a restart marker out of order",
+    CUT_OFF: "its JPEG data is truncated",
+    DAMAGED: "its JPEG data is damaged: an undefined code",
+    DC_RANGE: "its JPEG data is damaged: a DC coefficient beyond 11 bits",
+    MARKERS: "its JPEG data is damaged: a restart marker out of order",
 }
 
 
@@ -101,36 +103,52 @@ def add_restart_markers(jpeg: bytes) -> bytes:
     blocks_a_segment = interval * components.size
     num_blocks = scan.num_mcus * components.size
     if num_blocks > 4 * (len(jpeg) - headers.data_at):  # a block takes two bits at least
-        raise NotTranscodable(_REASONS[_CUT_OFF])
+        raise NotTranscodable(_REASONS[CUT_OFF])
 
+    kernels = _kernels()
     data = np.frombuffer(jpeg, np.uint8)
-    bits = np.empty(data.size - headers.data_at + _PADDING, np.uint8)
+    bits = np.empty(data.size - headers.data_at + PADDING, np.uint8)
     old_interval = headers.interval or scan.num_mcus
     ends = np.empty(-(-scan.num_mcus // old_interval) + 1, np.int64)
-    _require(_unstuff(data, headers.data_at, bits, ends))
+    _require(kernels.unstuff(data, headers.data_at, bits, ends))
     specs = [*scan.dc, *scan.ac]
-    tables = np.empty((len(specs), _TABLE_SIZE), np.uint16)
-    starts_of_long = np.array(
-        [_fill_table(np.frombuffer(spec, np.uint8), i >= len(scan.dc), tables[i]) for i, spec in enumerate(specs)]
-    )
+    tables = np.empty((len(specs), TABLE_SIZE), np.uint16)
+    contents = [np.frombuffer(spec, np.uint8) for spec in specs]
+    starts = [kernels.fill_table(each, i >= len(scan.dc), tables[i]) for i, each in enumerate(contents)]
+    starts_of_long = np.array(starts)
     if starts_of_long.min() < 0:
         raise NotTranscodable("its Huffman tables are damaged")
     values, spans = np.empty(num_blocks, np.int64), np.empty((num_blocks, 2), np.int64)
-    _require(_read_blocks(bits, ends, old_interval, components, tables.reshape(-1), starts_of_long, values, spans))
+    before = np.empty(len(scan.dc), np.int64)
+    flat = tables.reshape(-1)
+    _require(kernels.read_blocks(bits, ends, old_interval, components, flat, starts_of_long, before, values, spans))
 
-    used = np.zeros((len(scan.dc), _MAX_CATEGORY + 1), np.bool_)
-    _require(_to_differences(values, components, blocks_a_segment, used))
+    used = np.zeros((len(scan.dc), MAX_CATEGORY + 1), np.bool_)
+    _require(kernels.to_differences(values, components, blocks_a_segment, before, used))
     dc = _dc_tables(scan, used)
     codes = np.array([_codes(dc[table]) for table in scan.dc_ids])
     num_segments = -(-num_blocks // blocks_a_segment)
     # A difference takes 27 bits at most, a segment 7 of padding; then every byte may need a stuffed one after it.
     out = np.empty(2 * (bits.size + 4 * num_blocks + num_segments) + 2 * num_segments, np.uint8)
-    size = _write_scan(bits, spans, values, components, codes, blocks_a_segment, out)
-    return _assemble(headers, scan, dc, interval) + out[:size].tobytes() + bytes([0xFF, _EOI])
+    size = kernels.write_scan(bits, spans, values, components, codes, blocks_a_segment, out)
+    return _assemble(headers, scan, dc, interval) + out[:size].tobytes() + bytes([0xFF, EOI])
+
+
+@cache
+def _kernels() -> Functions:
+    bytes_, ints, matrix = Array(np.uint8), Array(np.int64), Array(np.int64, 2)
+    kinds: dict[str, Sequence[Kind]] = {
+        "unstuff": (bytes_, int, bytes_, ints),
+        "fill_table": (bytes_, int, Array(np.uint16)),
+        "read_blocks": (bytes_, ints, int, ints, Array(np.uint16), ints, ints, ints, matrix),
+        "to_differences": (ints, ints, int, ints, Array(np.bool_, 2)),
+        "write_scan": (bytes_, matrix, ints, ints, matrix, int, bytes_),
+    }
+    return Functions("ffcv_convnext.data.codec.restart_kernels", kinds)
 
 
 def _require(status: int) -> None:
-    if status != _OK:
+    if status != OK:
         raise NotTranscodable(_REASONS[status])
 
 
@@ -169,9 +187,9 @@ def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes, int]]:
         if found is None or found[1] == b"\0":
             raise NotTranscodable(_BAD_HEADER)
         marker, at = found[1][0], found.end()
-        if marker == _EOI:
+        if marker == EOI:
             return
-        if marker == _TEM or _RST0 <= marker <= _RST7:
+        if marker == _TEM or RST0 <= marker <= RST7:
             continue  # these have no content
         end = at + int.from_bytes(jpeg[at : at + 2], "big")
         if not at + 2 <= end <= len(jpeg):
@@ -321,266 +339,15 @@ def _dc_tables(scan: _Scan, used: NDArray[np.bool_]) -> dict[int, bytes]:
 
 def _codes(table: bytes) -> list[int]:
     """Return the code of each category, 0 to 11, as code * 32 + number of bits; 0: no code. Source: T.81, Annex C."""
-    codes, code, at = [0] * (_MAX_CATEGORY + 1), 0, 16
+    codes, code, at = [0] * (MAX_CATEGORY + 1), 0, 16
     for num_bits in range(1, 17):
         for category in table[at : at + table[num_bits - 1]]:
-            if category <= _MAX_CATEGORY:
+            if category <= MAX_CATEGORY:
                 codes[category] = code << 5 | num_bits
             code += 1
         at += table[num_bits - 1]
         code <<= 1
     return codes
-
-
-# --- Huffman-coded data ------------------------------------------------------------------------------------------
-
-
-@jit
-def _unstuff(data: Bytes, at: int, bits: Bytes, ends: Ints) -> int:
-    """Copy a scan's data without stuffed zeros and restart markers.
-
-    data: (n,) uint8, read from `at` on.   bits: (n - at + _PADDING,) uint8, result; the rest of it is zero.
-    ends: (num_segments + 1,) int64, result: where each segment begins in `bits`, and where the last one ends.
-    Missing segments are empty. Returns _OK or _MARKERS.
-    """
-    size, found, num_segments = 0, 0, ends.size - 1
-    ends[0] = 0
-    while at < data.size and found < num_segments:
-        byte = data[at]
-        at += 1
-        if byte == 0xFF:
-            while at < data.size and data[at] == 0xFF:  # fill bytes
-                at += 1
-            marker = data[at] if at < data.size else np.uint8(_EOI)
-            at += 1
-            if marker != 0:
-                found += 1
-                ends[found] = size
-                if found < num_segments:
-                    if not _RST0 <= marker <= _RST7:
-                        break
-                    if marker != _RST0 + ((found - 1) & 7):
-                        return _MARKERS
-                continue
-        bits[size] = byte
-        size += 1
-    ends[found + (found < num_segments) :] = size
-    bits[size:] = 0
-    return _OK
-
-
-@jit
-def _fill_table(codes: Bytes, is_ac: bool, table: NDArray[np.uint16]) -> int:
-    """Convert a Huffman table to a lookup table for the next 9, or 16, bits; for its entries see above.
-
-    codes: uint8, number of codes of 1 ... 16 bits, then their symbols.   table: (_TABLE_SIZE,) uint16, result.
-    Returns the 16 bits that begin with the first code of more than 9 bits; -1 for tables that libjpeg refuses as
-    well: too many codes, a code of ones only, or a DC category above 15.
-    """
-    code, at, start = 0, 16, 0
-    for num_bits in range(1, 17):
-        for _ in range(codes[num_bits - 1]):
-            first, end = code << (16 - num_bits), (code + 1) << (16 - num_bits)
-            if end > 0xFFFF:
-                return -1
-            symbol = np.int64(codes[at])
-            at += 1
-            code += 1
-            if is_ac:
-                run, size = symbol >> 4, symbol & 15
-                forward = run + 1  # size 0: 16 zeros, or the end of a block
-                if size == 0 and run != 15:
-                    forward = np.int64(_END_OF_BLOCK if run == 0 else _UNDEFINED)
-                entry = np.uint16(num_bits + size | forward << 6)
-            elif symbol > 15:
-                return -1
-            else:
-                entry = np.uint16(num_bits | symbol << 6)
-            if num_bits <= _SHORT:
-                table[first >> 16 - _SHORT : end >> 16 - _SHORT] = entry
-            else:
-                table[_SHORT_SIZE + first - start : _SHORT_SIZE + end - start] = entry
-        if num_bits == _SHORT:
-            start = code << 16 - _SHORT
-            table[start >> 16 - _SHORT : _SHORT_SIZE] = 0
-            table[_SHORT_SIZE : _TABLE_SIZE - start] = np.uint16(_UNDEFINED << 6)
-        code <<= 1
-    return start
-
-
-@jit
-def _window(bits: Bytes, at: int) -> np.uint64:
-    """Return the bits from bit `at` on, 57 or more, at the upper end of a uint64; the rest is zero."""
-    i, word = np.uint64(at >> 3), np.uint64(0)
-    for k in range(8):
-        word = word << np.uint64(8) | np.uint64(bits[i + np.uint64(k)])
-    return word << np.uint64(at & 7)
-
-
-@jit
-def _read_blocks(
-    bits: Bytes,
-    ends: Ints,
-    interval: int,
-    components: Ints,
-    tables: NDArray[np.uint16],
-    starts_of_long: Ints,
-    values: Ints,
-    spans: Ints,
-) -> int:
-    """Read all blocks. Source: T.81, F.2.2.
-
-    bits, ends: from _unstuff.   interval: MCUs a segment.   components: (blocks of an MCU,) int64.
-    tables: (2 * num_components * _TABLE_SIZE,) uint16, one for each component's DC and then AC, filled by _fill_table.
-    starts_of_long: (2 * num_components,) int64, its results.
-    values: (num_blocks,) int64, result: the DC coefficients.
-    spans: (num_blocks, 2) int64, result: the bits of `bits` with a block's AC codes: first, and after the last.
-    Returns a status.
-    """
-    num_components = starts_of_long.size // 2
-    before = np.zeros(num_components, np.int64)
-    blocks_a_segment = interval * components.size
-    for first in range(0, values.size, blocks_a_segment):
-        segment, mcu_block = first // blocks_a_segment, 0
-        at, end = 8 * ends[segment], 8 * ends[segment + 1]
-        before[:] = 0
-        for block in range(first, min(first + blocks_a_segment, values.size)):
-            component = components[mcu_block]
-            mcu_block = mcu_block + 1 if mcu_block + 1 < components.size else 0
-            # Positions in `tables`: slices of it, or passing it to a function, would cost reference counting in numba.
-            short = np.uint64(_TABLE_SIZE * component)
-            long = short + np.uint64(_SHORT_SIZE - starts_of_long[component])
-            window = _window(bits, at)
-            entry = np.int64(tables[short + (window >> _TO_SHORT)])
-            if entry == 0:
-                entry = np.int64(tables[long + (window >> _TO_LONG)])
-            num_bits, category = entry & 63, entry >> 6
-            if category > _MAX_CATEGORY:
-                return _DAMAGED if at + 16 <= end else _CUT_OFF
-            window <<= np.uint64(num_bits)
-            if category > 0:
-                value = np.int64(window >> np.uint64(64 - category))
-                if value >> (category - 1) == 0:
-                    value += 1 - (1 << category)
-                before[component] += value
-                if abs(before[component]) > _MAX_DC:
-                    return _DC_RANGE
-                window <<= np.uint64(category)
-            values[block] = before[component]
-            at += num_bits + category
-            spans[block, 0] = at
-            left = 57 - num_bits - category  # bits left in the window
-            short = np.uint64(_TABLE_SIZE * (num_components + component))
-            long = short + np.uint64(_SHORT_SIZE - starts_of_long[num_components + component])
-            k = np.int64(1)
-            while k < 64:
-                if left < 31:  # an AC code and its value
-                    window, left = _window(bits, at), np.int64(57)
-                entry = np.int64(tables[short + (window >> _TO_SHORT)])
-                if entry == 0:
-                    entry = np.int64(tables[long + (window >> _TO_LONG)])
-                num_bits = entry & 63
-                window <<= np.uint64(num_bits)
-                left -= num_bits
-                at += num_bits
-                k += entry >> 6
-            spans[block, 1] = at
-            if at > end:
-                return _CUT_OFF
-            if 64 < k < _END_OF_BLOCK:
-                return _DAMAGED
-    return _OK
-
-
-@jit
-def _to_differences(values: Ints, components: Ints, blocks_a_segment: int, used: NDArray[np.bool_]) -> int:
-    """Replace DC coefficients by their differences inside a segment, and mark the categories that a component uses.
-
-    Returns a status: blocks that were in different segments may differ by more than 11 bits.
-    """
-    before = np.zeros(used.shape[0], np.int64)
-    for first in range(0, values.size, blocks_a_segment):
-        before[:] = 0
-        mcu_block = 0
-        for block in range(first, min(first + blocks_a_segment, values.size)):
-            component, value = components[mcu_block], values[block]
-            mcu_block = mcu_block + 1 if mcu_block + 1 < components.size else 0
-            difference = value - before[component]
-            if abs(difference) > _MAX_DC:
-                return _DC_RANGE
-            values[block] = difference
-            before[component] = value
-            used[component, _category(difference)] = True
-    return _OK
-
-
-@jit
-def _category(difference: int) -> int:
-    size, category = abs(difference), 0
-    while size > 0:
-        size >>= 1
-        category += 1
-    return category
-
-
-@jit
-def _write_scan(
-    bits: Bytes, spans: Ints, differences: Ints, components: Ints, codes: Ints, blocks_a_segment: int, out: Bytes
-) -> int:
-    """Encode differences, copy AC codes, write restart markers.
-
-    codes: (num_components, 12) int64, from _codes.   out: uint8, result: the scan's data, of the worst case's size.
-    Returns its number of bytes.
-    """
-    word, count, size = np.uint64(0), 0, 0  # bits not yet written: the lower `count` ones of the word
-    for first in range(0, differences.size, blocks_a_segment):
-        if first > 0:
-            size = _flush(word, count, out, size)
-            out[size], out[size + 1] = 0xFF, _RST0 + ((first // blocks_a_segment - 1) & 7)
-            word, count, size = np.uint64(0), 0, size + 2
-        mcu_block = 0
-        for block in range(first, min(first + blocks_a_segment, differences.size)):
-            difference = differences[block]
-            category = _category(difference)
-            code = codes[components[mcu_block], category]
-            mcu_block = mcu_block + 1 if mcu_block + 1 < components.size else 0
-            if difference < 0:
-                difference += (1 << category) - 1
-            num_bits, bits_to_put = (code & 31) + category, np.uint64((code >> 5) << category | difference)
-            at, end = spans[block, 0], spans[block, 1]
-            while True:
-                word, count = word << np.uint64(num_bits) | bits_to_put, count + num_bits
-                if count >= 32:
-                    count -= 32
-                    for shift in (24, 16, 8, 0):
-                        byte = np.uint8(word >> np.uint64(count + shift))
-                        out[size] = byte
-                        size += 1
-                        if byte == 0xFF:
-                            out[size] = 0  # stuffed, so that it does not look like a marker
-                            size += 1
-                if at >= end:
-                    break
-                num_bits = min(end - at, 32)
-                bits_to_put = _window(bits, at) >> np.uint64(64 - num_bits)
-                at += num_bits
-    return _flush(word, count, out, size)
-
-
-@jit
-def _flush(word: np.uint64, count: int, out: Bytes, size: int) -> int:
-    """Write the remaining bits, the last byte filled with ones. Returns the number of bytes."""
-    while count > 0:
-        if count < 8:
-            word, count = word << np.uint64(8 - count) | np.uint64((1 << (8 - count)) - 1), 8
-        byte = np.uint8(word >> np.uint64(count - 8))
-        out[size] = byte
-        size += 1
-        if byte == 0xFF:
-            out[size] = 0
-            size += 1
-        count -= 8
-    return size
 
 
 # --- libturbojpeg: JPEGs that are not baseline -------------------------------------------------------------------

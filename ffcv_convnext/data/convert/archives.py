@@ -23,7 +23,7 @@ from ffcv_convnext.data.convert.names import Names
 from ffcv_convnext.data.convert.source import Stamp
 
 _OPEN_ARCHIVES = 128  # in a worker
-_ENCODING = sys.getfilesystemencoding()
+_FILE_NAMES = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()  # as os.fsencode, without its overhead
 _NUM_THREADS = 16  # that read headers
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -96,11 +96,14 @@ class ArchivedImages:
     def is_regular(self, index: int) -> bool:  # noqa: D102  see Source
         return os.path.isfile(self.archive_of(index))
 
-    def select(self, indices: Sequence[int]) -> Self:  # noqa: D102  see Source
+    def select(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:  # noqa: D102  see Source
         chosen = np.asarray(indices, np.int64)
         used, which = np.unique(self.which[chosen], return_inverse=True)  # a task needs a few of a thousand archives
         return dataclasses.replace(
             self,
+            classes=(),
+            left_out={},
+            label_names=(),
             archives=tuple(self.archives[each] for each in used),
             stamps=tuple(self.stamps[each] for each in used),
             which=which.astype(np.int32),
@@ -143,7 +146,7 @@ class Index:
 
     def add(self, file: str, which: int, start: int, size: int, label: int) -> None:
         """Add an image. file: its path below its class, or with its class before it."""
-        self._files += file.encode(_ENCODING, "surrogateescape")
+        self._files += file.encode(*_FILE_NAMES)
         self._ends.append(len(self._files))
         self._which.append(which)
         self._starts.append(start)

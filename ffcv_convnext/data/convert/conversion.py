@@ -7,7 +7,6 @@ number of workers, nor on interruptions (--resume), nor on a conversion in parts
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -17,18 +16,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ffcv_convnext import __version__
-from ffcv_convnext.data.beton import EncodedImage, Manifest, Page, SkippedFile, Split, encode_file_list, tables_digest
-from ffcv_convnext.data.convert.encode import Encoded, Encoding, Rejected, encode_stamped
+from ffcv_convnext.data.beton import (
+    EncodedImage,
+    Manifest,
+    Page,
+    SkippedFile,
+    Split,
+    encode_file_list,
+    tables_digest,
+    write_file_list,
+)
+from ffcv_convnext.data.convert.encode import Encoded, Encoding, Rejected, Task, encode_stamped
 from ffcv_convnext.data.convert.journal import Journal, JournalEntry, open_journal
 from ffcv_convnext.data.convert.open_sources import open_sources
 from ffcv_convnext.data.convert.options import ConversionOptions
 from ffcv_convnext.data.convert.plan import Plan, Say, check_room, make_plans
 from ffcv_convnext.data.convert.progress import ProgressBar
-from ffcv_convnext.data.convert.source import Source, Stamp
+from ffcv_convnext.data.convert.source import Source, Stamp, names_of
 from ffcv_convnext.data.convert.worker_pool import WorkerDied, Workers
 from ffcv_convnext.errors import Failure
-from ffcv_convnext.files import write_atomically
 from ffcv_convnext.formatting import format_bytes, format_count
 from ffcv_convnext.signals import signals_deferred
 
@@ -85,7 +94,7 @@ def _convert_split(plan: Plan, options: ConversionOptions, say: Say) -> Manifest
     target = options.out_dir / f"{stem}.beton"
     with open_journal(options.out_dir, stem) as journal:
         started = time.monotonic()
-        kept = journal.read(plan.identity, plan.source, plan.everything) if options.resume else None
+        kept = journal.read(plan.identity, plan.source, plan.order) if options.resume else None
         if options.resume and kept is None:
             say(f"{target}: nothing to resume for these images and settings; it is written from the beginning")
         work = _Conversion(plan, options, journal, target)
@@ -97,7 +106,7 @@ def _convert_split(plan: Plan, options: ConversionOptions, say: Say) -> Manifest
         except BaseException:
             if journal.num_pages:
                 say(
-                    f"{target}: {work.num_safe} of {len(plan.source)} images are saved; the same command with --resume "
+                    f"{target}: {work.num_safe} of {len(plan)} images are saved; the same command with --resume "
                     "continues from there, with --overwrite it starts from the beginning"
                 )
             raise
@@ -109,6 +118,21 @@ def _convert_split(plan: Plan, options: ConversionOptions, say: Say) -> Manifest
         f"{len(manifest.skipped)} skipped" + (f" (listed in {stem}.json)" if manifest.skipped else "")
     )
     return manifest
+
+
+class _Tasks(Sequence[Task]):
+    """The tasks of a plan from a position on, `size` images each. A task is made when it is asked for."""
+
+    def __init__(self, plan: Plan, first: int, size: int) -> None:
+        self.plan = plan
+        self.starts = range(first, len(plan), size)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Task:  # type: ignore[override]  # no slices
+        start = self.starts[index]
+        return self.plan.task(slice(start, start + self.starts.step))
 
 
 class _Conversion:
@@ -130,20 +154,19 @@ class _Conversion:
 
     def run(self, earlier: Sequence[JournalEntry]) -> None:
         """Write what `earlier` does not contain. Raises Failure."""
-        plan, options, num_images = self.plan, self.options, len(self.plan.source)
+        plan, options, num_images = self.plan, self.options, len(self.plan)
         writer = None
         if earlier:
             writer = open_writer(self.journal.beton, options.encoding, num_images)
             earlier = earlier[: writer.keep_pages([entry.page for entry in earlier])]
-        self.journal.begin(plan.identity, plan.everything, earlier)
+        self.journal.begin(plan.identity, plan.source, earlier)
         for entry in earlier:
             self.num_done, self.num_originals = entry.num_done, entry.num_originals
             self.num_kept += len(entry.page.rows)
             self.skipped += [SkippedFile(name, reason) for name, reason in entry.skipped]
         self.num_safe, self._num_journalled = self.num_done, len(self.skipped)
         size = max(1, min(MAX_CHUNK, (num_images - self.num_done) // (4 * options.num_workers)))
-        starts = range(self.num_done, num_images, size)
-        tasks = [plan.task(range(start, min(start + size, num_images))) for start in starts]
+        tasks = _Tasks(plan, self.num_done, size)
         try:
             with Workers(partial(encode_stamped, encoding=options.encoding), tasks, options.num_workers) as answers:
                 if writer is None or not earlier:  # takes seconds, while the workers already encode
@@ -168,12 +191,12 @@ class _Conversion:
 
     def _samples(self, answers: Iterable[Encoded]) -> Iterator[tuple[EncodedImage, int]]:
         """Yield (image, label). An image counts as done once the writer requests the next one."""
-        total, name = len(self.plan.source), f"{self.options.out_dir.name}/{self.target.name}"
+        total, name = len(self.plan), f"{self.options.out_dir.name}/{self.target.name}"
         with ProgressBar(total, name, self.num_done) as progress:
             for images, stamps in answers:
                 for image, stamp in zip(images, stamps, strict=True):
                     if isinstance(image, EncodedImage):
-                        yield image, self.plan.source.label(self.num_done)
+                        yield image, self.plan.label(self.num_done)
                         self.num_originals += image.is_original
                     else:
                         self._skip(image)
@@ -182,7 +205,7 @@ class _Conversion:
                 progress.add(len(images))
 
     def _skip(self, image: Rejected) -> None:
-        name = self.plan.source.name(self.num_done)
+        name = self.plan.name(self.num_done)
         message = f"{self.plan.source.location / name}: {image.reason}"
         if not image.skippable:
             raise Failure(message)
@@ -193,11 +216,12 @@ class _Conversion:
     def _add_to_journal(self, page: Page) -> None:
         skipped = [(file.path, file.reason) for file in self.skipped[self._num_journalled :]]
         self.num_safe, self._num_journalled = self.num_done, len(self.skipped)
-        self.journal.append(JournalEntry(page, self.num_done, self.num_originals, skipped, self.stamps))
+        stamps = np.array(self.stamps, np.int64).reshape(-1, 2)
+        self.journal.append(JournalEntry(page, self.num_done, self.num_originals, skipped, stamps))
         self.stamps = []
 
     def _describe_full_disk(self, num_bytes: int, error: OSError) -> str:
-        number, total = self.num_done - len(self.skipped), len(self.plan.source)
+        number, total = self.num_done - len(self.skipped), len(self.plan)
         needed = f", about {format_bytes(num_bytes * total / number)} are needed" if number else ""
         return (
             f"{self.target} cannot be written: {error.strerror} after {format_bytes(num_bytes)} "
@@ -208,12 +232,13 @@ class _Conversion:
         """Write the manifest beside the unfinished .beton."""
         plan, options, beton = self.plan, self.options, self.journal.beton
         skipped = {file.path for file in self.skipped}
-        names = [name for name in map(plan.source.name, range(len(plan.source))) if name not in skipped]
+        names = (name for name in names_of(plan.source, plan.order) if name not in skipped)
+        files_sha256 = write_list(encode_file_list(names), beton, self.target)
         share = options.compress_probability
         manifest = Manifest(
             split=plan.split,
             classes=plan.source.classes,
-            num_samples=len(names),
+            num_samples=sum(len(page.rows) for page in self.pages),
             source=str(plan.source.location.resolve()),
             write_mode="jpg" if share == 1 else "raw" if share == 0 else "proportion",
             max_resolution=options.max_resolution,
@@ -236,9 +261,9 @@ class _Conversion:
             page_crc32=tuple(page.crc32 for page in self.pages),
             num_bytes=beton.stat().st_size,
             sha256=tables_digest(beton),
-            files_sha256=hashlib.sha256(encode_file_list(names)).hexdigest(),
+            files_sha256=files_sha256,
         )
-        write_manifest(manifest, names, beton, self.target)
+        write_manifest(manifest, beton, self.target)
         return manifest
 
 
@@ -249,10 +274,17 @@ def open_writer(path: Path, encoding: Encoding, capacity: int) -> BetonWriter:
     return BetonWriter(path, encoding, capacity)
 
 
-def write_manifest(manifest: Manifest, names: Sequence[str], beton: Path, target: Path) -> None:
-    """Write a .beton's manifest and the list of its original files beside it. target: the path for messages."""
+def write_list(parts: Iterable[bytes], beton: Path, target: Path) -> str:
+    """Write the list of a .beton's original files beside it, return its SHA-256. target: the path for messages."""
     try:
-        write_atomically(Manifest.files_path_for(beton), encode_file_list(names))
+        return write_file_list(Manifest.files_path_for(beton), parts)
+    except OSError as error:
+        raise Failure(f"the list of original files of {target} cannot be written: {error.strerror}") from error
+
+
+def write_manifest(manifest: Manifest, beton: Path, target: Path) -> None:
+    """Write a .beton's manifest beside it. target: the path for messages."""
+    try:
         manifest.write(Manifest.path_for(beton))
     except OSError as error:
         raise Failure(f"the manifest of {target} cannot be written: {error.strerror}") from error

@@ -3,7 +3,8 @@
 A common JPEG is encoded again from its planes (recompress.py) or keeps its coefficients (restart_markers.py); any
 other file is converted to 8-bit RGB first.
 
-Worker processes run `encode_stamped`, so each of them loads what this file imports.
+Worker processes run `encode_stamped`, so each of them loads what this file imports; what common JPEGs do not need is
+imported late.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from ffcv_convnext.data.beton import EncodedImage
 from ffcv_convnext.data.codec.recompress import reencode, restart_interval, shrunk_size
 from ffcv_convnext.data.codec.turbojpeg import MAX_JPEG_SIDE, Subsampling, factors, read_header
 from ffcv_convnext.data.convert.archives import ArchivedImages
 from ffcv_convnext.data.convert.source import Source, Stamp
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 QUALITY_BESIDE_ORIGINALS = 95  # with jpeg_quality = original: of images that must be encoded
@@ -78,6 +81,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     as in torchvision's loader and the published recipes.
     Raises ImageError for a mode without a defined 8-bit scale, such as F (floating point).
     """
+    from PIL import Image
+
     if image.mode in SIXTEEN_BIT:
         return Image.fromarray(_grey16_to_8(image)).convert("RGB")
     if image.mode not in OPAQUE + TRANSPARENT:
@@ -108,6 +113,8 @@ def load_rgb(source: str | Path | BinaryIO) -> NDArray[np.uint8]:
     Raises ImageError if the content is not a complete image or larger than Pillow's limit against decompression bombs
     (179 million pixels), OSError with its errno if the file cannot be read.
     """
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with Image.open(source) as image:
             return np.asarray(to_rgb(image))
@@ -122,7 +129,7 @@ def load_rgb(source: str | Path | BinaryIO) -> NDArray[np.uint8]:
 
 
 def shrink(pixels: NDArray[np.uint8], max_resolution: int | None) -> NDArray[np.uint8]:
-    """Shrink the longest side to max_resolution with Pillow's antialiased bicubic filter; never enlarge.
+    """Shrink the longest side to max_resolution with the antialiased bicubic filter of Pillow; never enlarge.
 
     The size is that of FFCV's writer, except that a side has at least one pixel.
     """
@@ -130,7 +137,9 @@ def shrink(pixels: NDArray[np.uint8], max_resolution: int | None) -> NDArray[np.
     size = shrunk_size(width, height, max_resolution)
     if size == (width, height):
         return pixels
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    from ffcv_convnext.data.codec.resample import resample
+
+    return resample(pixels, size)
 
 
 def encode(pixels: NDArray[np.uint8], encoding: Encoding) -> EncodedImage:
@@ -139,7 +148,7 @@ def encode(pixels: NDArray[np.uint8], encoding: Encoding) -> EncodedImage:
     The markers let a reader decode only a crop (crop.py); other readers ignore them.
     Raises ImageError for an image that does not fit the format.
     """
-    import cv2  # slow to import, and not needed for JPEGs
+    import cv2
 
     cv2.setNumThreads(1)  # the conversion already runs one process per core
     height, width, _ = pixels.shape
@@ -185,7 +194,7 @@ def _from_jpeg(content: bytes, encoding: Encoding) -> EncodedImage | None:
     if encoding.jpeg_quality == "original":
         width, height = header.width, header.height
         if shrunk_size(width, height, encoding.max_resolution) == (width, height):
-            from ffcv_convnext.data.codec.restart_markers import NotTranscodable, add_restart_markers  # imports numba
+            from ffcv_convnext.data.codec.restart_markers import NotTranscodable, add_restart_markers
 
             try:
                 return EncodedImage(width, height, add_restart_markers(content), "jpg", is_original=True)

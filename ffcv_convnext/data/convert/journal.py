@@ -1,7 +1,7 @@
 """The unfinished part of a conversion: a hidden, locked folder with a journal, from which --resume continues.
 
-The journal keeps size and time of each source file that was read, about 30 bytes an image, and the list of all source
-files, so that a conversion does not continue with other images than it began with.
+The journal keeps size and time of each source file that was read, with the row of the image about 45 bytes, and the
+list of all source files, so that a conversion does not continue with other images than it began with.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from ffcv_convnext.data.beton import Page, encode_file_list
-from ffcv_convnext.data.convert.source import Source, Stamp
+import numpy as np
+from numpy.typing import NDArray
+
+from ffcv_convnext.data.beton import ROW, Page, encode_file_list, write_file_list
+from ffcv_convnext.data.convert.names import Names
+from ffcv_convnext.data.convert.source import Source, names_of
 from ffcv_convnext.formatting import format_count
 
 
@@ -30,7 +35,7 @@ class Identity(NamedTuple):
     settings: str  # hash of the options alone
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class JournalEntry:
     """The state of a conversion after one page was written."""
 
@@ -38,19 +43,20 @@ class JournalEntry:
     num_done: int  # images since the start that are stored or skipped
     num_originals: int  # images since the start that kept the coefficients of their files
     skipped: list[tuple[str, str]]  # since the previous page: name, reason
-    stamps: list[Stamp]  # of the source files of all images since the previous page, when they were read
+    stamps: NDArray[np.int64]  # (images since the previous page, 2) a `Stamp` of each source file, when it was read
 
     def to_json(self) -> list[Any]:
         """Return it as lists."""
-        return [self.page.crc32, self.page.rows, self.num_done, self.num_originals, self.skipped, self.stamps]
+        rows, stamps = self.page.rows.tolist(), self.stamps.tolist()
+        return [self.page.crc32, rows, self.num_done, self.num_originals, self.skipped, stamps]
 
     @classmethod
     def from_json(cls, content: list[Any]) -> JournalEntry:
         """Build it from lists."""
         crc32, rows, num_done, num_originals, skipped, stamps = content
-        page = Page(crc32, [tuple(row) for row in rows])
+        page = Page(crc32, np.array([tuple(row) for row in rows], ROW))
         skips = [(name, reason) for name, reason in skipped]
-        return cls(page, num_done, num_originals, skips, [Stamp(*stamp) for stamp in stamps])
+        return cls(page, num_done, num_originals, skips, np.array(stamps, np.int64).reshape(-1, 2))
 
 
 class Journal:
@@ -67,17 +73,21 @@ class Journal:
         self.path = self.folder / "pages.jsonl"
         self.sources = self.folder / "sources.txt"
 
-    def read(self, identity: Identity, images: Source, everything: Source) -> list[JournalEntry] | None:
+    def read(self, identity: Identity, source: Source, order: NDArray[np.int64]) -> list[JournalEntry] | None:
         """Return the entries of an earlier attempt, or None if there is none with these settings.
 
-        images: of this conversion, in its order.   everything: all images of the source.
+        order: (N,) indices into `source` of the images of this conversion, in its order.
         Raises ValueError if the earlier attempt had other source files or files that have changed since, or was made
         by a version of this package that did not record them.
         """
-        try:
-            first, *lines = self.path.read_bytes().split(b"\n")
-        except OSError:
-            return None
+        with suppress(OSError), open(self.path, "rb") as file:
+            return self._read(file, identity, source, order)
+        return None
+
+    def _read(
+        self, lines: Iterator[bytes], identity: Identity, source: Source, order: NDArray[np.int64]
+    ) -> list[JournalEntry] | None:
+        first = next(lines, b"").rstrip(b"\n")
         if first.startswith(b'"'):
             raise ValueError(
                 f"{self.folder} was written by an earlier version of this package, which did not record whether source "
@@ -90,49 +100,51 @@ class Journal:
         if earlier.beton != identity.beton:
             if earlier.settings != identity.settings:
                 return None
-            raise ValueError(self._describe_other_files(everything))
+            raise ValueError(self._describe_other_files(source))
         entries: list[JournalEntry] = []
         for line in lines:
             try:
-                entries.append(JournalEntry.from_json(_parse(line)))
+                entries.append(JournalEntry.from_json(_parse(line.rstrip(b"\n"))))
             except (ValueError, TypeError):  # damaged, cut off, or empty after the last line
                 break
-        if changed := _changed_files(entries, images):
+        if changed := _changed_files(entries, source, order):
             raise ValueError(
                 f"{format_count(len(changed), 'source file')} changed since {self.folder} was written: "
-                f"{_some(images.location, changed)}; {_WAY_OUT}"
+                f"{_some(source.location, changed)}; {_WAY_OUT}"
             )
         return entries
 
-    def _describe_other_files(self, everything: Source) -> str:
+    def _describe_other_files(self, source: Source) -> str:
         """Return which source files were added or removed since the earlier attempt."""
         with suppress(OSError):
-            before = [os.fsdecode(line) for line in self.sources.read_bytes().split(b"\n")[:-1]]
-            now = [everything.name(index) for index in range(len(everything))]
-            both = ("added", sorted(set(now) - set(before))), ("removed", sorted(set(before) - set(now)))
+            before = Names.of_lines(self.sources.read_bytes())
+            then, now = (np.fromiter(map(hash, names), np.int64) for names in (before, names_of(source)))
+            removed = [before[index] for index in np.flatnonzero(~np.isin(then, now)).tolist()]
+            added = [source.name(index) for index in np.flatnonzero(~np.isin(now, then)).tolist()]
             changes = [
-                f"{format_count(len(names), 'source file')} {change}: {_some(everything.location, names)}"
-                for change, names in both
+                f"{format_count(len(names), 'source file')} {change}: {_some(source.location, sorted(names))}"
+                for change, names in (("added", added), ("removed", removed))
                 if names
             ]
             if changes:
                 return f"since {self.folder} was written: {', and '.join(changes)}; {_WAY_OUT}"
         return f"{self.folder} was written for other classes or another order of the source files; {_WAY_OUT}"
 
-    def begin(self, identity: Identity, everything: Source | None = None, kept: Sequence[JournalEntry] = ()) -> None:
+    def begin(self, identity: Identity, source: Source | None = None, kept: Sequence[JournalEntry] = ()) -> None:
         """Start a new journal with the entries to keep; without any, remove all files of the earlier attempt.
 
-        everything: all images of the source; None: the conversion cannot be resumed.
+        source: all images; None: the conversion cannot be resumed.
         """
         if not kept:
             self.path.unlink(missing_ok=True)  # first: a journal must not outlive its pages
             for path in self.folder.iterdir():
                 path.unlink()
-        if everything is not None:
-            names = (everything.name(index) for index in range(len(everything)))
-            self.sources.write_bytes(encode_file_list(list(names)))
+        if source is not None:
+            write_file_list(self.sources, encode_file_list(names_of(source)))
         new = self.folder / "pages.new"
-        new.write_bytes(b"".join([_format(list(identity)), *(_format(entry.to_json()) for entry in kept)]))
+        with open(new, "wb") as file:
+            file.write(_format(list(identity)))
+            file.writelines(_format(entry.to_json()) for entry in kept)
         new.replace(self.path)
 
     def append(self, entry: JournalEntry) -> None:
@@ -145,10 +157,9 @@ class Journal:
 
         identity: of the .beton.   Another process may be writing.
         """
-        with suppress(OSError, ValueError, TypeError):
-            first, *lines = self.path.read_bytes().split(b"\n")
-            if Identity(*_parse(first)).beton == identity and len(lines) > 1:
-                return JournalEntry.from_json(_parse(lines[-2])).num_done  # after the last line break is nothing
+        with suppress(OSError, ValueError, TypeError), open(self.path, "rb") as file:
+            if Identity(*_parse(file.readline().rstrip(b"\n"))).beton == identity and (line := _last_line(file)):
+                return JournalEntry.from_json(_parse(line)).num_done
         return 0
 
     def remove(self) -> None:
@@ -159,8 +170,8 @@ class Journal:
     @property
     def num_pages(self) -> int:
         """Pages from which another attempt can continue."""
-        with suppress(OSError):
-            return max(self.path.read_bytes().count(b"\n") - 1, 0)
+        with suppress(OSError), open(self.path, "rb") as file:
+            return max(sum(part.count(b"\n") for part in iter(lambda: file.read(_TAIL), b"")) - 1, 0)
         return 0
 
 
@@ -168,8 +179,10 @@ _WAY_OUT = (
     "what was converted so far has the former ones; restore them, or start from the beginning with --overwrite instead "
     "of --resume"
 )
+_TAIL = 1 << 16  # bytes that are read at once
 _PART = 1000  # files for a thread
-_NUM_THREADS = 16  # that read the state of files: on a network disk each takes about a millisecond
+_NUM_THREADS = 16  # that read the state of files where each takes long: on a network disk about a millisecond
+_SLOW_S = 1e-4
 
 
 def _format(content: list[Any]) -> bytes:
@@ -186,16 +199,33 @@ def _parse(line: bytes) -> Any:
     return json.loads(text)
 
 
-def _changed_files(entries: Sequence[JournalEntry], images: Source) -> list[str]:
+def _last_line(file: BinaryIO) -> bytes:
+    """Return the last whole line after the current position, without its line feed; b'' if there is none."""
+    start, at, tail = file.tell(), file.seek(0, os.SEEK_END), b""
+    while at > start and tail.count(b"\n") < 2:
+        at = max(start, at - max(_TAIL, len(tail)))
+        file.seek(at)
+        tail = file.read()
+    whole = tail[: tail.rfind(b"\n") + 1]
+    return whole[:-1].rpartition(b"\n")[2]
+
+
+def _changed_files(entries: Sequence[JournalEntry], source: Source, order: NDArray[np.int64]) -> list[str]:
     """Return the names of the images of these pages whose files are not as they were."""
-    stamps = [stamp for entry in entries for stamp in entry.stamps]
+    stamps = np.concatenate([np.empty((0, 2), np.int64), *(entry.stamps for entry in entries)])
 
-    def changed(part: range) -> list[str]:
-        return [images.name(index) for index in part if images.stamp(index) != stamps[index]]
+    def changed(start: int) -> list[str]:
+        part = slice(start, min(start + _PART, len(stamps)))
+        both = zip(order[part].tolist(), stamps[part].tolist(), strict=True)
+        return [source.name(index) for index, stamp in both if [*source.stamp(index)] != stamp]
 
-    parts = [range(start, min(start + _PART, len(stamps))) for start in range(0, len(stamps), _PART)]
+    found, start, slow = [], 0, False
+    while start < len(stamps) and not slow:  # threads only hinder each other where the system answers at once
+        began = time.monotonic()
+        found += changed(start)
+        start, slow = start + _PART, time.monotonic() - began > _PART * _SLOW_S
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        return [name for names in pool.map(changed, parts) for name in names]
+        return found + [name for names in pool.map(changed, range(start, len(stamps), _PART)) for name in names]
 
 
 def _some(location: Path, names: Sequence[str]) -> str:

@@ -61,9 +61,10 @@ class ListedImages:
         except OSError:
             return False
 
-    def select(self, indices: Sequence[int]) -> ListedImages:  # noqa: D102  see Source
+    def select(self, indices: Sequence[int] | NDArray[np.int64]) -> ListedImages:  # noqa: D102  see Source
         chosen = np.asarray(indices, np.int64)
-        return replace(self, names=self.names.select(chosen), labels=self.labels[chosen])
+        names, labels = self.names.select(chosen), self.labels[chosen]
+        return replace(self, classes=(), names=names, labels=labels, left_out={}, label_names=())
 
 
 def open_flat(

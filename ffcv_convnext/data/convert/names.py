@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _BLOCK = 1 << 15  # names
+_FILE_NAMES = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()  # as os.fsdecode, without its overhead
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,25 +25,34 @@ class Names(Sequence[str]):
     @classmethod
     def of(cls, names: Iterable[str]) -> Names:
         """Pack names."""
-        packed, ends = bytearray(), []
+        packed, ends = bytearray(), array("q")
         for name in names:
             packed += os.fsencode(name)
             ends.append(len(packed))
         return cls(bytes(packed), np.array(ends, np.int64))
 
+    @classmethod
+    def of_lines(cls, content: bytes) -> Names:
+        """Pack the lines of a text; each ends with a line feed."""
+        ends = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n"))
+        ends -= np.arange(len(ends))
+        return cls(content.replace(b"\n", b""), ends)
+
     def __len__(self) -> int:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]  # slices: see `select`
-        index = range(len(self))[index]
-        start = int(self.ends[index - 1]) if index else 0
-        return os.fsdecode(self.packed[start : int(self.ends[index])])
+        index += len(self.ends) if index < 0 else 0
+        if index < 0:
+            raise IndexError("index out of range")
+        end = self.ends.item(index)  # IndexError, too
+        return self.packed[self.ends.item(index - 1) if index else 0 : end].decode(*_FILE_NAMES)
 
     def __iter__(self) -> Iterator[str]:
         start = 0
         for block in range(0, len(self), _BLOCK):  # a list of all ends would take 36 bytes a name
             for end in self.ends[block : block + _BLOCK].tolist():
-                yield os.fsdecode(self.packed[start:end])
+                yield self.packed[start:end].decode(*_FILE_NAMES)
                 start = end
 
     def select(self, indices: Sequence[int] | NDArray[np.int64]) -> Names:

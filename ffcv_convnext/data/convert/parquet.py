@@ -74,7 +74,7 @@ class ParquetImages(ArchivedImages):
                 raise OSError(errno.EIO, f"{archive} is damaged or has changed") from None
         return content[skip : skip + length]
 
-    def select(self, indices: Sequence[int]) -> Self:  # noqa: D102  see Source
+    def select(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:  # noqa: D102  see Source
         chosen = np.asarray(indices, np.int64)
         images = ArchivedImages.select(self, indices)
         return dataclasses.replace(images, inside=self.inside[chosen], codecs=self.codecs[chosen])

@@ -76,13 +76,12 @@ def expect(options: ConversionOptions, num_parts: int, say: Say) -> dict[Split, 
     """
     plans = make_plans(open_sources(options), options, say)
     for plan in plans:
-        if len(plan.source) < num_parts:
+        if len(plan) < num_parts:
             raise ValueError(
-                f"shards = {num_parts}: {plan.split} has only {len(plan.source)} images; use --shards "
-                f"{len(plan.source)} or fewer"
+                f"shards = {num_parts}: {plan.split} has only {len(plan)} images; use --shards {len(plan)} or fewer"
             )
     check_room(plans, options, say)
-    return {plan.split: Contents(len(plan.source), plan.source.classes, plan.identity.beton) for plan in plans}
+    return {plan.split: Contents(len(plan), plan.source.classes, plan.identity.beton) for plan in plans}
 
 
 def is_finished(out_dir: Path, split: Split, contents: Contents) -> bool:

@@ -7,8 +7,6 @@ import math
 import sys
 import time
 
-from tqdm import tqdm
-
 PLAIN_SECONDS = 10.0  # between lines if stderr is not a terminal
 
 
@@ -16,6 +14,8 @@ class ProgressBar:
     """A bar on a terminal, else a line every ten seconds; both with images/s and time left."""
 
     def __init__(self, total: int, name: str, done: int = 0) -> None:
+        from tqdm import tqdm  # imported late: every worker imports this file, for nothing
+
         self.is_terminal = sys.stderr.isatty()
         plain = {"file": io.StringIO(), "mininterval": math.inf, "ncols": 0, "smoothing": 0}
         how = {"file": sys.stderr, "dynamic_ncols": True, "smoothing": 0.05} if self.is_terminal else plain

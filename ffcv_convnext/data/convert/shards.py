@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from ffcv_convnext.data.beton import JPG, EncodedImage, Manifest, Split, encode_file_list, tables_digest
-from ffcv_convnext.data.convert.conversion import open_writer, publish, write_manifest
+from ffcv_convnext.data.beton import JPG, EncodedImage, Manifest, Split, tables_digest
+from ffcv_convnext.data.convert.conversion import open_writer, publish, write_list, write_manifest
 from ffcv_convnext.data.convert.encode import Encoding
 from ffcv_convnext.data.convert.journal import Identity, open_journal
 from ffcv_convnext.data.convert.options import shard_stem
@@ -41,7 +41,9 @@ def join_shards(out_dir: Path, split: Split, *, overwrite: bool, say: Callable[[
             )
     started = time.monotonic()
     skipped = tuple(file for _, manifest in shards for file in manifest.skipped)
-    names = [name for path, manifest in shards for name in _read_names(path, manifest)]
+    num_samples = sum(manifest.num_samples for _, manifest in shards)
+    for path, manifest in shards:
+        _read_list(path, manifest)  # checked before any work
     encoding = Encoding(
         max_resolution=first.max_resolution,
         jpeg_quality=first.jpeg_quality,
@@ -50,23 +52,23 @@ def join_shards(out_dir: Path, split: Split, *, overwrite: bool, say: Callable[[
     )
     with open_journal(out_dir, split) as journal:
         journal.begin(Identity(first.identity, settings=""))
-        writer = open_writer(journal.beton, encoding, capacity=len(names) + len(skipped))
+        writer = open_writer(journal.beton, encoding, capacity=num_samples + len(skipped))
         try:
             writer.write(_read_samples(shards), lambda _page: None)
         except OSError as error:
             raise Failure(f"{target} cannot be written: {error.strerror}; make room") from error
         joined = dataclasses.replace(
             first,
-            num_samples=len(names),
+            num_samples=num_samples,
             num_originals=sum(manifest.num_originals for _, manifest in shards),
             shard=None,
             skipped=skipped,
             page_crc32=tuple(page.crc32 for page in writer.pages),
             num_bytes=journal.beton.stat().st_size,
             sha256=tables_digest(journal.beton),
-            files_sha256=hashlib.sha256(encode_file_list(names)).hexdigest(),
+            files_sha256=write_list((_read_list(*shard) for shard in shards), journal.beton, target),
         )
-        write_manifest(joined, names, journal.beton, target)
+        write_manifest(joined, journal.beton, target)
         publish(journal, out_dir)
     for shard, _ in shards:
         for path in (shard, Manifest.path_for(shard), Manifest.files_path_for(shard)):
@@ -104,12 +106,12 @@ def _find_shards(out_dir: Path, split: Split) -> list[Path]:
     return shards
 
 
-def _read_names(shard: Path, manifest: Manifest) -> list[str]:
-    names = manifest.original_files(shard)
-    if names is None or len(names) != manifest.num_samples:
+def _read_list(shard: Path, manifest: Manifest) -> bytes:
+    content = manifest.file_list(shard)
+    if content is None or content.count(b"\n") != manifest.num_samples:
         path = Manifest.files_path_for(shard)
         raise ValueError(f"{path} is missing or differs from the manifest's hash; copy it again")
-    return names
+    return content
 
 
 def _read_samples(shards: Sequence[Shard]) -> Iterator[tuple[EncodedImage, int]]:
@@ -121,9 +123,9 @@ def _read_samples(shards: Sequence[Shard]) -> Iterator[tuple[EncodedImage, int]]
             raise ValueError(f"{path}: page {damaged[0]} differs from its checksum; copy it again, or convert it again")
         if tables.labels is None or not tables.in_pages.all():
             raise ValueError(f"{path}: damaged tables; copy it again, or convert it again")
-        with open(path, "rb") as file:
-            for sample, label in enumerate(tables.labels.tolist()):
-                file.seek(tables.addresses[sample])
-                data = file.read(tables.lengths[sample])
+        with open(path, "rb", buffering=0) as file:
+            for sample in range(len(tables)):
+                data = os.pread(file.fileno(), int(tables.lengths[sample]), int(tables.addresses[sample]))
                 mode: Literal["jpg", "raw"] = "jpg" if tables.modes[sample] == JPG else "raw"
-                yield EncodedImage(int(tables.widths[sample]), int(tables.heights[sample]), data, mode), label
+                width, height = int(tables.widths[sample]), int(tables.heights[sample])
+                yield EncodedImage(width, height, data, mode), int(tables.labels[sample])

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ffcv_convnext.data.convert.folders import (
     IMAGE_EXTENSIONS,
@@ -22,6 +25,9 @@ from ffcv_convnext.data.convert.folders import (
     explain_unknown_class,
     is_hidden,
 )
+from ffcv_convnext.data.convert.names import Names
+
+_BLOCK = 1 << 14  # images whose names are unpacked at once
 
 
 class Stamp(NamedTuple):
@@ -75,11 +81,29 @@ class Source(Protocol):
     def is_regular(self, index: int) -> bool:
         """Return False if `read` may block forever, e.g. for a named pipe."""
 
-    def select(self, indices: Sequence[int]) -> Source:
-        """Return a source of these images, in this order."""
+    def select(self, indices: Sequence[int] | NDArray[np.int64]) -> Source:
+        """Return a source of these images, in this order.
+
+        It goes to workers, which need neither `classes` nor `left_out`: they may be empty.
+        """
 
 
-@dataclass(frozen=True, slots=True)
+def names_of(source: Source, order: NDArray[np.int64] | None = None) -> Iterator[str]:
+    """Yield the names of the images at `order`, of all by default; only some of them are in memory."""
+    number = len(source) if order is None else len(order)
+    for start in range(0, number, _BLOCK):
+        stop = min(start + _BLOCK, number)
+        some = source.select(np.arange(start, stop) if order is None else order[start:stop])
+        yield from map(some.name, range(stop - start))
+
+
+def labels_of(source: Source, order: NDArray[np.int64]) -> Iterator[int]:
+    """Yield the labels of the images at `order`."""
+    for start in range(0, len(order), _BLOCK):
+        yield from map(source.label, order[start : start + _BLOCK].tolist())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ImageFolder:
     """A split's folder: one folder per class, images ordered by class, then by path.
 
@@ -88,8 +112,8 @@ class ImageFolder:
 
     location: Path
     classes: tuple[str, ...]
-    files: list[str]  # relative to `location`
-    labels: list[int]
+    files: Names  # relative to `location`
+    labels: NDArray[np.int32]  # (N,)
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -100,7 +124,7 @@ class ImageFolder:
             return file.read()
 
     def label(self, index: int) -> int:  # noqa: D102  see Source
-        return self.labels[index]
+        return int(self.labels[index])
 
     def name(self, index: int) -> str:  # noqa: D102  see Source
         return self.files[index]
@@ -114,9 +138,9 @@ class ImageFolder:
         except OSError:
             return False
 
-    def select(self, indices: Sequence[int]) -> ImageFolder:  # noqa: D102  see Source
-        files, labels = [self.files[i] for i in indices], [self.labels[i] for i in indices]
-        return ImageFolder(self.location, self.classes, files, labels, self.left_out)
+    def select(self, indices: Sequence[int] | NDArray[np.int64]) -> ImageFolder:  # noqa: D102  see Source
+        chosen = np.asarray(indices, np.int64)
+        return ImageFolder(self.location, (), self.files.select(chosen), self.labels[chosen])
 
 
 def list_classes(folder: Path) -> tuple[str, ...]:
@@ -144,20 +168,24 @@ def scan(
     if unknown := sorted(set(present) - set(classes)):
         named = f"{_format_classes(unknown)} not among the {len(classes)} classes of train"
         raise ValueError(explain_unknown_class(folder, present) or f"{folder}: {named}; remove or rename it")
-    files: list[str] = []
-    labels: list[int] = []
     empty: list[str] = []
+    counts = np.zeros(len(classes), np.int64)
     beside = [entry.name for entry in os.scandir(folder) if entry.is_file() and not is_hidden(entry.name)]
     left_out = Counter(NO_CLASS if name.lower().endswith(extensions) else ending(name) for name in beside)
     in_empty: Counter[str] = Counter()
-    for label, name in enumerate(classes):
-        found, others = _list_images(folder / name, extensions) if name in present else ([], Counter())
-        left_out += others
-        if not found:
-            empty.append(name)
-            in_empty += others
-        files += [path[len(str(folder)) + 1 :] for path in found]
-        labels += [label] * len(found)
+    exists = set(present)
+
+    def images() -> Iterator[str]:
+        for label, name in enumerate(classes):
+            found, others = _list_images(folder / name, extensions) if name in exists else ([], Counter())
+            left_out.update(others)
+            counts[label] = len(found)
+            if not found:
+                empty.append(name)
+                in_empty.update(others)
+            yield from (path[len(str(folder)) + 1 :] for path in found)
+
+    files = Names.of(images())
     if not files:
         raise FileNotFoundError(explain_no_images(folder, left_out))
     if empty and all_classes:
@@ -167,10 +195,11 @@ def scan(
             + (f" ({described})" if described else "")
             + "; add some or remove the folder"
         )
-    for file in files:
-        if "\n" in file or "\r" in file:
-            raise ValueError(f"{folder}: the file name {file!r} contains a line break; rename it")
+    if b"\n" in files.packed or b"\r" in files.packed:
+        file = next(file for file in files if "\n" in file or "\r" in file)
+        raise ValueError(f"{folder}: the file name {file!r} contains a line break; rename it")
     by_number = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
     return ImageFolder(folder, tuple(classes), files, labels, dict(by_number))
 
 

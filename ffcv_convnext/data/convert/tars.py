@@ -20,7 +20,7 @@ _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"
 _BLOCK = 512  # bytes: a header, and the unit of sizes
 _WINDOW = 8 * _BLOCK  # read at once: headers, and the small members of a WebDataset sample
 _REGULAR, _WITHOUT_CONTENT, _LONG_NAME, _PAX = b"0\0", b"123456", ord("L"), ord("x")  # links, devices, folders
-_ENCODING = sys.getfilesystemencoding()
+_FILE_NAMES = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
 _NO_FILE = bytes(_BLOCK)
 _MAX_NAME = 1 << 20  # bytes of a long name or a pax header
 
@@ -175,7 +175,7 @@ def _walk_headers(descriptor: int, at: int, end: int) -> Iterator[Member]:
             size = size if long_size is None else long_size
             if size < 0 or at + size > end or name.endswith(b"/"):
                 raise _Unusual(begin)
-            yield Member(name.decode(_ENCODING, "surrogateescape"), at, size)
+            yield Member(name.decode(*_FILE_NAMES), at, size)
             at += -(-size // _BLOCK) * _BLOCK
         elif size > _MAX_NAME:
             raise _Unusual(begin)

@@ -19,7 +19,14 @@ from ffcv_convnext.data.load.device import Batch
 from ffcv_convnext.data.load.sampler import GlobalBatchSampler, PageShuffle, Samples, eval_batches, is_shuffled
 from ffcv_convnext.data.load.sources import Mmap
 from ffcv_convnext.formatting import format_bytes
-from ffcv_convnext.host import available_memory, describe_need, fit_in_memory, num_bytes_in_memory
+from ffcv_convnext.host import (
+    available_memory,
+    describe_need,
+    file_system,
+    fit_in_memory,
+    is_in_memory,
+    num_bytes_in_memory,
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +51,12 @@ class _SplitLoader:
         files = list(dict.fromkeys(path for path in (beton, beton.with_name("val.beton")) if path.is_file()))
         in_memory = sum(map(num_bytes_in_memory, files)) if config.data_cache == "ram" else 0
         available = available_memory()
-        need = describe_need(config.data_cache, files, in_memory, available)
+        lies_in_memory = is_in_memory(beton)  # as with stage_to /dev/shm: it needs no more memory
+        need = (
+            f"data_cache = {config.data_cache}: {beton.parent} is in memory ({file_system(beton)})"
+            if lies_in_memory
+            else describe_need(config.data_cache, files, in_memory, available)
+        )
         self.decoder = BatchDecoder(
             beton,
             kernel,
@@ -63,7 +75,7 @@ class _SplitLoader:
             log.info(need)
         if config.check_data == "first_read":
             by_pages = self.split == "val" or config.order == "quasi_random"
-            self._check_pages(is_read_once=by_pages or fit_in_memory(files, in_memory, available))
+            self._check_pages(is_read_once=by_pages or lies_in_memory or fit_in_memory(files, in_memory, available))
 
     def _check_pages(self, *, is_read_once: bool) -> None:
         """Check pages while they are read, unless the checks would read the file from the disk once more."""

@@ -19,7 +19,7 @@ def triton_operations() -> Operations:
     """Return the kernels. Raises ValueError if Triton is not installed."""
     if find_spec("triton") is None:
         raise ValueError("kernels = triton: the package triton is not installed; install it, or use --kernels torch")
-    from ffcv_convnext.models.kernels import block, depthwise, mlp, norm, residual
+    from ffcv_convnext.models.kernels import block, depthwise, mlp, norm
 
     return Operations(
         depthwise.depthwise_conv2d,
@@ -27,7 +27,6 @@ def triton_operations() -> Operations:
         norm.depthwise_normalise,
         mlp.mlp,
         block.block,
-        residual.add_branch,
     )
 
 

@@ -10,7 +10,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ffcv_convnext.models.kernels.launch import autocast_type
-from ffcv_convnext.models.kernels.twins import Operations, fold
+from ffcv_convnext.models.kernels.twins import Operations, add_branch, fold
 from ffcv_convnext.models.layers import LayerNorm2d, LayerScale, PointwiseConv2d
 from ffcv_convnext.models.resnet import Block, Branch
 
@@ -31,8 +31,7 @@ class FusedBranch(Branch):
     Fused are depthwise convolution and LayerNorm; the two pointwise convolutions at the branch's end with the
     activation between them, stochastic depth and the sum; and all of this where the shortcut is the input. Gain and
     offset of the LayerNorm before, and layer scale behind, are multiplied into the weights of the pointwise
-    convolutions. A branch that ends otherwise has layer scale, stochastic depth and the sum fused. Other parts run
-    unchanged.
+    convolutions. Other parts run unchanged.
 
     Computes what `Branch` does up to rounding: under autocast the norm's result has autocast's data type, not float32,
     and a weight is rounded after it is multiplied.
@@ -52,7 +51,7 @@ class FusedBranch(Branch):
         mlp = _take_mlp(parts)
         if mlp is None:
             x, _ = self._run(parts, x, fold=False)
-            return operations.add_branch(shortcut, x, gamma, keep)
+            return add_branch(shortcut, x, gamma, keep)
         dtype = autocast_type(x)
         result = torch.promote_types(
             shortcut.dtype, dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)

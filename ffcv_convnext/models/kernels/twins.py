@@ -18,7 +18,6 @@ class Operations(NamedTuple):
     depthwise_normalise: Callable[[Tensor, Tensor, Tensor | None, int, float], Tensor]
     mlp: Callable[..., Tensor]
     block: Callable[..., Tensor]
-    add_branch: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -135,7 +134,7 @@ def block(
 
 
 def add_branch(shortcut: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
-    """Return shortcut + branch x gamma x keep.
+    """Return shortcut + branch x gamma x keep. No kernel: a compiler fuses it with the norm before and what follows.
 
     shortcut, branch: (N, C, H, W).   gamma: (C,), layer scale.   keep: (N,), each sample's factor of stochastic depth:
     0 or 1 / the probability to be kept.   The data type follows PyTorch's promotion.
@@ -147,4 +146,4 @@ def add_branch(shortcut: Tensor, branch: Tensor, gamma: Tensor | None, keep: Ten
     return shortcut + branch
 
 
-TWINS = Operations(depthwise_conv2d, depthwise_layer_norm, depthwise_normalise, mlp, block, add_branch)
+TWINS = Operations(depthwise_conv2d, depthwise_layer_norm, depthwise_normalise, mlp, block)

@@ -25,8 +25,10 @@ from ffcv.memory_allocator import MemoryAllocator
 from ffcv.writer import DatasetWriter, handle_sample
 
 from ffcv_convnext import cli
+from ffcv_convnext.data.beton import tables as tables_module
 from ffcv_convnext.data.beton.manifest import Manifest, tables_digest
-from ffcv_convnext.data.beton.tables import read_tables
+from ffcv_convnext.data.beton.tables import UNKNOWN, read_tables
+from ffcv_convnext.data.check import verify as verify_module
 from ffcv_convnext.data.check.info import _bins, describe_data
 from ffcv_convnext.data.check.verify import NUM_SHOWN, verify_data
 from ffcv_convnext.data.convert import ConversionOptions, convert
@@ -239,10 +241,34 @@ def test_a_bad_row_of_the_tables_is_named(own_dir: Path, change: Callable[[Damag
     assert re.search(reason, bad.bad_samples[0].reason)
 
 
-def test_overlapping_data_is_found_also_behind_a_long_neighbour(own_dir: Path) -> None:
+@pytest.mark.parametrize("rows", [2, 11, 1 << 16])
+def test_overlapping_data_is_found_also_behind_a_long_neighbour(
+    own_dir: Path, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables_module, "ROWS", rows)
+    monkeypatch.setattr(verify_module, "ROWS", rows)
     damage = Damage(own_dir / "train.beton")
     damage.allocations[10, 2] = int(damage.allocations[10:14, 2].sum())  # reaches over 11, 12 and 13
     assert found(own_dir) == dict.fromkeys((11, 12, 13), "its data overlaps that of sample 10")
+
+
+@pytest.mark.parametrize("rows", [3, 1 << 16])
+def test_tables_are_the_same_for_any_order_of_the_allocations(
+    own_dir: Path, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beton = own_dir / "train.beton"
+    expected = read_tables(beton)
+    monkeypatch.setattr(tables_module, "ROWS", rows)
+    found_before = found(own_dir)
+    damage = Damage(beton)
+    damage.allocations[:] = damage.allocations[np.random.default_rng(0).permutation(len(expected))].copy()
+    shuffled = read_tables(beton)
+    for name in ("addresses", "lengths", "owners", "labels", "modes"):
+        assert np.array_equal(getattr(shuffled, name), getattr(expected, name)), name
+    assert shuffled.owners.tolist() == list(range(len(expected)))
+    damage.allocations[-1, 1] = 1  # one is missing now
+    assert (read_tables(beton).lengths == UNKNOWN).sum() == 1
+    assert found_before == {}
 
 
 def test_many_bad_samples_are_counted_and_the_json_has_all(own_dir: Path, tmp_path: Path, run: Run) -> None:

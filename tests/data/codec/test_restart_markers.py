@@ -25,6 +25,7 @@ from ffcv_convnext.data.codec.crop import HEIGHT, INTERVAL, MCU_WIDTH, WIDTH, cu
 from ffcv_convnext.data.codec.decode import OK, addresses, decode_jpeg
 from ffcv_convnext.data.codec.recompress import restart_interval
 from ffcv_convnext.data.codec.restart_markers import NotTranscodable, add_restart_markers
+from ffcv_convnext.data.codec.turbojpeg import library_path
 
 Bytes = NDArray[np.uint8]
 FUNCTIONS = addresses()
@@ -226,7 +227,7 @@ def test_arithmetic_coding_is_replaced(
     photographs: list[Image.Image], flags: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TJ_ARITHMETIC", "1")  # libturbojpeg's own switch
-    library = ctypes.CDLL(sys.modules["ffcv._libffcv"].__file__)
+    library = ctypes.CDLL(str(library_path()))
     library.tjInitCompress.restype = ctypes.c_void_p
     handle, buffer, size = ctypes.c_void_p(library.tjInitCompress()), ctypes.c_void_p(), ctypes.c_ulong()
     pixels = np.ascontiguousarray(photographs[0])

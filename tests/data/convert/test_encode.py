@@ -28,13 +28,14 @@ from ffcv_convnext.data.convert.encode import (
     shrink,
     to_rgb,
 )
+from ffcv_convnext.data.convert.names import Names
 
 ENCODING = Encoding(max_resolution=500, jpeg_quality=90, max_bytes=8 << 20)
 LOSSY = (".jpg", ".JPEG")
 
 
 def encode_all(folder: Path, *files: str) -> list[EncodedImage | Rejected]:
-    images = ImageFolder(folder, ("only",), list(files), [0] * len(files))
+    images = ImageFolder(folder, ("only",), Names.of(files), np.zeros(len(files), np.int32))
     return encode_images(Task(images, [True] * len(files)), ENCODING)
 
 

@@ -22,6 +22,7 @@ from support.imagefolder import class_name
 from ffcv_convnext import cli
 from ffcv_convnext.data.beton.manifest import Manifest
 from ffcv_convnext.data.convert import ConversionOptions, convert
+from ffcv_convnext.data.convert import journal as journal_module
 from ffcv_convnext.data.convert.journal import Journal
 from ffcv_convnext.data.convert.shards import join_shards
 from ffcv_convnext.errors import Failure
@@ -138,6 +139,24 @@ def test_an_unfinished_conversion_is_neither_lost_nor_mixed_with_another(
         convert(options(folder, killed, resume=True))
     convert(options(folder, killed, overwrite=True))
     assert_same_files(killed, whole)
+
+
+@pytest.mark.parametrize("tail", [1, 100, 1 << 16])
+def test_the_number_of_saved_images_is_read_from_the_end(
+    killed: Path, tail: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "_TAIL", tail)
+    place = Journal(killed, "train")
+    identity = json.loads(place.path.read_bytes().partition(b"\n")[0].partition(b" ")[2])[0]
+    saved = len(converted_names(killed))
+    assert place.num_done(identity) == saved > 0
+    assert place.num_done("other") == 0
+    pages = place.num_pages
+    with open(place.path, "ab") as file:
+        file.write(b"00000000 [cut off")
+    assert (place.num_done(identity), place.num_pages) == (saved, pages)
+    place.path.write_bytes(place.path.read_bytes().partition(b"\n")[0] + b"\n")
+    assert (place.num_done(identity), place.num_pages) == (0, 0)
 
 
 # --- source files that change in between ---------------------------------------------------------------------
