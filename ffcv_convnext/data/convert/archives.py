@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import sys
+import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,8 @@ from ffcv_convnext.data.convert.source import Stamp
 
 _OPEN_ARCHIVES = 128  # in a worker
 _FILE_NAMES = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()  # as os.fsencode, without its overhead
-_NUM_THREADS = 16  # that read headers
+_NUM_THREADS = 16  # that read headers from a slow disk
+_WAITS = 4  # times the time that is computed: the disk is slow
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -115,13 +117,27 @@ class ArchivedImages:
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yield the results in the order of the items: on a network disk each header that is read takes a millisecond."""
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+    """Yield the results in the order of the items, from threads.
+
+    On a network disk each header that is read takes a millisecond, and many threads wait for it. Where the first item
+    shows that the disk answers at once, more than two threads only wait for Python's lock.
+    """
+    remaining = iter(items)
+    for first in remaining:
+        started, computed = time.perf_counter(), time.thread_time()
+        result = work(first)
+        waits = time.perf_counter() - started > _WAITS * (time.thread_time() - computed)
+        yield result
+        break
+    else:
+        return
+    num_threads = _NUM_THREADS if waits else 2
+    with ThreadPoolExecutor(num_threads) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
-            for item in items:
+            for item in remaining:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) > _NUM_THREADS:
+                if len(waiting) > num_threads:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

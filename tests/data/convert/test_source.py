@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from support.imagefolder import TarSource, class_name, make_image_folder
 
 from ffcv_convnext.data.beton.manifest import Manifest, Split
 from ffcv_convnext.data.convert import ConversionOptions, ImageFolder, Source, convert
+from ffcv_convnext.data.convert.archives import in_threads
 from ffcv_convnext.data.convert.source import list_classes, scan
 from ffcv_convnext.errors import Failure
 
@@ -52,3 +54,19 @@ def test_a_selection_has_the_chosen_images_in_the_chosen_order(folder: Path, tmp
         assert [some.label(i) for i in range(len(some))] == [1, 0]
         assert some.read(1) == source.read(2)
     assert isinstance(images[0], ImageFolder)
+
+
+@pytest.mark.parametrize("seconds", [0, 0.02])
+def test_results_of_threads_keep_the_order_and_raise_the_first_error(seconds: float) -> None:
+    def work(number: int) -> int:
+        time.sleep(seconds)
+        if number == 30:
+            raise ValueError(str(number))
+        return -number
+
+    assert list(in_threads(work, [])) == []
+    assert list(in_threads(work, range(30))) == [-number for number in range(30)]
+    found: list[int] = []
+    with pytest.raises(ValueError, match="30"):
+        found.extend(in_threads(work, range(60)))
+    assert len(found) == 30

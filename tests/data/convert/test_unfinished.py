@@ -141,6 +141,7 @@ def test_an_unfinished_conversion_is_neither_lost_nor_mixed_with_another(
     assert_same_files(killed, whole)
 
 
+@pytest.mark.usefixtures("own")  # it lists the images in the order of the conversion
 @pytest.mark.parametrize("tail", [1, 100, 1 << 16])
 def test_the_number_of_saved_images_is_read_from_the_end(
     killed: Path, tail: int, monkeypatch: pytest.MonkeyPatch
