@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert an ImageFolder (data_path/train/<class>/<image>, data_path/val/...) to train.beton and val.beton.
+"""Convert images (class folders, ImageNet's tars, WebDataset, parquet, lists) to train.beton and val.beton.
 
     python write_ffcv_dataset.py --data_path /imagenet --out_dir /beton
 

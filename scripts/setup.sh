@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly VENV=.venv
 readonly LOWEST=.venv-lowest
 readonly STAMP=$VENV/.installed
-readonly EXTRAS=ffcv,slurm,report,demo,dev
+readonly EXTRAS=ffcv,slurm,report,parquet,demo,dev
 
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$@" >&2; exit 1; }

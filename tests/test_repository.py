@@ -60,6 +60,7 @@ HOMES = {
     "numba": ("data",),
     "llvmlite": ("data",),
     "cv2": ("data",),
+    "pyarrow": ("data",),
     "submitit": ("cluster",),
     "matplotlib": ("report",),
     "triton": ("models.kernels", "augment.kernels", "training.kernels", "bench.gpu_code"),

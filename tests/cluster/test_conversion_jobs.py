@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support.imagefolder import make_image_folder
 from support.slurm_commands import words
+from support.sources import add_list, add_parquet, add_shards, classes_of, make_imagenet, write
 
 from ffcv_convnext.cli import run_command
 from ffcv_convnext.cluster import read_submissions
@@ -71,6 +72,33 @@ def run_jobs(queue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in ("train.beton", "val.beton", "train.files.txt")}
+
+
+@pytest.mark.parametrize("form", ["shards", "parquet", "list"])
+def test_the_jobs_read_every_form_with_relative_paths(
+    form: str, options: dict[str, Any], queue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_imagenet(tmp_path / "folder")
+    write(tmp_path / "classes.txt", "".join(f"{name}\n" for name in classes_of(folder)).encode())
+    if form == "shards":
+        add_shards(folder, tmp_path, "train", "cls", "x/{:02d}.tar")
+    elif form == "parquet":
+        add_parquet(folder, tmp_path, "train", stated=False)
+    else:
+        add_list(folder, tmp_path, "train")
+    path = {"shards": "x/{00..02}.tar", "parquet": "data/*.parquet", "list": "train.tsv"}[form]
+    monkeypatch.chdir(tmp_path)
+    options |= {"data_path": Path(path), "classes": Path("classes.txt"), "split": "train"}
+    assert submit(options) == 0
+    both = (queue / "scripts").read_text().splitlines(keepends=True)
+    assert len(both) == 2
+    monkeypatch.chdir("/")
+    for script in both:  # the array, then the join
+        (queue / "scripts").write_text(script)
+        run_jobs(queue, monkeypatch)
+    whole = {"data_path": folder, "out_dir": tmp_path / "whole", "split": "train"}
+    assert run_command("write", words(whole)) == 0
+    assert (tmp_path / "beton" / "train.beton").read_bytes() == (tmp_path / "whole" / "train.beton").read_bytes()
 
 
 def test_the_jobs_write_the_bytes_of_one_conversion(

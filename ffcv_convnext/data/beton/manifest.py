@@ -56,6 +56,7 @@ class Manifest:
     skipped: tuple[SkippedFile, ...]
     extensions: tuple[str, ...] = ()  # further endings of image files
     left_out: Mapping[str, int] = field(default_factory=dict)  # files of the source that have other endings, by ending
+    label_names: tuple[str, ...] = ()  # class of each integer label in the source, if its labels are integers
     ffcv_version: str
     package_version: str
     identity: str  # hash of all that determines the .beton's bytes, except the content of the image files
@@ -101,7 +102,8 @@ class Manifest:
         content["classes"] = tuple(content["classes"])
         content["shard"] = tuple(content["shard"]) if content["shard"] else None
         content["page_crc32"] = tuple(content["page_crc32"])
-        content["extensions"] = tuple(content.get("extensions", ()))  # not in older manifests
+        for name in ("extensions", "label_names"):  # not in all manifests
+            content[name] = tuple(content.get(name, ()))
         content["skipped"] = tuple(SkippedFile(**entry) for entry in content["skipped"])
         manifest = cls(**content)
         for name, kind in get_type_hints(cls).items():
@@ -120,6 +122,8 @@ class Manifest:
     def write(self, path: Path) -> None:
         """Write atomically: a reader gets the old file or the complete new one."""
         content = {"format": FORMAT, **dataclasses.asdict(self), "class_to_idx": self.class_to_idx}
+        if not self.label_names:
+            del content["label_names"]
         write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
     @classmethod

@@ -17,8 +17,8 @@ from ffcv_convnext.data.beton import CONVERT_AGAIN, JPG, Manifest
 from ffcv_convnext.data.beton.tables import Tables, damaged_pages, find_betons, read_tables
 from ffcv_convnext.data.check.manifests import read_original_files
 from ffcv_convnext.data.convert.encode import Encoding, ImageError, encode_content
-from ffcv_convnext.data.convert.imagenet import reopen
 from ffcv_convnext.data.convert.names import Names
+from ffcv_convnext.data.convert.open_sources import reopen
 from ffcv_convnext.data.convert.source import ImageFolder, Source
 
 
@@ -70,9 +70,10 @@ def _repair_file(beton: Path, num_workers: int) -> list[RepairedPage]:
 
 
 def _open_originals(source: Path, manifest: Manifest, files: Names) -> Source:
-    """Return the images of `files` in the folder or archive that the .beton was made from."""
-    if source.is_file():
-        return reopen(source, files)
+    """Return the images of `files` in the folder or the archives that the .beton was made from."""
+    again = reopen(manifest, files)
+    if again is not None:
+        return again
     return ImageFolder(source, manifest.classes, files, labels=np.zeros(len(files), np.int32))
 
 

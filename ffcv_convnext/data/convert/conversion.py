@@ -31,8 +31,9 @@ from ffcv_convnext.data.beton import (
 )
 from ffcv_convnext.data.convert.encode import Encoded, Encoding, Rejected, Task, encode_stamped
 from ffcv_convnext.data.convert.journal import Journal, JournalEntry, open_journal
+from ffcv_convnext.data.convert.open_sources import open_sources
 from ffcv_convnext.data.convert.options import ConversionOptions
-from ffcv_convnext.data.convert.plan import Plan, Say, check_room, make_plans, open_sources
+from ffcv_convnext.data.convert.plan import Plan, Say, check_room, make_plans
 from ffcv_convnext.data.convert.progress import ProgressBar
 from ffcv_convnext.data.convert.source import Source, Stamp, names_of
 from ffcv_convnext.data.convert.worker_pool import WorkerDied, Workers
@@ -252,6 +253,7 @@ class _Conversion:
             skipped=tuple(self.skipped),
             extensions=options.further_extensions,
             left_out=plan.source.left_out,
+            label_names=getattr(plan.source, "label_names", ()),
             ffcv_version=version("ffcv"),
             package_version=__version__,
             identity=plan.identity.beton,

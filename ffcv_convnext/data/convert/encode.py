@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ffcv_convnext.data.beton import EncodedImage
 from ffcv_convnext.data.codec.recompress import reencode, restart_interval, shrunk_size
 from ffcv_convnext.data.codec.turbojpeg import MAX_JPEG_SIDE, Subsampling, factors, read_header
+from ffcv_convnext.data.convert.archives import ArchivedImages
 from ffcv_convnext.data.convert.source import Source, Stamp
 
 if TYPE_CHECKING:
@@ -227,7 +228,8 @@ def _encode(images: Source, index: int, compress: bool, encoding: Encoding) -> E
     try:
         return encode_content(images.read(index), encoding, compress=compress)
     except ImageError as error:
-        return Rejected(str(error), skippable=True)
+        archive = images.archive_of(index) if isinstance(images, ArchivedImages) else str(images.location)
+        return Rejected(str(error) if archive == str(images.location) else f"{error} (in {archive})", skippable=True)
     except MemoryError:
         return Rejected("not enough memory to decode it; lower --num_workers", skippable=False)
     except OSError as error:

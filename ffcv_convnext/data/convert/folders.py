@@ -26,6 +26,17 @@ def ending(name: str) -> str:
     return os.path.splitext(name)[1].lower() or NO_ENDING
 
 
+def holds_class_folders(folder: Path) -> bool:
+    """Return whether a split's folder has folders."""
+    return any(not is_hidden(entry.name) for entry in _folders(folder))
+
+
+def holds_flat_images(folder: Path) -> bool:
+    """Return whether images lie in a folder itself."""
+    with os.scandir(folder) as entries:
+        return any(each.name.lower().endswith(IMAGE_EXTENSIONS) and not is_hidden(each.name) for each in entries)
+
+
 def is_hidden(name: str) -> bool:
     """Return whether a file is one of a desktop or an editor, and nobody's data."""
     return name.startswith(".") or name in ("Thumbs.db", "desktop.ini")
@@ -71,9 +82,9 @@ def explain_missing_split(root: Path, split: str) -> str:
         return f"{root / split} does not exist, but {nested / split} does; use --data_path {nested}"
     if archives := _names(root, _ARCHIVES):
         return (
-            f"{root / split} does not exist; {root} holds {_some(archives)}: unpack it so that images lie in "
-            f"{root / split}/<class>/ (ILSVRC2012_img_train.tar holds one archive for each class: unpack each into a "
-            "folder of its own name)"
+            f"{root / split} does not exist; {root} holds {_some(archives)}, which cannot be read in place: unpack "
+            f"them so that images lie in {root / split}/<class>/ (ILSVRC2012_img_{split}.tar and WebDataset shards "
+            f"like NAME-{split}-0000.tar need not be unpacked)"
         )
     if images := _names(root, IMAGE_EXTENSIONS):
         return f"{root / split} does not exist; {root} holds {_some(images)} itself; {LAYOUT}"
@@ -89,8 +100,9 @@ def explain_no_classes(folder: Path) -> str:
     """Return what a split's folder without class folders holds instead, and the next action."""
     if archives := _names(folder, _ARCHIVES):
         return (
-            f"{folder} holds {_some(archives)} and no class folders; unpack each into a folder of its own name: "
-            f'cd {folder} && for f in *.tar; do mkdir -p "${{f%.tar}}" && tar -xf "$f" -C "${{f%.tar}}"; done'
+            f"{folder} holds {_some(archives)} and no class folders; only .tar can be read in place, one for each "
+            f"class (n01440764.tar) or WebDataset's: decompress them, or unpack them so that images lie in "
+            f"{folder}/<class>/"
         )
     if images := _names(folder, IMAGE_EXTENSIONS):
         return f"{folder} holds {_some(images)} without class folders; {_move_to_classes(images[0])}"
@@ -120,7 +132,10 @@ def explain_unknown_class(folder: Path, classes: tuple[str, ...]) -> str | None:
 def explain_no_images(folder: Path, left_out: Mapping[str, int]) -> str:
     """Return why no file below a split's class folders is an image, and the next action."""
     if archives := sum(left_out.get(end, 0) for end in _ARCHIVES):
-        reason = f"but {format_count(archives, 'archive')} (.tar, .zip); unpack them where they are"
+        reason = (
+            f"but {format_count(archives, 'archive')} (.tar, .zip); an archive {folder}/<class>.tar is read in place: "
+            "move them there, without the class folders, or unpack them where they are"
+        )
     elif described := describe_left_out(left_out):
         reason = f"({', '.join(IMAGE_EXTENSIONS)}); {described}"
     else:
@@ -130,14 +145,16 @@ def explain_no_images(folder: Path, left_out: Mapping[str, int]) -> str:
 
 def _move_to_classes(image: str) -> str:
     if image.startswith("ILSVRC2012_val_"):
-        return (
-            "move each into a folder of its class: line i of ILSVRC2012_validation_ground_truth.txt in ImageNet's "
-            "development kit is the class number of image i, and meta.mat there has the folder of each number, e.g. "
-            "n01440764"
-        )
+        return "validation images may lie in data_path/val itself, with ILSVRC2012_devkit_t12.tar.gz in data_path"
     if found := re.match(r"(n\d{8})_\d+\.", image):
-        return f"move each into a folder of its class, the first part of its name: {image} into {found[1]}"
-    return "move each into a folder that is named after its class"
+        return (
+            f"move each into a folder of its class, the first part of its name: {image} into {found[1]}, or write a "
+            "list with one `path<TAB>class` a line (data_path/train.tsv)"
+        )
+    return (
+        "move each into a folder that is named after its class, or write a list with one `path<TAB>class` a line "
+        "(data_path/train.tsv, data_path/val.tsv)"
+    )
 
 
 def _find_below(root: Path, split: str) -> Path | None:

@@ -6,11 +6,14 @@ import io
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from ffcv_convnext.data.convert.archives import Index, in_threads
 from ffcv_convnext.data.convert.folders import IMAGE_EXTENSIONS, ending
+from ffcv_convnext.data.convert.names import Names
 from ffcv_convnext.data.convert.source import Stamp
 from ffcv_convnext.data.convert.tars import Member, TarImages, list_members
 
@@ -24,20 +27,48 @@ def open_train(archive: Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) ->
 
     Raises FileNotFoundError, or ValueError as `list_members` does and for a class without images.
     """
-    stamp = Stamp.of(archive)
+    index = Index([archive])
     inner = sorted(_class_archives(archive), key=lambda each: each[0])
-    images: list[tuple[str, int, int, int]] = []
-    left_out: Counter[str] = Counter()
-    for label, (name, member) in enumerate(inner):
-        before = len(images)
-        for image in sorted(list_members(archive, inside=member), key=lambda each: each.name.split("/")):
-            if image.name.lower().endswith(extensions):
-                images.append((f"{name}/{image.name.removeprefix('./')}", image.start, image.size, label))
-            else:
-                left_out[ending(image.name)] += 1
-        if len(images) == before:
+    read = in_threads(lambda each: list(list_members(archive, inside=each[1])), inner)
+    for label, ((name, member), members) in enumerate(zip(inner, read, strict=True)):
+        _add_class(index, 0, label, name, members, extensions)
+        if not index.labels or index.labels[-1] != label:
             raise ValueError(f"{archive}/{member.name} has no images; copy the archive again")
-    return TarImages.build(archive, [name for name, _ in inner], images, left_out, stamp)
+    fields, _ = index.finish([name for name, _ in inner])
+    return TarImages(location=archive, **fields)
+
+
+def open_class_archives(
+    folder: Path, classes: Sequence[str] | None = None, extensions: tuple[str, ...] = IMAGE_EXTENSIONS
+) -> TarImages:
+    """Index a folder with one archive for each class, `n01440764.tar`.
+
+    classes: of train, for a folder that may lack some; None: the archives here.
+    Raises as `open_train` does, and ValueError for an archive that is not named after one of `classes`.
+    """
+    archives = sorted(folder.glob("*.tar"), key=lambda archive: archive.stem)
+    known = {name: label for label, name in enumerate(classes or [archive.stem for archive in archives])}
+    index = Index(archives)
+    if other := [archive for archive in archives if archive.stem not in known]:
+        raise ValueError(f"{other[0]} is named after none of the {len(known)} classes of train; rename or remove it")
+    read = in_threads(lambda archive: list(list_members(archive)), archives)
+    for which, (archive, members) in enumerate(zip(archives, read, strict=True)):
+        before = len(index)
+        _add_class(index, which, known[archive.stem], archive.stem, members, extensions)
+        if len(index) == before:
+            raise ValueError(f"{archive} has no images; copy it again, or remove it")
+    fields, _ = index.finish(list(known))
+    return TarImages(location=folder / "*.tar", **fields)
+
+
+def _add_class(
+    index: Index, which: int, label: int, name: str, members: Iterable[Member], extensions: tuple[str, ...]
+) -> None:
+    for file, start, size in members:
+        if file.lower().endswith(extensions):
+            index.add(file.removeprefix("./").removeprefix(f"{name}/"), which, start, size, label)
+        else:
+            index.left_out[ending(file)] += 1
 
 
 def list_train_classes(archive: Path) -> tuple[str, ...]:
@@ -65,27 +96,45 @@ def open_val(
     Raises FileNotFoundError, or ValueError as `list_members` does, and for an image without a class or a class that is
     not among `classes`.
     """
-    stamp = Stamp.of(archive)
-    labels = {name: label for label, name in enumerate(classes)}
-    images: list[tuple[str, int, int, int]] = []
-    left_out: Counter[str] = Counter()
-    for member in list_members(archive):
-        if not member.name.lower().endswith(extensions):
-            left_out[ending(member.name)] += 1
-            continue
-        file = member.name.rsplit("/", 1)[-1]
-        if (name := truth.get(file)) is None:
-            raise ValueError(f"{archive}: the ground truth has no class for {member.name}")
-        if name not in labels:
-            raise ValueError(f"{archive}: {member.name} has class {name}, not among the {len(classes)} of train")
-        images.append((f"{name}/{file}", member.start, member.size, labels[name]))
-    if not images:
+    index = Index([archive])
+    truth_of = GroundTruth(truth, classes, archive)
+    for name, start, size in list_members(archive):
+        if name.lower().endswith(extensions):
+            index.add(name.rpartition("/")[2], 0, start, size, truth_of.label(name))
+        else:
+            index.left_out[ending(name)] += 1
+    if not len(index):
         raise ValueError(f"{archive} has no images ({', '.join(extensions)}); copy it again")
-    images.sort(key=lambda image: (image[3], image[0]))
-    for one, other in pairwise(images):
-        if one[0] == other[0]:
-            raise ValueError(f"{archive}: two members are named {one[0].split('/')[1]}; remove one")
-    return TarImages.build(archive, classes, images, left_out, stamp)
+    truth_of.check_all_seen()
+    fields, _ = index.finish(classes)
+    return TarImages(location=archive, **fields)
+
+
+class GroundTruth:
+    """The classes of validation images by file name, and which of them were found."""
+
+    def __init__(self, truth: Mapping[str, str], classes: Sequence[str], place: Path) -> None:
+        self.place = place  # the archive or folder with the images, for messages
+        self._truth, self._classes, self._seen = truth, len(classes), set[str]()
+        self._labels = {name: label for label, name in enumerate(classes)}
+
+    def label(self, name: str) -> int:
+        """Return the label of an image. Raises ValueError if it has none, or a class that train lacks."""
+        file = name.rpartition("/")[2]
+        if (wanted := self._truth.get(file)) is None:
+            raise ValueError(f"{self.place}: the ground truth has no class for {name}")
+        if wanted not in self._labels:
+            raise ValueError(f"{self.place}: {name} has class {wanted}, not among the {self._classes} of train")
+        self._seen.add(file)
+        return self._labels[wanted]
+
+    def check_all_seen(self) -> None:
+        """Raise ValueError if an image of the ground truth is missing."""
+        if missing := next((file for file in self._truth if file not in self._seen), None):
+            raise ValueError(
+                f"{self.place} has {len(self._seen):,} of the {len(self._truth):,} images of the ground truth; "
+                f"{missing} is missing: copy the images again, or give their classes alone with --val_labels FILE"
+            )
 
 
 def read_val_labels(path: Path, classes: Sequence[str]) -> dict[str, str]:
@@ -121,8 +170,8 @@ def read_devkit(archive: Path) -> dict[str, str]:
     """
     if not archive.is_file():
         raise FileNotFoundError(
-            f"the classes of the validation images are not known: {archive} does not exist; copy it there, or give "
-            "--val_labels FILE with one `name class` a line"
+            "the classes of the validation images are not known: they have no class folders, and "
+            f"{archive} does not exist; copy it there, or give --val_labels FILE with one `name class` a line"
         )
     try:
         from scipy.io import loadmat
@@ -160,11 +209,21 @@ def reopen(archive: Path, names: Sequence[str]) -> TarImages:
         folder, _, file = name.partition("/")
         if inner := members.get(f"{folder}.tar"):
             for image in list_members(archive, inside=inner):
-                found[f"{folder}/{image.name.removeprefix('./')}"] = image
+                found[f"{folder}/{image.name.removeprefix('./').removeprefix(f'{folder}/')}"] = image
             del members[f"{folder}.tar"]
         elif file in members:
             found[name] = members[file]
     if missing := next((name for name in names if name not in found), None):
         raise ValueError(f"{archive} has no member for {missing}; it is not the archive that the .beton was made from")
-    images = [(name, found[name].start, found[name].size, 0) for name in names]
-    return TarImages.build(archive, [""], images, {}, Stamp.of(archive))
+    images = [found[name] for name in names]
+    return TarImages(
+        location=archive,
+        classes=("",),
+        archives=(str(archive),),
+        stamps=(Stamp.of(archive),),
+        which=np.zeros(len(images), np.int32),
+        starts=np.array([image.start for image in images], np.int64),
+        sizes=np.array([image.size for image in images], np.int64),
+        labels=np.zeros(len(images), np.int32),
+        names=Names.of(names),
+    )

@@ -12,7 +12,7 @@ from ffcv_convnext.data.beton import Split
 from ffcv_convnext.data.codec.turbojpeg import MAX_JPEG_SIDE, Subsampling
 from ffcv_convnext.data.convert.encode import Encoding
 
-SourceKind = Literal["auto", "folder", "imagenet_tars"]
+SourceKind = Literal["auto", "folder", "imagenet_tars", "webdataset", "parquet", "list"]
 MIN_PAGE_BYTES = 8 << 20  # FFCV's default
 MAX_PAGE_BYTES = 64 << 20  # with data_cache = process, a loader holds several pages in memory
 BYTES_PER_PIXEL = 3  # raw; a JPEG of pure noise at quality 100 is smaller
@@ -23,15 +23,25 @@ class ConversionOptions:
     """Which images to convert, and how to store them."""
 
     data_path: Path = setting(
-        help="folder with train/<class>/<image> and val/<class>/<image>, or with ILSVRC2012_img_train.tar and _val.tar"
+        help="folder with train and val: class folders, ILSVRC2012's tars, WebDataset shards, parquet files or lists "
+        "(train.tsv); or the files of one split, e.g. 'DIR/train-{000..146}.tar'"
     )
     out_dir: Path = setting(help="folder for the .beton files, created if missing")
     split: Literal["train", "val", "all"] = setting("all", "splits to convert; val uses the class list of train")
     source: SourceKind = setting(
-        "auto", "form of the images; auto: found out from data_path; imagenet_tars: the downloads, read in place"
+        "auto",
+        "form of the images; auto: found out from data_path for each split; imagenet_tars, webdataset and parquet are "
+        "read in place; list: one `path<TAB>class` a line",
     )
     val_labels: Path | None = setting(
-        None, "imagenet_tars: file with one `name class` a line, class as name or index; none: the development kit's"
+        None,
+        "classes of the images in a flat val folder or ILSVRC2012_img_val.tar: file with one `name class` a line, "
+        "class as name or index; none: the development kit's",
+    )
+    classes: Path | None = setting(
+        None,
+        "webdataset, parquet, list: file with one class name a line, in the order of integer labels; none: names in "
+        "the samples or the schema, else the integers",
     )
     extensions: str | None = setting(
         None,

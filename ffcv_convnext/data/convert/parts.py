@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ffcv_convnext.data.beton import Manifest, Split
 from ffcv_convnext.data.convert.journal import Journal
+from ffcv_convnext.data.convert.open_sources import open_sources
 from ffcv_convnext.data.convert.options import ConversionOptions, shard_stem
-from ffcv_convnext.data.convert.plan import check_room, make_plans, open_sources
+from ffcv_convnext.data.convert.plan import check_room, make_plans
 from ffcv_convnext.data.convert.shards import join_shards
 
 Say = Callable[[str], None]

@@ -168,14 +168,14 @@ def tiny_imagenet_val(root: Path) -> Path:
 
 def archives_in_root(root: Path) -> Path:
     shutil.rmtree(root / "train")
-    (root / "ILSVRC2012_img_train.tar").touch()
+    (root / "imagenet.zip").touch()
     return root
 
 
 def archives_of_classes(root: Path) -> Path:
     shutil.rmtree(root / "train")
     (root / "train").mkdir()
-    for name in ("n01440764.tar", "n01443537.tar"):
+    for name in ("n01440764.tar.gz", "n01443537.tar.gz"):
         (root / "train" / name).touch()
     return root
 
@@ -247,20 +247,26 @@ def an_archive(root: Path) -> Path:
 
 WRONG: dict[Callable[[Path], Path], tuple[str, ...]] = {
     flat_ilsvrc_val: (
-        "{0}/val holds 4 files (ILSVRC2012_val_00000001.JPEG, ",
-        "without class folders; move each into a folder of its class",
-        "line i of ILSVRC2012_validation_ground_truth.txt",
+        "the classes of the validation images are not known: they have no class folders, and {0}/ILSVRC2012_devkit_t12",
+        "does not exist; copy it there, or give --val_labels FILE",
     ),
-    flat_val: ("{0}/val holds 1 file (a.png) without class folders; move each into a folder that is named after",),
-    flat_ilsvrc_train: ("{0}/train holds 1 file", "its name: n01440764_10026.JPEG into n01440764"),
+    flat_val: ("the classes of the validation images are not known", "--val_labels FILE with one `name class` a line"),
+    flat_ilsvrc_train: (
+        "{0}/train holds 1 file",
+        "its name: n01440764_10026.JPEG into n01440764, or write a list with one `path<TAB>class` a line",
+    ),
     tiny_imagenet_val: ("{0}/val holds no class folders, only images with 3 files (val_0.JPEG, ", "; move each into"),
-    archives_in_root: ("{0}/train does not exist; {0} holds 1 file (ILSVRC2012_img_train.tar): unpack it",),
-    archives_of_classes: (
-        "{0}/train holds 2 files (n01440764.tar, n01443537.tar) and no class",
-        "unpack each",
-        "tar -xf",
+    archives_in_root: (
+        "{0}/train does not exist; {0} holds 1 file (imagenet.zip), which cannot be read in place: unpack them so that",
+        "ILSVRC2012_img_train.tar and WebDataset shards like NAME-train-0000.tar need not be unpacked",
     ),
-    archives_inside_classes: ("{0}/train has no images but 3 archives (.tar, .zip); unpack them where they are",),
+    archives_of_classes: (
+        "{0}/train holds 2 files (n01440764.tar.gz, n01443537.tar.gz) and no class folders; only .tar can be read in",
+        "decompress them",
+    ),
+    archives_inside_classes: (
+        "{0}/train has no images but 3 archives (.tar, .zip); an archive {0}/train/<class>.tar is read in place",
+    ),
     empty_classes: ("{0}/train has no images (.jpg, ", "its class folders are empty; copy or unpack the images"),
     only_other_endings: ("{0}/train has no images (.jpg, ", "9 files left out", "include them with --extensions .gif"),
     the_split_itself: (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import itertools
 import os
 import tarfile
@@ -11,10 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import scipy.io
-from support.imagefolder import make_image_folder
+from support.sources import add_train_tar, add_val_tar, make_imagenet, pack
 
 from ffcv_convnext.data.beton import Page
 from ffcv_convnext.data.beton.tables import read_tables
@@ -25,55 +22,17 @@ from ffcv_convnext.data.convert.imagenet import DEVKIT, TRAIN, VAL, open_train, 
 from ffcv_convnext.data.convert.tars import list_members
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
-def _pack(files: dict[str, bytes], form: int = tarfile.GNU_FORMAT) -> bytes:
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w", format=form) as tar:
-        for name, content in files.items():
-            _add(tar, name, content)
-    return packed.getvalue()
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Class folders with validation images named as ILSVRC's, in an order that is not that of the classes."""
-    root = make_image_folder(tmp_path / "folder", num_classes=3, train_per_class=4, val_per_class=2)
-    images = sorted((root / "val").glob("*/*"), key=lambda path: (path.name, path.parent.name))
-    for number, path in enumerate(images, 1):
-        path.rename(path.parent / f"ILSVRC2012_val_{number:08d}.JPEG")
-    return root
+    return make_imagenet(tmp_path / "folder")
 
 
 @pytest.fixture
 def tars(folder: Path, tmp_path: Path) -> Path:
-    """The same images as the archives that are downloaded; the devkit's IDs are in reverse order of the names."""
-    root = tmp_path / "tars"
-    root.mkdir()
-    classes = sorted(path.name for path in (folder / "train").iterdir())
-    inner = {
-        f"{name}.tar": _pack(
-            {file.name: file.read_bytes() for file in sorted((folder / "train" / name).iterdir(), reverse=True)}
-        )
-        for name in reversed(classes)
-    }
-    (root / TRAIN).write_bytes(_pack(inner))
-    val = {path.name: path for path in sorted((folder / "val").glob("*/*"), key=lambda path: path.name)}
-    (root / VAL).write_bytes(_pack({name: path.read_bytes() for name, path in val.items()}))
-    ids = {name: len(classes) - label for label, name in enumerate(classes)}
-    synsets = np.array(
-        [(ids[name], name) for name in classes], dtype=[("ILSVRC2012_ID", object), ("WNID", object)]
-    ).reshape(-1, 1)
-    meta = io.BytesIO()
-    scipy.io.savemat(meta, {"synsets": synsets})
-    truth = "".join(f"{ids[path.parent.name]}\n" for path in val.values()).encode()
-    kit = {"data/meta.mat": meta.getvalue(), "data/ILSVRC2012_validation_ground_truth.txt": truth}
-    (root / DEVKIT).write_bytes(gzip.compress(_pack({f"ILSVRC2012_devkit_t12/{name}": it for name, it in kit.items()})))
-    return root
+    """The same images as the archives that are downloaded."""
+    add_train_tar(folder, tmp_path / "tars")
+    add_val_tar(folder, tmp_path / "tars")
+    return tmp_path / "tars"
 
 
 def _convert(data_path: Path, out_dir: Path, **settings: object) -> None:
@@ -107,34 +66,30 @@ def test_a_file_of_labels_replaces_the_development_kit(folder: Path, tars: Path,
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_of_both_formats_and_hidden_files(tmp_path: Path, form: int) -> None:
     name = "ä" * 60 + "b" * 150 + ".jpg"
-    (tmp_path / "a.tar").write_bytes(_pack({"._x.jpg": b"no", name: b"yes"}, form))
+    (tmp_path / "a.tar").write_bytes(pack([("._x.jpg", b"no"), (name, b"yes")], form))
     (member,) = list_members(tmp_path / "a.tar")
     assert (member.name, (tmp_path / "a.tar").read_bytes()[member.start :][: member.size]) == (name, b"yes")
 
 
 @pytest.mark.parametrize("keep", [600, 512 + 1024 + 100, 512 + 1024])
 def test_an_archive_that_is_cut_off_names_the_last_member(tmp_path: Path, keep: int) -> None:
-    (tmp_path / "a.tar").write_bytes(_pack({"first.jpg": b"x" * 1000, "second.jpg": b"y" * 1000})[:keep])
+    (tmp_path / "a.tar").write_bytes(pack([("first.jpg", b"x" * 1000), ("second.jpg", b"y" * 1000)])[:keep])
     with pytest.raises(ValueError, match=r"a\.tar is cut off or damaged .*first\.jpg; copy it again"):
         list(list_members(tmp_path / "a.tar"))
 
 
 def test_a_class_archive_that_is_cut_off_is_named(tmp_path: Path) -> None:
-    cut = _pack({"first.jpg": b"x" * 1000, "second.jpg": b"y" * 1000})[:1600]
-    (tmp_path / TRAIN).write_bytes(_pack({"n1.tar": cut}))
+    cut = pack([("first.jpg", b"x" * 1000), ("second.jpg", b"y" * 1000)])[:1600]
+    (tmp_path / TRAIN).write_bytes(pack([("n1.tar", cut)]))
     with pytest.raises(ValueError, match=rf"{TRAIN}/n1\.tar is cut off"):
         open_train(tmp_path / TRAIN)
 
 
 def test_compressed_and_doubled_members_are_errors(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(gzip.compress(_pack({"a.jpg": b"x"})))
+    (tmp_path / "a.tar").write_bytes(gzip.compress(pack([("a.jpg", b"x")])))
     with pytest.raises(ValueError, match=r"a\.tar is compressed .* gunzip"):
         list(list_members(tmp_path / "a.tar"))
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as tar:
-        _add(tar, "a.jpg", b"x")
-        _add(tar, "a.jpg", b"y")
-    (tmp_path / "b.tar").write_bytes(packed.getvalue())
+    (tmp_path / "b.tar").write_bytes(pack([("a.jpg", b"x"), ("a.jpg", b"y")]))
     with pytest.raises(ValueError, match=r"b\.tar: two members are named a\.jpg"):
         list(list_members(tmp_path / "b.tar"))
 
