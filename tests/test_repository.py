@@ -46,6 +46,7 @@ DOORS = {
         "ladder.statistics",
         "models.kernels",
         "training.checkpoint",
+        "training.cuda_graphs",
         "training.distributed",
         "training.engine",
         "training.kernel_choice",

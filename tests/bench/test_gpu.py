@@ -95,7 +95,9 @@ def test_the_report_has_the_ratios_that_a_gpu_must_confirm() -> None:
         "stages": {
             "facts": stage({"device": "a GPU"}, {"copy_gb_per_s": 2800.0}),
             "eager": stage({"images_per_s": 1200.0}),
-            "step": stage({"first_s": 45.0, "first_goal_s": 90.0}, {"images_per_s": 2400.0}, {"ms": 50.0}),
+            "step": stage(
+                {"first_s": 45.0, "first_goal_s": 90.0}, {"images_per_s": 2400.0}, {"ms": 50.0}, {"graphs_ms": 40.0}
+            ),
             "step_triton": stage({"images_per_s": 3000.0}),
             "augment": stage({"ms": 2.0}),
             "peers": stage({"compiled": "false", "images_per_s": 800.0}, {"compiled": "true", "images_per_s": 2000.0}),
@@ -108,6 +110,7 @@ def test_the_report_has_the_ratios_that_a_gpu_must_confirm() -> None:
         "eager step, images/s, ours / timm's | 1.500",
         "compiled step, images/s, ours / timm's | 1.200",
         "Triton kernels / PyTorch's | 1.250",
+        "compiled step, time / time as a CUDA graph | 1.250",
         "first step, time / goal of 90 s | 0.500",
         "augmentation / compiled step, time | 0.040",
         "from crops in memory, images/s | 0.990",

@@ -58,6 +58,10 @@ def _ratios(stages: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
             merged.get("step_triton", {}).get("images_per_s"),
             merged.get("step", {}).get("images_per_s"),
         ),
+        *(
+            (f"compiled step{ending}, time / time as a CUDA graph", each.get("ms"), each.get("graphs_ms"))
+            for ending, each in (("", merged.get("step", {})), (", Triton kernels", merged.get("step_triton", {})))
+        ),
         (
             "augmentation, PyTorch's time / Triton's",
             merged.get("augment", {}).get("ms"),

@@ -34,8 +34,9 @@ from ffcv_convnext.bench.timing import Batch, random_batch, synchronizer
 from ffcv_convnext.bench.train_step import device_facts, ladder_contestants
 from ffcv_convnext.config import Config, load_config
 from ffcv_convnext.host import available_cores, available_memory
+from ffcv_convnext.training.cuda_graphs import GraphedPasses
 from ffcv_convnext.training.distributed import Processes
-from ffcv_convnext.training.engine import Learner, input_dtype, train_step
+from ffcv_convnext.training.engine import Learner, backward, input_dtype, train_step
 from ffcv_convnext.training.kernel_choice import KernelChoice
 from ffcv_convnext.training.run import build_learner
 
@@ -234,6 +235,20 @@ def step(stage: Stage, kernels: KernelChoice = TORCH) -> Figures:
         learner.augment = augmented
         stage.seconds(take)  # compiles the augmentation
         yield {"augmented_ms": stage.ms(take, num)}
+    if stage.on_gpu:
+        learner.augment = lambda *_, **__: ready  # type: ignore[assignment]
+        yield _graphed(stage, learner, take, num)
+
+
+def _graphed(stage: Stage, learner: Learner, take: Callable[[], None], num: int) -> dict[str, Any]:
+    """Time the same step with forward and backward as one CUDA graph; it comes last, and an error is a figure."""
+    learner.graphs = GraphedPasses(learner.network, partial(backward, learner))
+    try:
+        stage.seconds(take)  # records
+        rounds = stage.rounds_ms(take, num)
+    except RuntimeError as error:
+        return {"graphs_failed": " ".join(str(error).split())[:300]}
+    return {"graphs_ms": median(rounds), "graphs_rounds_ms": rounds, "graphs_peak_gb": stage.peak_gb()}
 
 
 def step_triton(stage: Stage) -> Figures:
