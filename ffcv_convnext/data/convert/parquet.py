@@ -52,10 +52,9 @@ class ParquetImages(ArchivedImages):
     """Images of parquet files. `starts` and `sizes`: of the blocks that hold them; or the page, and the place in it."""
 
     codecs: NDArray[np.uint8]  # (N,) compression of each image's page
-    inside: NDArray[
-        np.int64
-    ]  # (N, 3): bytes of the blocks when decompressed, bytes before the image, bytes of the image
-    # ... or _WHOLE_PAGE, position of the row group's dictionary page (-1: none), 0
+    # (N, 3): bytes of the blocks when decompressed, bytes of them before the image, bytes of the image. Where the page
+    # is decompressed as a whole: _WHOLE_PAGE, position of the row group's dictionary page (-1: none), 0.
+    inside: NDArray[np.int64]
 
     def read(self, index: int) -> bytes:  # noqa: D102  see Source
         archive, stamp = self.archives[self.which[index]], self.stamps[self.which[index]]
