@@ -168,9 +168,13 @@ def piece_of_work() -> Callable[[], object]:
 
 
 def rate_of(work: Callable[[], object], goes_on: Callable[[], bool]) -> float:
-    """Do pieces of work, at least one, while `goes_on`; return their number a second."""
+    """Do pieces of work on one core, at least one, while `goes_on`; return their number a second."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     started, number = time.perf_counter(), 0
     while not number or goes_on():
         work()
         number += 1
-    return number / (time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    torch.set_num_threads(num_threads)
+    return number / seconds
