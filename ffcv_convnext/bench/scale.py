@@ -2,7 +2,7 @@
 
 Stage `load`, the loader: the files are generated: whole tables and a whole manifest, but pages that are holes in a
 sparse file. Such an image is raw and black, so everything but JPEG decoding runs as on a real file; a terabyte of
-addresses takes no room. Each row is a process of its own that opens the file, takes the first batch of an epoch and one
+addresses takes no room. Each row is a separate process that opens the file, takes the first batch of an epoch and one
 in mid-epoch, and lists the order of an epoch for one of eight ranks. Memory is what the process has for itself
 (anonymous pages; the mapped tables are shared by all processes of a machine), also for each image more than in the file
 with the fewest.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import zlib
@@ -28,12 +27,11 @@ from typing import Any, Literal
 import numpy as np
 
 from ffcv_convnext.bench.compare import format_facts
-from ffcv_convnext.bench.scale_conversion import ConversionScale, measure_conversion, measure_join
+from ffcv_convnext.bench.scale_conversion import ConversionScale, measure_conversion, measure_join, run_child
 from ffcv_convnext.bench.scale_ranks import RanksRow, format_ranks, measure_ranks
 from ffcv_convnext.bench.scale_runs import RunsRow, format_runs, measure_runs
 from ffcv_convnext.data.beton import Manifest, tables_digest
 from ffcv_convnext.data.beton.layout import ALLOCATION, FIELD, FIELD_TYPES, HEADER, RAW, VERSION
-from ffcv_convnext.errors import Failure
 from ffcv_convnext.formatting import format_bytes, markdown_table
 from ffcv_convnext.host import processor_name
 
@@ -273,14 +271,4 @@ def _together(folder: Path, number: int, processes: int) -> Row:
 
 def _measure(folder: Path, order: str) -> dict[str, Any]:
     command = [sys.executable, "-c", _CHILD, str(folder), order]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    try:
-        result = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise Failure(f"{folder.name} images in order {order} took more than {_TIMEOUT_S:g} s") from None
-    if result.returncode:
-        raise Failure(f"{folder.name} images in order {order} failed: {result.stderr.strip().splitlines()[-1:]}")
-    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return found
+    return run_child(f"{folder.name} images in order {order}", command, _TIMEOUT_S)

@@ -170,18 +170,18 @@ def _kill_half_way(folder: Path, out: Path, number: int, identity: str) -> int:
 
 
 def run_step(name: str, folder: Path, out: Path) -> dict[str, Any]:
-    """Run a step of scale_steps.py in a process of its own. Raises Failure."""
+    """Run a step of scale_steps.py in a separate process. Raises Failure."""
+    return run_child(name, _command(name, folder, out))
+
+
+def run_child(name: str, command: list[str], timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+    """Run a command that measures, and return the JSON of its last line. Raises Failure, which begins with `name`."""
     try:
         result = subprocess.run(
-            _command(name, folder, out),
-            env=_environment(),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
+            command, env=_environment(), capture_output=True, text=True, timeout=timeout_s, check=False
         )
     except subprocess.TimeoutExpired:
-        raise Failure(f"{name} took more than {TIMEOUT_S:g} s") from None
+        raise Failure(f"{name} took more than {timeout_s:g} s") from None
     if result.returncode:
         raise Failure(f"{name} failed: {' '.join(result.stderr.strip().splitlines()[-1:])}")
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])

@@ -1,7 +1,7 @@
 """A measured step of `bench scale`: `python -m ffcv_convnext.bench.scale_steps STEP FOLDER OUT` prints JSON.
 
-Each is a process of its own, so that its memory is its own. `peak` is the most that the process has had for itself
-(anonymous memory, without mapped files); `seconds` begins when Python has started;
+Each is a separate process, so that nothing else counts as its memory. `peak` is the most that the process has had for
+itself (anonymous memory, without mapped files); `seconds` begins when Python has started;
 `processor_s` is user and system time of this process, without the workers that it starts.
 """
 

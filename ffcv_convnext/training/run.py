@@ -208,7 +208,7 @@ def build_learner(
             device=device,
             normalisation=Normalisation.of(config.data),
             interpolation=config.data.train_interpolation,
-            compile=compile,  # a graph of its own, beside the network's
+            compile=compile,  # another graph than the network's
             dtype=input_dtype(config),
             kernels=kernels.augment,
         ),

@@ -1,6 +1,6 @@
 """Generate the code of a training step for a GPU that need not be there, and run its host side on fake tensors.
 
-Runs in a process of its own, started by `run.py` with the runtime that does nothing:
+Runs in a separate process, started by `run.py` with the runtime that does nothing:
 
     python -m ffcv_convnext.bench.gpu_code.capture REQUEST.json RESULT.json
 """

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import gzip
-import itertools
 import os
 import tarfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.sources import add_train_tar, add_val_tar, make_imagenet, pack
+from support.unfinished import interrupt_at
 
-from ffcv_convnext.data.beton import Page
 from ffcv_convnext.data.beton.tables import read_tables
 from ffcv_convnext.data.check import repair_data, verify_data
 from ffcv_convnext.data.convert import ConversionOptions, convert
-from ffcv_convnext.data.convert.conversion import _Conversion
 from ffcv_convnext.data.convert.imagenet import DEVKIT, TRAIN, VAL, open_train, reopen
 from ffcv_convnext.data.convert.tars import list_members
 
@@ -138,15 +135,3 @@ def test_a_conversion_continues_from_an_archive_unless_it_has_changed(
     os.utime(tars / TRAIN, (1, 1))
     with pytest.raises(ValueError, match="changed since"):
         convert(replace(options, out_dir=tmp_path / "again"))
-
-
-def interrupt_at(number: int) -> Callable[[_Conversion, Page], None]:
-    """A journal that is interrupted after this number of pages."""
-    add, count = _Conversion._add_to_journal, itertools.count(1)
-
-    def interrupted(self: _Conversion, page: Page) -> None:
-        add(self, page)
-        if next(count) == number:
-            raise KeyboardInterrupt
-
-    return interrupted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -27,13 +26,13 @@ from support.sources import (
     pack,
     write,
 )
+from support.unfinished import interrupt_at
 
 from ffcv_convnext import cli
-from ffcv_convnext.data.beton import Manifest, Page
+from ffcv_convnext.data.beton import Manifest
 from ffcv_convnext.data.beton.tables import read_tables
 from ffcv_convnext.data.check import repair_data, verify_data
 from ffcv_convnext.data.convert import ConversionOptions, Source, convert, join_shards
-from ffcv_convnext.data.convert.conversion import _Conversion
 from ffcv_convnext.data.convert.imagenet import DEVKIT, VAL
 from ffcv_convnext.data.convert.open_sources import open_sources
 from ffcv_convnext.errors import Failure
@@ -291,18 +290,6 @@ def test_a_list_with_other_lines_is_not_resumed(folder: Path, tmp_path: Path, mo
     file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(ValueError, match="1 source file removed"):
         converted(tmp_path / "data", tmp_path / "out", resume=True, **raw)
-
-
-def interrupt_at(number: int) -> Callable[[_Conversion, Page], None]:
-    """A journal that is interrupted after this number of pages."""
-    add, count = _Conversion._add_to_journal, itertools.count(1)
-
-    def interrupted(self: _Conversion, page: Page) -> None:
-        add(self, page)
-        if next(count) == number:
-            raise KeyboardInterrupt
-
-    return interrupted
 
 
 def test_val_alone_takes_the_classes_of_a_converted_train(folder: Path, expected: Path, tmp_path: Path) -> None:
